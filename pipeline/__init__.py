@@ -1,0 +1,1 @@
+"""The program: options, the chain of steps, and the rounds that run it on one machine."""

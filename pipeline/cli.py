@@ -1,0 +1,79 @@
+"""The command line: parse, run, and say how it ended.
+
+Exit codes: 0 done (also when told to stop), 1 the run failed, 2 the options do not fit, 3 a
+partition is halted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from time import monotonic
+from types import FrameType
+
+from pipeline import logs
+
+DONE, FAILED, USAGE, HALTED = 0, 1, 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    started = monotonic()
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    # Before Beam is imported: it logs while it is.
+    logs.configure("json" if "--log_format=json" in arguments else "text")
+    from pipeline.options import format_help, parse_arguments
+    from transforms.errors import SinkError, UsageError
+
+    if "--help" in arguments or "-h" in arguments:
+        print(format_help())
+        return DONE
+    try:
+        config, runner = parse_arguments(arguments)
+        if runner not in ("DirectRunner", "direct"):
+            raise UsageError(
+                [f"--runner={runner} is not supported by this version; use DirectRunner"]
+            )
+        return _run(config, started)
+    except SinkError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(config: object, started: float) -> int:
+    from pipeline.options import Config
+    from pipeline.progress import Progress, print_summary
+    from pipeline.rounds import Rounds
+
+    assert isinstance(config, Config)
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    rounds = Rounds(config, stop, started)
+    live = sys.stderr.isatty() and config.run.log_format == "text"
+    try:
+        with Progress(rounds.status, live):
+            status = rounds.run()
+    except BaseException:
+        if config.run.summary == "json":
+            print_summary(rounds.status(), "json", config.kafka.group)
+        raise
+    print_summary(status, config.run.summary, config.kafka.group)
+    return HALTED if status.halted else DONE
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    """The first SIGTERM or SIGINT ends the run after its round, the second one at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: finishing what is running; again to stop at once\n".encode())
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)

@@ -1,0 +1,40 @@
+"""Logs: to stderr, as text or one JSON object a line."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timezone
+
+import orjson
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, tz=timezone.utc)
+        facts = {
+            "time": moment.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            facts["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(facts).decode()
+
+
+def configure(format: str) -> None:
+    """Send all logs to stderr. Ours from INFO on, everybody else's from WARNING on."""
+    handler = logging.StreamHandler()
+    if format == "json":
+        handler.setFormatter(_JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # Said by Beam at import where its Google Cloud extra is not installed; it is not needed here.
+    handler.addFilter(lambda record: "apitools not found" not in record.getMessage())
+    # A failed round is reported by us, in one line; Beam would log the whole stack before.
+    for quiet in ("apache_beam", "botocore", "urllib3"):
+        logging.getLogger(quiet).setLevel(logging.CRITICAL)
+    for ours in ("pipeline", "transforms"):
+        logging.getLogger(ours).setLevel(logging.INFO)
+    logging.getLogger("librdkafka").setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -1,0 +1,150 @@
+"""Offsets: which partitions there are, where to begin with each, and where they end."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+
+from pipeline.options import AT_TIMESTAMP, LATEST, RunConfig
+from transforms.errors import KafkaError
+from transforms.kafka import KafkaConfig, describe, partitions_of, reason
+from transforms.records import PartitionKey
+
+_LOGGER = logging.getLogger(__name__)
+
+_TIMEOUT_SECS = 15.0
+_NO_OFFSET = -1001  # what librdkafka reports for a group without a committed offset
+_INTERNAL = "__"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where to begin with a partition; `resolved` if it came from the starting position."""
+
+    offset: int
+    resolved: bool
+
+
+def choose_start(
+    committed: int | None, low: int, high: int, wanted: int
+) -> tuple[Start, str | None]:
+    """Where to begin, and what to warn of. Pure.
+
+    Args:
+        committed: The group's committed offset, None if there is none.
+        low: First offset that exists.
+        high: The next offset to be written.
+        wanted: What the starting position comes to.
+    """
+    if committed is None:
+        return Start(wanted, resolved=True), None
+    if committed < low:
+        lost = f"{low - committed} offsets after the committed {committed} were deleted by the "
+        return Start(low, resolved=False), lost + f"topic's retention; going on at {low}"
+    if committed > high:
+        again = f"the committed offset {committed} is behind the topic's end {high}: the topic was "
+        return Start(wanted, resolved=True), again + f"made anew; going on at {wanted}"
+    return Start(committed, resolved=False), None
+
+
+class SourceOffsets:
+    """Asks Kafka about the source's partitions.
+
+    Args:
+        kafka: The cluster and the group.
+        run: Topics and the starting position.
+        consumer: A consumer of the group that is not subscribed.
+    """
+
+    def __init__(self, kafka: KafkaConfig, run: RunConfig, consumer: Consumer) -> None:
+        self._kafka = kafka
+        self._run = run
+        self._consumer = consumer
+        self._pattern = re.compile(run.topics_regex) if run.topics_regex else None
+
+    def partitions(self) -> list[PartitionKey]:
+        """All partitions of the topics that exist.
+
+        Raises:
+            KafkaError: The brokers cannot be reached.
+        """
+        try:
+            metadata = self._consumer.list_topics(timeout=_TIMEOUT_SECS)
+        except KafkaException as error:
+            raise KafkaError(
+                f"{describe(self._kafka)} cannot be reached: {reason(error)}; check "
+                f"--kafka_bootstrap_servers and --kafka_config_file"
+            ) from None
+        topics: Iterable[str] = self._run.topics
+        if self._pattern:
+            topics = sorted(
+                name
+                for name in metadata.topics
+                if self._pattern.fullmatch(name) and not name.startswith(_INTERNAL)
+            )
+        return partitions_of(metadata, topics)
+
+    def starts(self, keys: list[PartitionKey], at_start: bool) -> dict[PartitionKey, Start]:
+        """Where to begin with partitions.
+
+        Args:
+            keys: The partitions.
+            at_start: False for partitions found later: all their records came after the
+                start, so they begin at their first one whatever the starting position.
+        """
+        committed = self._committed(keys)
+        ranges = {key: self.range(key) for key in keys}
+        wanted = {key: low for key, (low, _) in ranges.items()}
+        if at_start and self._run.starting_position == LATEST:
+            wanted = {key: high for key, (_, high) in ranges.items()}
+        elif at_start and self._run.starting_position == AT_TIMESTAMP:
+            wanted = self._at_timestamp(ranges)
+        starts = {}
+        for key in keys:
+            start, warning = choose_start(committed.get(key), *ranges[key], wanted[key])
+            if warning:
+                _LOGGER.warning("%s-%d: %s", *key, warning)
+            starts[key] = start
+        return starts
+
+    def range(self, key: PartitionKey) -> tuple[int, int]:
+        """A partition's first offset and its next one, asked of the broker."""
+        try:
+            low, high = self._consumer.get_watermark_offsets(
+                TopicPartition(*key), timeout=_TIMEOUT_SECS
+            )
+        except KafkaException as error:
+            raise self._failed("offsets of " + "-".join(map(str, key)), error) from None
+        return low, high
+
+    def _committed(self, keys: list[PartitionKey]) -> dict[PartitionKey, int]:
+        try:
+            offsets = self._consumer.committed(
+                [TopicPartition(*key) for key in keys], timeout=_TIMEOUT_SECS
+            )
+        except KafkaException as error:
+            group = f"committed offsets of group {self._kafka.group}"
+            raise self._failed(group, error) from None
+        return {(o.topic, o.partition): o.offset for o in offsets if o.offset > _NO_OFFSET}
+
+    def _at_timestamp(self, ranges: dict[PartitionKey, tuple[int, int]]) -> dict[PartitionKey, int]:
+        timestamp = self._run.starting_timestamp_ms
+        assert timestamp is not None
+        try:
+            found = self._consumer.offsets_for_times(
+                [TopicPartition(*key, timestamp) for key in ranges], timeout=_TIMEOUT_SECS
+            )
+        except KafkaException as error:
+            raise self._failed("offsets by timestamp", error) from None
+        # Nothing that young: the partition begins with whatever comes next.
+        return {
+            (o.topic, o.partition): o.offset if o.offset >= 0 else ranges[o.topic, o.partition][1]
+            for o in found
+        }
+
+    def _failed(self, what: str, error: KafkaException) -> KafkaError:
+        return KafkaError(f"{describe(self._kafka)}: {what} cannot be read: {reason(error)}")

@@ -1,0 +1,296 @@
+"""Rounds: run the bounded pipeline again and again on this machine, and decide when.
+
+A round reads what is due, hands it to the invoker and writes and commits what has finished. The
+invoker, the reader and the committer outlive the rounds, so the function is kept busy while one
+round ends and the next begins. Why rounds at all: docs/adr/0001-rounds-on-the-directrunner.md.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+from apache_beam.transforms.environments import EmbeddedPythonEnvironment
+
+from pipeline.build import build
+from pipeline.offsets import SourceOffsets
+from pipeline.options import Config
+from pipeline.preflight import preflight
+from transforms.aws import advice
+from transforms.commit import shared_committer
+from transforms.errors import FunctionConfigError, SinkError, from_runner
+from transforms.invoke import shared_invoker
+from transforms.invoker import QueueView
+from transforms.outcome import Outcome
+from transforms.read import Room, Round, shared_reader
+from transforms.records import Finished, PartitionKey
+
+_DISCOVER_SECS = 2.0
+_BUSY_POLL_SECS = 0.02
+_IDLE_POLL_SECS = 0.2
+# With a backlog fewer, larger rounds; without one a result should not have to wait.
+_COLLECT_SECS_BUSY = 1.0
+_COLLECT_SECS_IDLE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class RoundLimits:
+    """What bounds memory, and keeps one partition from using up what is there for all.
+
+    Attributes:
+        records: Records a round may read.
+        bytes: Bytes a round may read.
+        first_records: Records of the first round, small so that the function gets to work.
+        queue_records: Records a partition may have waiting for the function.
+        queue_bytes: Bytes of payloads a partition may have waiting.
+        held_bytes: Bytes of payloads of all partitions together; above it a partition gets
+            one batch at a time.
+        collect_records: Finished records that are worth a round of their own.
+    """
+
+    records: int = 100_000
+    bytes: int = 32 * 2**20
+    first_records: int = 10_000
+    queue_records: int = 25_000
+    queue_bytes: int = 16 * 2**20
+    held_bytes: int = 64 * 2**20
+    collect_records: int = 50_000
+
+    def room(self, queue: QueueView, held_bytes: int, batch_size: int) -> tuple[int, int]:
+        """How many records and bytes more a partition may hand over; 0 for not now."""
+        if queue.halted:
+            return 0, 0
+        if held_bytes >= self.held_bytes:
+            return (0, 0) if queue.batches else (batch_size, self.queue_bytes)
+        records = max(self.queue_records, 2 * batch_size) - queue.records
+        size = self.queue_bytes - queue.bytes
+        return (records, size) if records >= batch_size and size > 0 else (0, 0)
+
+    def starving(self, queue: QueueView, batch_size: int) -> bool:
+        """Whether a partition has so little left that it should be read for."""
+        return 2 * queue.records <= max(self.queue_records, 2 * batch_size)
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over all rounds, by the metrics' names."""
+
+    counters: Counter[str] = field(default_factory=Counter)
+    rounds: int = 0
+
+    def __getitem__(self, name: str) -> int:
+        return self.counters[name]
+
+    @property
+    def records(self) -> int:
+        """Records that have come to their end."""
+        return self["write.responses"] + self["write.errors"]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How a run stands; what progress and summary show.
+
+    Attributes:
+        totals: Sums over all rounds.
+        in_flight: Invocations running now.
+        lags: Per partition, records behind what is committed; None if not known yet.
+        halted: Batches that stopped their partitions.
+        committed: The group's offsets as far as this run knows them.
+        elapsed_secs: Since the program began.
+    """
+
+    totals: Totals
+    in_flight: int
+    lags: dict[PartitionKey, int | None]
+    halted: list[Finished]
+    committed: dict[PartitionKey, int]
+    elapsed_secs: float
+
+
+class Rounds:
+    """Runs rounds until told to stop, caught up, or nothing can go on.
+
+    Args:
+        config: What to run.
+        stop: Set from outside to end after the round that is running.
+        started: When the program began, by `timer`.
+        limits: What bounds a round.
+        timer: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        stop: threading.Event,
+        started: float | None = None,
+        limits: RoundLimits = RoundLimits(),
+        timer: Callable[[], float] = monotonic,
+    ) -> None:
+        self._config = config
+        self._stop = stop
+        self._limits = limits
+        self._timer = timer
+        self._started = timer() if started is None else started
+        self._totals = Totals()
+        self._options = PipelineOptions([])
+        pipeline = beam.Pipeline(runner=FnApiRunner(), options=self._options)
+        build(pipeline, config)
+        # Translated once: building and translating costs twice what running an empty round does.
+        self._graph = pipeline.to_runner_api(
+            default_environment=EmbeddedPythonEnvironment.default()
+        )
+        self._invoker = shared_invoker(config.invoke)
+        self._reader = shared_reader(config.read)
+        self._committer = shared_committer(config.kafka)
+        self._source = SourceOffsets(config.kafka, config.run, self._committer.consumer)
+        self._targets: dict[PartitionKey, int] = {}
+        self._discovered = float("-inf")
+
+    def run(self) -> Status:
+        """Run to the end.
+
+        Raises:
+            SinkError: The run cannot go on; what was finished before is committed.
+        """
+        if self._config.run.preflight:
+            preflight(self._config, self._source)
+        self._discover(at_start=True)
+        while not self._stop.is_set() and not self._invoker.broken and not self._ended():
+            busy = self._invoker.pending_batches > 0 or self._invoker.has_finished
+            self._reader.fill(_BUSY_POLL_SECS if busy else _IDLE_POLL_SECS)
+            if self._timer() - self._discovered > _DISCOVER_SECS:
+                self._discover(at_start=False)
+            rooms = self._rooms()
+            if self._due(rooms):
+                self._run_round(rooms)
+        self._drain()
+        return self.status()
+
+    def status(self) -> Status:
+        """How the run stands; may be called from another thread."""
+        committed = dict(self._committer.committed)
+        return Status(
+            totals=self._totals,
+            in_flight=self._invoker.in_flight,
+            lags={key: self._lag(key, committed.get(key)) for key in self._reader.partitions},
+            halted=self._invoker.halted,
+            committed=committed,
+            elapsed_secs=self._timer() - self._started,
+        )
+
+    # -- one pass of the loop --------------------------------------------------------------
+
+    def _rooms(self) -> list[Room]:
+        """What each partition may hand over now; fetching stops for those that may not."""
+        batch_size = self._config.read.batch_size
+        queues = {
+            key: self._invoker.queue(key)
+            for key in self._reader.partitions
+            if not self._at_target(key)
+        }
+        held = sum(queue.bytes for queue in queues.values())
+        rooms = [
+            Room(*key, *self._limits.room(queue, held, batch_size))
+            for key, queue in queues.items()
+        ]
+        open_rooms = [room for room in rooms if room.records]
+        self._reader.set_wanted((room.topic, room.partition) for room in open_rooms)
+        return open_rooms
+
+    def _due(self, rooms: list[Room]) -> bool:
+        """Whether a round is worth its while now."""
+        invoker, limits = self._invoker, self._limits
+        flush, batch_size = self._flush, self._config.read.batch_size
+        keys = [(room.topic, room.partition) for room in rooms]
+        ready = [key for key in keys if self._reader.ready(key, flush)]
+        if any(limits.starving(invoker.queue(key), batch_size) for key in ready):
+            return True
+        if not invoker.has_finished:
+            return False
+        patience_secs = _COLLECT_SECS_BUSY if ready else _COLLECT_SECS_IDLE
+        return (
+            invoker.finished_age_secs >= patience_secs
+            or invoker.finished_records >= limits.collect_records
+            or not invoker.pending_batches
+        )
+
+    def _run_round(self, rooms: list[Room]) -> None:
+        limits = self._limits
+        records = limits.records if self._totals.rounds else limits.first_records
+        records = max(records, self._config.read.batch_size)
+        self._reader.begin(Round(tuple(rooms), records, limits.bytes, self._flush))
+        try:
+            result = FnApiRunner().run_via_runner_api(self._graph, self._options)
+            result.wait_until_finish()
+        except Exception as error:
+            raise from_runner(error) from None
+        for counter in result.metrics().query()["counters"]:
+            name = f"{counter.key.metric.namespace}.{counter.key.metric.name}"
+            self._totals.counters[name] += counter.committed or 0
+        self._totals.rounds += 1
+
+    @property
+    def _flush(self) -> bool:
+        """In a run that ends, nothing more is waited for to fill a batch."""
+        return self._config.run.until == "caught_up"
+
+    # -- beginning and end -----------------------------------------------------------------
+
+    def _discover(self, at_start: bool) -> None:
+        """Take in partitions that were not there before."""
+        self._discovered = self._timer()
+        try:
+            known = set(self._reader.partitions)
+            keys = [key for key in self._source.partitions() if key not in known]
+            starts = self._source.starts(keys, at_start) if keys else {}
+        except SinkError:
+            if at_start:
+                raise
+            return  # a broker that is away for a moment; asked again with the next turn
+        if self._flush:
+            self._targets |= {key: self._source.range(key)[1] for key in keys}
+        if starts:
+            # What a starting position came to is committed at once, so that a crash before the
+            # first batch is finished does not move it.
+            self._committer.commit({k: s.offset for k, s in starts.items() if s.resolved})
+            self._committer.committed.update({k: s.offset for k, s in starts.items()})
+            self._reader.assign({key: start.offset for key, start in starts.items()})
+
+    def _ended(self) -> bool:
+        """Whether nothing more is to come, or nothing more can."""
+        invoker = self._invoker
+        if invoker.pending_batches or invoker.has_finished:
+            return False
+        halted = {finished.key for finished in invoker.halted}
+        going_on = [key for key in self._reader.partitions if key not in halted]
+        if halted and not going_on:
+            return True
+        return self._flush and all(map(self._at_target, going_on))
+
+    def _at_target(self, key: PartitionKey) -> bool:
+        """Whether a run that ends has read what was there when it found the partition."""
+        return self._flush and self._reader.position(key) >= self._targets[key]
+
+    def _drain(self) -> None:
+        """End what is running, then write and commit what it came to."""
+        self._invoker.stop()
+        self._invoker.join(self._config.invoke.function.timeout_secs + 10)
+        if self._invoker.has_finished:
+            self._run_round([])
+        broken = self._invoker.broken
+        if isinstance(broken, Outcome):
+            function = self._config.invoke.function
+            raise FunctionConfigError(advice(function, broken.error_type, broken.message))
+        if broken is not None:
+            raise broken
+
+    def _lag(self, key: PartitionKey, committed: int | None) -> int | None:
+        end = self._reader.end(key)
+        return None if committed is None or end is None else max(0, end - committed)

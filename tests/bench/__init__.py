@@ -1,0 +1,1 @@
+"""The benchmark: the pipeline beside a loop written by hand (``python -m tests.bench``)."""

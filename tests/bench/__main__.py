@@ -1,0 +1,445 @@
+"""The benchmark: the pipeline beside the same job written by hand, on this machine's broker.
+
+``python -m tests.bench [--records 400000] [--partitions 4] [--record_bytes 200] [--repeat 1]``
+
+The client, the broker and the stub share the machine's processors: on two of them, with other work
+beside it, six runs of the same code gave 37,000 to 61,000 records/s. For figures to quote use
+``--repeat 3`` or more, and look at the range beside the median; CPU per record varies least.
+
+Every run is a fresh process, timed from its start to its exit, with a fresh response topic and
+consumer group; the competitors take turns. After each run every response is read and checked. A
+wrong result ends the benchmark with exit code 1; a missed aim is only reported: a figure is the
+machine's as much as the program's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tests.bench import stub
+from tests.bench.topics import Topics, WrongResult
+
+WARM_UP_RECORDS = 2000
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What the competitors are given to do: records per call, and the function's latency."""
+
+    name: str
+    batch_size: int
+    latency_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A filled topic."""
+
+    topic: str
+    partitions: int
+    records: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: everything a command line is made of."""
+
+    bootstrap_servers: str
+    topic: str
+    response_topic: str
+    group: str
+    endpoint: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A bound on one figure of the pipeline; `scenario` None means its worst over all of them."""
+
+    text: str
+    scenario: str | None
+    figure: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+@dataclass
+class Run:
+    """The figures of one run.
+
+    Attributes:
+        secs: From the start of the process to its exit.
+        calling_secs: From the first call the stub got to its last reply: without start-up and end.
+        peak_mb: The largest resident set, in MB (10^6 bytes), of the process or a child of it.
+        cpu_secs: User and system time of the process and its children.
+        calls: Invocations.
+        request_bytes: The bytes of their payloads.
+    """
+
+    scenario: str
+    who: str
+    records: int
+    secs: float
+    calling_secs: float
+    peak_mb: float
+    cpu_secs: float
+    calls: int
+    request_bytes: int
+
+
+SCENARIOS = (
+    Scenario("batch 1000", 1000),
+    Scenario("batch 100", 100),
+    Scenario("batch 100, 20 ms", 100, latency_ms=20),
+)
+
+AIMS = (
+    Aim("batch 1000: >= 1.2 x the hand-written loop", "batch 1000", "ratio", at_least=1.2),
+    Aim("batch 100: >= 1.0 x the hand-written loop", "batch 100", "ratio", at_least=1.0),
+    Aim(
+        "batch 100, 20 ms: >= 85 % of what strict order allows",
+        "batch 100, 20 ms",
+        "percent_of_limit",
+        at_least=85,
+    ),
+    Aim("peak < 500 MB in every scenario", None, "peak_mb", at_most=500),
+)
+
+PIPELINE = "pipeline"
+HAND_WRITTEN = "hand-written"
+
+
+def pipeline_command(job: Job) -> list[str]:
+    """The pipeline on the DirectRunner, over what is in the topic now."""
+    return [
+        *(sys.executable, "-m", "pipeline", "--runner=DirectRunner", "--until=caught_up"),
+        f"--kafka_bootstrap_servers={job.bootstrap_servers}",
+        f"--topics={job.topic}",
+        f"--consumer_group={job.group}",
+        "--starting_position=TRIM_HORIZON",
+        "--function=bench",
+        f"--lambda_endpoint_url={job.endpoint}",
+        "--aws_region=us-east-1",
+        f"--batch_size={job.batch_size}",
+        f"--response_topic={job.response_topic}",
+        "--summary=json",
+    ]
+
+
+def handwritten_command(job: Job) -> list[str]:
+    """The hand-written loop."""
+    return [
+        *(sys.executable, "-m", "tests.bench.handwritten"),
+        f"--bootstrap_servers={job.bootstrap_servers}",
+        f"--topic={job.topic}",
+        f"--response_topic={job.response_topic}",
+        f"--group={job.group}",
+        f"--endpoint={job.endpoint}",
+        f"--batch_size={job.batch_size}",
+    ]
+
+
+COMPETITORS: dict[str, Callable[[Job], list[str]]] = {
+    PIPELINE: pipeline_command,
+    HAND_WRITTEN: handwritten_command,
+    "hand-written, orjson": lambda job: [*handwritten_command(job), "--orjson"],
+}
+
+
+def execute(command: list[str]) -> tuple[float, resource.struct_rusage]:
+    """Run a command to its end; return its seconds and its own resource usage."""
+    environment = {
+        **os.environ,
+        "AWS_ACCESS_KEY_ID": "bench",
+        "AWS_SECRET_ACCESS_KEY": "bench",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with tempfile.TemporaryFile() as output:
+        begin = time.monotonic()
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                process.wait()
+        secs = time.monotonic() - begin
+        if process.returncode:
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+            raise WrongResult(f"{' '.join(command)}\nended with {process.returncode}:\n{text}")
+    return secs, usage
+
+
+@contextmanager
+def serving(latency_ms: float) -> Iterator[str]:
+    """A stub with a latency; yield its URL."""
+    process, url = stub.start(latency_ms)
+    try:
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def measure(topics: Topics, source: Source, scenario: Scenario, who: str, url: str) -> Run:
+    """Let one competitor do one scenario; return its figures after the results are checked."""
+    fresh = f"bench-{uuid.uuid4().hex[:12]}"
+    responses = f"{fresh}-out"
+    job = Job(topics.bootstrap_servers, source.topic, responses, fresh, url, scenario.batch_size)
+    topics.create(responses, source.partitions)
+    urllib.request.urlopen(urllib.request.Request(f"{url}/reset", method="POST")).close()
+    secs, usage = execute(COMPETITORS[who](job))
+    with urllib.request.urlopen(f"{url}/stats") as reply:
+        stats = stub.Stats(**json.load(reply))
+    topics.check(source.topic, responses, job.group)
+    topics.delete(responses)
+    return Run(
+        scenario=scenario.name,
+        who=who,
+        records=source.records,
+        secs=round(secs, 3),
+        calling_secs=round(stats.last - stats.first, 3),
+        peak_mb=round(usage.ru_maxrss * 1024 / 1e6, 1),
+        cpu_secs=round(usage.ru_utime + usage.ru_stime, 3),
+        calls=stats.calls,
+        request_bytes=stats.request_bytes,
+    )
+
+
+def summarize(runs: list[Run], scenarios: list[Scenario], partitions: int) -> list[dict[str, Any]]:
+    """One row per scenario and competitor: the medians over its runs, and the peak's maximum."""
+    rows: list[dict[str, Any]] = []
+    for scenario in scenarios:
+        limit = None
+        if scenario.latency_ms:
+            limit = partitions * scenario.batch_size / (scenario.latency_ms / 1000)
+        by_who: dict[str, list[Run]] = {}
+        for run in runs:
+            if run.scenario == scenario.name:
+                by_who.setdefault(run.who, []).append(run)
+        rates = {
+            who: statistics.median(run.records / run.secs for run in own)
+            for who, own in by_who.items()
+        }
+        peer = rates.get(HAND_WRITTEN)
+        for who in filter(rates.__contains__, COMPETITORS):
+            own, rate = by_who[who], rates[who]
+            calling = statistics.median(run.records / run.calling_secs for run in own)
+            rows.append(
+                {
+                    "scenario": scenario.name,
+                    "who": who,
+                    "records_per_sec": round(rate),
+                    "records_per_sec_range": [
+                        round(find(run.records / run.secs for run in own)) for find in (min, max)
+                    ],
+                    "calling_records_per_sec": round(calling),
+                    "ratio": round(rate / peer, 3) if peer else None,
+                    "percent_of_limit": round(100 * rate / limit, 1) if limit else None,
+                    "calling_percent_of_limit": round(100 * calling / limit, 1) if limit else None,
+                    "peak_mb": max(run.peak_mb for run in own),
+                    "cpu_us_per_record": round(
+                        statistics.median(run.cpu_secs / run.records for run in own) * 1e6, 2
+                    ),
+                    "records_per_call": round(own[0].records / own[0].calls, 1),
+                    "request_bytes_per_record": round(own[0].request_bytes / own[0].records),
+                }
+            )
+    return rows
+
+
+def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each aim the pipeline's figure and whether it holds; None where it was not measured."""
+    verdicts = []
+    for aim in AIMS:
+        figures = [
+            row[aim.figure]
+            for row in rows
+            if row["who"] == PIPELINE
+            and aim.scenario in (None, row["scenario"])
+            and row[aim.figure] is not None
+        ]
+        if len(figures) < (len(SCENARIOS) if aim.scenario is None else 1):
+            figures = []
+        figure = max(figures, default=None) if aim.at_least is None else min(figures, default=None)
+        holds = None
+        if figure is not None:
+            holds = figure >= aim.at_least if aim.at_least is not None else figure < aim.at_most
+        verdicts.append({"aim": aim.text, "figure": figure, "holds": holds})
+    return verdicts
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table."""
+    titles = (
+        *("scenario", "who", "records/s", "range", "of hand-written", "while calling"),
+        *("% of limit", "peak MB", "CPU us/record"),
+    )
+    lines = []
+    for row in rows:
+        percent = row["percent_of_limit"]
+        lines.append(
+            (
+                row["scenario"],
+                row["who"],
+                f"{row['records_per_sec']:,}",
+                "{:,}-{:,}".format(*row["records_per_sec_range"]),
+                "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+                f"{row['calling_records_per_sec']:,}",
+                "" if percent is None else f"{percent} ({row['calling_percent_of_limit']})",
+                f"{row['peak_mb']:.0f}",
+                f"{row['cpu_us_per_record']:.1f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
+    for line in (titles, tuple("-" * width for width in widths), *lines):
+        texts = (
+            text.ljust(width) if index < 2 else text.rjust(width)
+            for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        print("| " + " | ".join(texts) + " |")
+
+
+def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Do it all on the broker at `servers`; return what `--json` writes."""
+    scenarios = [s for s in SCENARIOS if chosen(s.name, [x.name for x in SCENARIOS], options.only)]
+    competitors = [who for who in COMPETITORS if chosen(who, list(COMPETITORS), options.only)]
+    topics = Topics(servers)
+    runs: list[Run] = []
+    ceilings = []
+    partitions = options.partitions
+    try:
+        small, source = (
+            Source(f"bench-{uuid.uuid4().hex[:12]}", partitions, records)
+            for records in (WARM_UP_RECORDS, options.records)
+        )
+        for each in (small, source):
+            topics.create(each.topic, partitions)
+            topics.fill(each.topic, partitions, each.records, options.record_bytes)
+        # Untimed: fills the disk cache and writes the .pyc files, and fails early.
+        for who in competitors:
+            print(f"warming up: {who}", file=sys.stderr)
+            with serving(0) as url:
+                measure(topics, small, scenarios[0], who, url)
+        for scenario in scenarios:
+            with serving(scenario.latency_ms) as url:
+                ceilings.append(
+                    {"scenario": scenario.name, **stub.measure(url, scenario.batch_size)}
+                )
+                for turn in range(options.repeat):
+                    # Each time another one begins, so that none is always the one after a pause.
+                    first = turn % len(competitors)
+                    for who in competitors[first:] + competitors[:first]:
+                        run = measure(topics, source, scenario, who, url)
+                        runs.append(run)
+                        print(
+                            f"{scenario.name}: {who}: {run.records / run.secs:,.0f} records/s",
+                            file=sys.stderr,
+                        )
+    finally:
+        topics.delete_all()
+    rows = summarize(runs, scenarios, partitions)
+    return {
+        "records": options.records,
+        "partitions": partitions,
+        "record_bytes": options.record_bytes,
+        "repeat": options.repeat,
+        "python": sys.version.split()[0],
+        "cpus": os.cpu_count(),
+        # No process started from here can be shown with a smaller peak than this one's.
+        "least_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1),
+        "rows": rows,
+        "aims": judge(rows),
+        "stub": ceilings,
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def chosen(name: str, group: list[str], only: list[str] | None) -> bool:
+    """Whether `--only` leaves `name` in: it names it, or none of its group."""
+    named = [other for other in group if other in (only or ())]
+    return name in named or not named
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print a result."""
+    show(result["rows"])
+    print(
+        "\nrecords/s: from the start of the process to its exit. While calling: from its first call"
+        " to the last reply.\n% of limit: of partitions x batch / latency, and in brackets the same"
+        " while calling.\nPeak: of the largest process; this benchmark's own "
+        f"{result['least_peak_mb']:.0f} MB are the least it can show."
+    )
+    print("\nThe stub alone, with a client that only counts bytes:")
+    for ceiling in result["stub"]:
+        print(
+            f"  {ceiling['scenario']}: {ceiling['records_per_sec']:,} records/s, "
+            f"{ceiling['call_ms']} ms a call"
+        )
+    print()
+    for verdict in result["aims"]:
+        holds = {None: "not measured", True: "holds", False: "MISSED"}[verdict["holds"]]
+        figure = "" if verdict["figure"] is None else f" ({verdict['figure']:g})"
+        print(f"{holds}: {verdict['aim']}{figure}")
+
+
+def main() -> int:
+    """Run the benchmark; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--records", type=int, default=400_000, help="records in the topic")
+    parser.add_argument("--partitions", type=int, default=4)
+    parser.add_argument("--record_bytes", type=int, default=200, help="bytes of a record's value")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each; medians are shown")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=[*(scenario.name for scenario in SCENARIOS), *COMPETITORS],
+        help="a scenario or a competitor; may be given more than once",
+    )
+    parser.add_argument("--json", help="write the result to this file too")
+    parser.add_argument("--bootstrap_servers", help="a running broker, instead of starting one")
+    options = parser.parse_args()
+    # Ends by an exception, so that the processes and topics made here are cleaned up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if options.bootstrap_servers:
+        broker: Any = nullcontext()
+    else:
+        from tests.kafka_broker import KafkaBroker
+
+        broker = KafkaBroker()
+    try:
+        with broker as started:
+            servers = options.bootstrap_servers or started.bootstrap_servers
+            result = bench(servers, options)
+    except WrongResult as error:
+        print(f"WRONG RESULT: {error}", file=sys.stderr)
+        return 1
+    report(result)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=2)
+            file.write("\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Filling the benchmark's topic, and checking what a run left behind. Memory stays small: a child
+process's peak RSS is never reported below that of the parent it was started from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+
+class WrongResult(Exception):
+    """A run left something else than it should."""
+
+
+class Topics:
+    """The topics of one broker."""
+
+    def __init__(self, bootstrap_servers: str) -> None:
+        self.bootstrap_servers = bootstrap_servers
+        self._servers = {"bootstrap.servers": bootstrap_servers}
+        self._admin = AdminClient(self._servers)
+        self._created: list[str] = []
+
+    def create(self, topic: str, partitions: int) -> None:
+        """Create a topic and wait until it is there."""
+        self._admin.create_topics([NewTopic(topic, partitions, 1)])[topic].result(30)
+        self._created.append(topic)
+
+    def delete(self, topic: str) -> None:
+        """Delete a topic that `create` made."""
+        self._created.remove(topic)
+        self._admin.delete_topics([topic])[topic].result(30)
+
+    def delete_all(self) -> None:
+        """Delete what `create` made and is left."""
+        for topic in list(self._created):
+            self.delete(topic)
+
+    def fill(self, topic: str, partitions: int, records: int, record_bytes: int) -> None:
+        """Write JSON objects of about `record_bytes` bytes, spread evenly over the partitions."""
+        producer = Producer({**self._servers, "linger.ms": 20})
+        short = len(_record(0, ""))
+        padding = "x" * max(0, record_bytes - short)
+        for number in range(records):
+            value = _record(number, padding)
+            while True:
+                try:
+                    producer.produce(
+                        topic, value, key=f"key-{number}", partition=number % partitions
+                    )
+                    break
+                except BufferError:
+                    producer.poll(0.1)
+            if number % 1000 == 0:
+                producer.poll(0)
+        if producer.flush(60):
+            raise RuntimeError(f"not all records were written to {topic}")
+        ends = self._ends(topic)
+        if sum(ends) != records:
+            raise RuntimeError(f"{topic} has {sum(ends)} records, not {records}")
+
+    def check(self, topic: str, response_topic: str, group: str) -> None:
+        """Raise WrongResult unless every record has one response and the group is at the end.
+
+        Within a partition of the response topic the offsets of each source partition must rise:
+        that is what strict order promises, whichever way responses are spread over partitions.
+        """
+        ends = self._ends(topic)
+        seen = [bytearray(end) for end in ends]
+        responses = 0
+        for partition, end in enumerate(self._ends(response_topic)):
+            latest = [-1] * len(ends)
+            for message in self._read(response_topic, partition, end):
+                key = orjson.loads(message.key())
+                value = orjson.loads(message.value())
+                source, offset = key["partition"], key["offset"]
+                if key["topic"] != topic or any(value[name] != key[name] for name in key):
+                    raise WrongResult(f"a response's key {key} does not fit its value {value}")
+                if value["result"] != {"ok": True}:
+                    raise WrongResult(f"the response to {key} is {value}")
+                if seen[source][offset]:
+                    raise WrongResult(f"more than one response to {key}")
+                if offset <= latest[source]:
+                    raise WrongResult(f"the response to {key} comes after {latest[source]}'s")
+                seen[source][offset] = 1
+                latest[source] = offset
+                responses += 1
+        if responses != sum(ends):
+            raise WrongResult(f"{responses} responses to {sum(ends)} records")
+        committed = self._committed(group, topic, len(ends))
+        if committed != ends:
+            raise WrongResult(f"{group} has committed {committed}, the topic ends at {ends}")
+
+    def _ends(self, topic: str) -> list[int]:
+        consumer = Consumer({**self._servers, "group.id": "bench-check"})
+        try:
+            partitions = consumer.list_topics(topic, timeout=30).topics[topic].partitions
+            return [
+                consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=30)[1]
+                for partition in sorted(partitions)
+            ]
+        finally:
+            consumer.close()
+
+    def _committed(self, group: str, topic: str, partitions: int) -> list[int]:
+        consumer = Consumer({**self._servers, "group.id": group})
+        try:
+            wanted = [TopicPartition(topic, partition) for partition in range(partitions)]
+            return [found.offset for found in consumer.committed(wanted, timeout=30)]
+        finally:
+            consumer.close()
+
+    def _read(self, topic: str, partition: int, end: int) -> Any:
+        """Yield a partition's messages from its start to offset `end`."""
+        consumer = Consumer(
+            {
+                **self._servers,
+                "group.id": "bench-check",
+                "enable.auto.commit": False,
+                "auto.offset.reset": "earliest",
+                # Transaction markers take offsets too, so the end is asked for, not counted.
+                "enable.partition.eof": True,
+                "queued.max.messages.kbytes": 8192,
+                "fetch.message.max.bytes": 2_000_000,
+            }
+        )
+        try:
+            consumer.assign([TopicPartition(topic, partition, 0)])
+            while end:
+                messages: Sequence[Any] = consumer.consume(2000, 1.0)
+                for message in messages:
+                    error = message.error()
+                    if error is None:
+                        yield message
+                    elif error.name() == "_PARTITION_EOF":
+                        return
+                    else:
+                        raise KafkaException(error)
+        finally:
+            consumer.close()
+
+
+def _record(number: int, padding: str) -> bytes:
+    """A record's value: a flat object with a few types, of the same length for every `number`."""
+    return (
+        f'{{"id":{number + 1_000_000_000},"customer":"customer-{number % 9973:04}",'
+        f'"amount":{number % 9000 + 1000}.25,"paid":true,"note":"{padding}"}}'
+    ).encode()

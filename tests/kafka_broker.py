@@ -1,0 +1,681 @@
+"""A real Kafka broker for tests: one node, in its own Java process, on 127.0.0.1.
+
+    with KafkaBroker() as broker:
+        broker.create_topic("orders", partitions=2)
+        broker.produce("orders", [NewRecord(partition=0, key=b"k", value=b"v")])
+        assert [record.value for record in broker.read_all("orders")] == [b"v"]
+
+It needs Java 17 or newer and, once, Maven to fetch the jars:
+``python -m tests.kafka_broker --fetch``. The jars are kept outside the checkout, in
+``$BEAM_LAMBDA_SINK_CACHE`` (default ``~/.cache/beam-lambda-sink``).
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Producer,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic, OffsetSpec
+
+_POM = Path(__file__).parent / "kafka" / "pom.xml"
+
+# Records in one call of the consumer: large enough that the call itself costs nothing.
+_READ_CHUNK = 10_000
+# Records between two looks at delivery reports while producing.
+_POLL_EVERY = 10_000
+
+# What makes the start short: one compiler tier, a collector without threads, no JMX lookups.
+_JVM_FLAGS = (
+    "-Xmx512m",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:+UseSerialGC",
+    "-XX:+ExitOnOutOfMemoryError",
+    "-Xshare:auto",
+    "-Dlog4j2.level=WARN",
+    "-Dlog4j2.disableJmx=true",
+)
+
+_BROKER_CONFIG = {
+    "process.roles": "broker,controller",
+    "node.id": "1",
+    "listener.security.protocol.map": "BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT",
+    "inter.broker.listener.name": "BROKER",
+    "controller.listener.names": "CONTROLLER",
+    "num.partitions": "4",
+    # One node holds the only replica of everything; few partitions are created faster.
+    "offsets.topic.replication.factor": "1",
+    "offsets.topic.num.partitions": "4",
+    "transaction.state.log.replication.factor": "1",
+    "transaction.state.log.min.isr": "1",
+    "transaction.state.log.num.partitions": "4",
+    "group.initial.rebalance.delay.ms": "0",
+    # After a kill the new process may register only when the old one's session is over.
+    "broker.session.timeout.ms": "3000",
+    "broker.heartbeat.interval.ms": "500",
+    # Tests write records of any age: none may go because of its timestamp.
+    "log.retention.ms": "-1",
+    # Compaction has to be seen within seconds, and its buffer has to fit the small heap.
+    "log.cleaner.backoff.ms": "200",
+    "log.cleaner.dedupe.buffer.size": str(16 * 1024 * 1024),
+    "log.initial.task.delay.ms": "500",
+}
+
+
+class BrokerError(Exception):
+    """The broker cannot be fetched, started, or did not do in time what it was asked."""
+
+
+class NewRecord(NamedTuple):
+    """One record to write. A plain tuple in this order does as well."""
+
+    partition: int = 0
+    key: bytes | None = None
+    value: bytes | None = None
+    headers: Sequence[tuple[str, bytes | None]] = ()
+    timestamp: int | None = None
+    """Milliseconds since the epoch; None is the time of writing."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """One record as a reader of committed records gets it."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    """Milliseconds since the epoch."""
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...]
+
+
+def kafka_version() -> str:
+    """The broker's version, from ``tests/kafka/pom.xml``."""
+    maven = "{http://maven.apache.org/POM/4.0.0}"
+    for dependency in ElementTree.parse(_POM).iter(f"{maven}dependency"):
+        if (dependency.findtext(f"{maven}artifactId") or "").startswith("kafka_"):
+            return dependency.findtext(f"{maven}version") or ""
+    raise BrokerError(f"{_POM} names no Kafka version")
+
+
+def jar_folder() -> Path:
+    """The folder the jars are kept in; it exists only when it is complete."""
+    cache = os.environ.get("BEAM_LAMBDA_SINK_CACHE") or Path.home() / ".cache/beam-lambda-sink"
+    return Path(cache).absolute() / f"kafka-{kafka_version()}"
+
+
+def fetch_jars() -> Path:
+    """Return the folder with the jars; fetch them with Maven if it is not there yet.
+
+    Raises:
+        BrokerError: Maven is missing or failed; its output is in the message.
+    """
+    folder = jar_folder()
+    if folder.is_dir():
+        return folder
+    if shutil.which("mvn") is None:
+        raise BrokerError("Maven (mvn) is needed to fetch the Kafka jars and is not on the PATH")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        options = ["-DincludeScope=runtime", f"-DoutputDirectory={partial}"]
+        maven = subprocess.run(
+            ["mvn", "-q", "-B", "-f", str(_POM), "dependency:copy-dependencies", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if maven.returncode != 0:
+            raise BrokerError(f"Maven could not fetch the Kafka jars:\n{maven.stdout[-4000:]}")
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Somebody else was faster; what they fetched is the same.
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+class KafkaBroker:
+    """One broker process, its ports and its data; a context manager.
+
+    Entering starts it, leaving ends the process and removes the data. In between it can be
+    stopped, killed and started again on the same ports with the same data. It also ends when
+    the Python process that started it ends, in whatever way.
+
+    Args:
+        config: Broker settings added to or put in place of the usual ones.
+        start_timeout: Seconds until the broker must answer.
+    """
+
+    def __init__(
+        self, config: Mapping[str, str] | None = None, *, start_timeout: float = 60
+    ) -> None:
+        self._start_timeout = start_timeout
+        self._port, self._controller_port = _free_ports(2)
+        self._config = {
+            **_BROKER_CONFIG,
+            "listeners": f"BROKER://127.0.0.1:{self._port}"
+            f",CONTROLLER://127.0.0.1:{self._controller_port}",
+            "advertised.listeners": f"BROKER://127.0.0.1:{self._port}",
+            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
+            **(config or {}),
+        }
+        self._folder: Path | None = None
+        self._server: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
+        self._admin: AdminClient | None = None
+
+    def __enter__(self) -> KafkaBroker:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # The process
+
+    @property
+    def bootstrap_servers(self) -> str:
+        """``host:port``; the same over restarts."""
+        return f"127.0.0.1:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The Java process's id; None while it does not run."""
+        return self._server.pid if self._server else None
+
+    @property
+    def log_path(self) -> Path:
+        """The server's log, of all its starts."""
+        if self._folder is None:
+            raise BrokerError("the broker was never started")
+        return self._folder / "server.log"
+
+    def start(self) -> None:
+        """Start the broker and return when it answers and every partition has a leader.
+
+        Raises:
+            BrokerError: It runs already, or did not come up; the log's end is in the message.
+        """
+        if self._server is not None:
+            raise BrokerError("the broker runs already")
+        classpath = f"{fetch_jars()}/*"
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="kafka-broker-"))
+            self._format(classpath)
+        with self.log_path.open("ab") as log:
+            self._server = subprocess.Popen(
+                [*_java(classpath), "kafka.Kafka", str(self._folder / "server.properties")],
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C is for the tests: they end the broker when they are done with it.
+                start_new_session=True,
+            )
+        self._watchdog = _watch(self._server.pid, self._folder)
+        try:
+            self._wait_until_up()
+        except BaseException:
+            self.kill()
+            raise
+
+    def stop(self) -> None:
+        """End the process with SIGTERM, as an orderly shutdown does. Nothing if it is not up.
+
+        Raises:
+            BrokerError: It was still there after 30 seconds, and was killed.
+        """
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the process with SIGKILL, as a crash does. Nothing if it is not up."""
+        self._end(signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process and remove the data. The object can be started again, empty."""
+        self.kill()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _format(self, classpath: str) -> None:
+        """Write the settings and prepare the data folder, as a new cluster of one node."""
+        assert self._folder is not None
+        properties = self._folder / "server.properties"
+        lines = {**self._config, "log.dirs": str(self._folder / "data")}
+        properties.write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
+        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        # With "=", because an id may begin with a dash.
+        options = [f"--cluster-id={cluster_id}", f"--config={properties}"]
+        done = subprocess.run(
+            [*_java(classpath), "kafka.tools.StorageTool", "format", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise BrokerError(f"the broker's data folder cannot be made:\n{done.stdout[-4000:]}")
+
+    def _wait_until_up(self) -> None:
+        assert self._server is not None
+        deadline = time.monotonic() + self._start_timeout
+        while True:
+            if self._server.poll() is not None:
+                problem = f"the broker ended with exit code {self._server.returncode}"
+                break
+            if time.monotonic() > deadline:
+                problem = f"the broker did not answer within {self._start_timeout:g} s"
+                break
+            try:
+                metadata = self._client().list_topics(timeout=1)
+            except KafkaException:
+                continue
+            partitions = (p for t in metadata.topics.values() for p in t.partitions.values())
+            if metadata.brokers and all(partition.leader >= 0 for partition in partitions):
+                return
+            time.sleep(0.02)
+        log = self.log_path.read_text(errors="replace")[-6000:]
+        raise BrokerError(f"{problem}; the end of its log:\n{log}")
+
+    def _end(self, how: signal.Signals) -> None:
+        server, self._server = self._server, None
+        watchdog, self._watchdog = self._watchdog, None
+        # The next start gets a new client: this one would wait longer and longer to reconnect.
+        self._admin = None
+        if watchdog is not None:
+            # First, so that it never sees a process id that is somebody else's by then.
+            watchdog.kill()
+            watchdog.communicate()
+        if server is None:
+            return
+        server.send_signal(how)
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+            raise BrokerError("the broker did not stop within 30 s and was killed") from None
+
+    # Topics
+
+    def create_topic(self, name: str, partitions: int = 4, **config: object) -> None:
+        """Create a topic; return when every partition has a leader.
+
+        Args:
+            name: The topic.
+            partitions: How many.
+            config: The topic's settings, an underscore for each dot:
+                ``cleanup_policy="compact"``.
+
+        Raises:
+            KafkaException: The broker refused, for instance because the topic exists.
+            BrokerError: The partitions have no leader after 30 seconds.
+        """
+        settings = {key.replace("_", "."): str(value) for key, value in config.items()}
+        topic = NewTopic(name, num_partitions=partitions, replication_factor=1, config=settings)
+        self._client().create_topics([topic])[name].result()
+        self._wait_for_partitions(name, partitions)
+
+    def delete_topic(self, name: str) -> None:
+        """Delete a topic; return when the broker no longer lists it.
+
+        Raises:
+            KafkaException: The broker refused, for instance because there is no such topic.
+            BrokerError: It is still listed after 30 seconds.
+        """
+        self._client().delete_topics([name])[name].result()
+        wait_until(lambda: not self._leaders(name), f"topic {name} was deleted and is still listed")
+
+    def add_partitions(self, name: str, total: int) -> None:
+        """Raise a topic's partitions to ``total``; return when each has a leader.
+
+        Raises:
+            KafkaException: The broker refused, for instance because it has as many already.
+            BrokerError: The partitions have no leader after 30 seconds.
+        """
+        self._client().create_partitions([NewPartitions(name, total)])[name].result()
+        self._wait_for_partitions(name, total)
+
+    def partitions(self, topic: str) -> list[int]:
+        """The topic's partitions, in order; empty when there is no such topic."""
+        return sorted(self._leaders(topic))
+
+    def end_offsets(self, topic: str) -> dict[int, int]:
+        """The offset the next record gets, per partition.
+
+        Aborted records and the markers of transactions have taken offsets too.
+        """
+        return self._list_offsets(topic, OffsetSpec.latest())
+
+    def start_offsets(self, topic: str) -> dict[int, int]:
+        """The first offset that is still kept, per partition."""
+        return self._list_offsets(topic, OffsetSpec.earliest())
+
+    # Records
+
+    def produce(
+        self,
+        topic: str,
+        records: Iterable[NewRecord | tuple[Any, ...]],
+        transaction: Literal["commit", "abort"] | None = None,
+        timeout: float = 60,
+    ) -> int:
+        """Write records, each partition's in the order given; return how many.
+
+        Returns when the broker has them all; 400,000 take a few seconds. If it dies meanwhile,
+        records may be there twice.
+
+        Args:
+            topic: Created with four partitions when it does not exist.
+            records: ``NewRecord``s, or tuples (partition, key, value, headers, timestamp) of
+                which the last may be left out.
+            transaction: Write all of them in one transaction, and end it this way.
+            timeout: Seconds to wait for the broker once all records are handed over.
+
+        Raises:
+            KafkaException: A record was refused.
+            BrokerError: Not all were written in time.
+        """
+        failures: list[KafkaError] = []
+
+        def on_delivery(error: KafkaError | None, _message: object) -> None:
+            if error is not None:
+                failures.append(error)
+
+        settings: dict[str, Any] = {
+            "bootstrap.servers": self.bootstrap_servers,
+            # Keeps the order over a retry. An idempotent producer would too, but half a second
+            # goes by before it gets its id.
+            "max.in.flight.requests.per.connection": 1,
+            "linger.ms": 5,
+            "batch.num.messages": 100_000,
+            "queue.buffering.max.messages": 200_000,
+            "message.max.bytes": 100_000_000,  # the topic's limit is the one that counts
+            "delivery.report.only.error": True,  # a callback per record would cost the most
+            "log_level": 2,
+        }
+        if transaction is not None:
+            settings["transactional.id"] = f"test-{uuid.uuid4()}"  # this one is idempotent
+        producer = Producer(settings)
+        if transaction is not None:
+            producer.init_transactions(timeout)
+            producer.begin_transaction()
+        count = 0
+        for record in records:
+            partition, key, value, headers, timestamp = NewRecord(*record)
+            while True:
+                try:
+                    producer.produce(
+                        topic,
+                        value,
+                        key,
+                        partition,
+                        on_delivery,
+                        timestamp=timestamp or 0,
+                        headers=list(headers),
+                    )
+                    break
+                except BufferError:
+                    producer.poll(0.1)
+            count += 1
+            if count % _POLL_EVERY == 0:
+                producer.poll(0)
+        left = producer.flush(timeout)
+        if failures:
+            raise KafkaException(failures[0])
+        if left:
+            raise BrokerError(f"{left} of {count} records were not written within {timeout:g} s")
+        if transaction == "commit":
+            producer.commit_transaction(timeout)
+        elif transaction == "abort":
+            producer.abort_transaction(timeout)
+        return count
+
+    def read_all(self, topic: str, timeout: float = 60) -> list[StoredRecord]:
+        """Every committed record of a topic, sorted by partition and offset.
+
+        A partition with an open transaction is read up to that transaction's first record.
+
+        Raises:
+            KafkaException: The broker answered with an error.
+            BrokerError: There is no such topic, or the ends were not reached within
+                ``timeout`` seconds.
+        """
+        # Stays open till every partition's end was seen: the end-of-partition event comes also
+        # for an empty partition, and when what is left are aborted records.
+        open_partitions = set(self.partitions(topic))
+        if not open_partitions:
+            raise BrokerError(f"there is no topic {topic}")
+        consumer = self._consumer(f"read-all-{uuid.uuid4()}")
+        records: list[StoredRecord] = []
+        try:
+            # Connects at once; without it the first fetch is half a second late.
+            consumer.list_topics(topic, timeout=30)
+            consumer.assign([TopicPartition(topic, p, OFFSET_BEGINNING) for p in open_partitions])
+            deadline = time.monotonic() + timeout
+            while open_partitions:
+                if time.monotonic() > deadline:
+                    raise BrokerError(
+                        f"{topic}: the ends of partitions {sorted(open_partitions)} were not "
+                        f"reached within {timeout:g} s, after {len(records)} records"
+                    )
+                # Returns at its timeout or when full, so a short one: the end comes in between.
+                for message in consumer.consume(_READ_CHUNK, timeout=0.05):
+                    error = message.error()
+                    if error is None:
+                        records.append(
+                            StoredRecord(
+                                topic,
+                                message.partition(),
+                                message.offset(),
+                                message.timestamp()[1],
+                                message.key(),
+                                message.value(),
+                                tuple(message.headers() or ()),
+                            )
+                        )
+                    elif error.code() == KafkaError._PARTITION_EOF:
+                        open_partitions.discard(message.partition())
+                    elif not error.retriable():
+                        raise KafkaException(error)
+        finally:
+            consumer.close()
+        records.sort(key=lambda record: (record.partition, record.offset))
+        return records
+
+    def committed(self, group: str, topic: str) -> dict[int, int]:
+        """The offset a group would read next, per partition; without those it never committed."""
+        consumer = self._consumer(group)
+        try:
+            asked = [TopicPartition(topic, partition) for partition in self.partitions(topic)]
+            answer = consumer.committed(asked, timeout=30)
+        finally:
+            consumer.close()
+        for entry in answer:
+            if entry.error is not None:
+                raise KafkaException(entry.error)
+        return {entry.partition: entry.offset for entry in answer if entry.offset >= 0}
+
+    def compact_wait(self, topic: str, fewer_than: int, timeout: float = 60) -> list[StoredRecord]:
+        """Wait until compaction has left fewer than so many records; return what is left.
+
+        Kafka never compacts a partition's newest segment. A segment ends when a record comes
+        whose timestamp is ``segment.ms`` after that of the segment's first, so write one such
+        record to each partition before: with its timestamp set nobody has to wait for it.
+
+        Raises:
+            BrokerError: There are still as many after ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            records = self.read_all(topic)
+            if len(records) < fewer_than:
+                return records
+            if time.monotonic() > deadline:
+                raise BrokerError(f"{topic} still has {len(records)} records: not compacted")
+            time.sleep(0.2)
+
+    # Clients
+
+    def _client(self) -> AdminClient:
+        if self._server is None:
+            raise BrokerError("the broker is not up")
+        if self._admin is None:
+            self._admin = AdminClient(
+                {
+                    "bootstrap.servers": self.bootstrap_servers,
+                    # While the broker starts its port is closed: try often, say nothing.
+                    "reconnect.backoff.ms": 50,
+                    "reconnect.backoff.max.ms": 200,
+                    "log_level": 2,
+                }
+            )
+        return self._admin
+
+    def _consumer(self, group: str) -> Consumer:
+        return Consumer(
+            {
+                "bootstrap.servers": self.bootstrap_servers,
+                "group.id": group,
+                "isolation.level": "read_committed",
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "enable.partition.eof": True,
+                "auto.offset.reset": "earliest",
+                "queued.min.messages": 200_000,
+                "fetch.wait.max.ms": 20,  # the last fetch of a partition waits for nothing
+                "log_level": 2,
+            }
+        )
+
+    def _leaders(self, topic: str) -> dict[int, int]:
+        """The leader of each partition (-1: none); empty when there is no such topic."""
+        # All topics are asked for: to ask for one by its name would create it.
+        metadata = self._client().list_topics(timeout=30).topics.get(topic)
+        return {p.id: p.leader for p in metadata.partitions.values()} if metadata else {}
+
+    def _wait_for_partitions(self, topic: str, count: int) -> None:
+        def ready() -> bool:
+            leaders = self._leaders(topic)
+            return len(leaders) == count and min(leaders.values()) >= 0
+
+        wait_until(ready, f"topic {topic} does not have {count} partitions with a leader")
+
+    def _list_offsets(self, topic: str, which: OffsetSpec) -> dict[int, int]:
+        asked = {TopicPartition(topic, partition): which for partition in self.partitions(topic)}
+        if not asked:
+            raise BrokerError(f"there is no topic {topic}")
+        answers = self._client().list_offsets(asked, request_timeout=30)
+        return {at.partition: answer.result().offset for at, answer in answers.items()}
+
+
+def _java(classpath: str) -> list[str]:
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home, "bin", "java")) if home else "java"
+    if shutil.which(java) is None:
+        raise BrokerError(f"Java 17 or newer is needed, and there is no {java}")
+    return [java, *_JVM_FLAGS, "-cp", classpath]
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now.
+
+    They are taken from below the range outgoing connections get theirs from, so that none of
+    those has the port while the broker is down between two starts.
+    """
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise BrokerError("there is no free port between 20000 and 32000")
+
+
+def _watch(pid: int, folder: Path) -> subprocess.Popen[bytes]:
+    """Start a shell that kills the process and removes its data when this process is gone.
+
+    It reads from a pipe that only this process holds open, so it sees the end of it also after
+    a SIGKILL, which leaves no time for anything else.
+    """
+    return subprocess.Popen(
+        ["sh", "-c", 'read -r _; kill -9 "$1" && rm -rf "$2"', "sh", str(pid), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool], problem: str, timeout: float = 30) -> None:
+    """Return when the condition holds; it is tried every 20 ms.
+
+    Raises:
+        BrokerError: It does not after ``timeout`` seconds; the message is ``problem`` and that.
+    """
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise BrokerError(f"{problem} after {timeout:g} s")
+        time.sleep(0.02)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    if list(arguments) == ["--fetch"]:
+        try:
+            fetch_jars()
+        except BrokerError as error:
+            print(error, file=sys.stderr)
+            return 1
+        return 0
+    if list(arguments) == ["--fetched"]:
+        return 0 if jar_folder().is_dir() else 1
+    print(
+        "usage: python -m tests.kafka_broker --fetch | --fetched\n"
+        "  --fetch    fetch the Kafka jars if they are not there yet\n"
+        "  --fetched  exit with 0 if they are there, else 1",
+        file=sys.stderr,
+    )
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

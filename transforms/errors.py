@@ -1,0 +1,61 @@
+"""The errors of the pipeline, and what becomes of each.
+
+::
+
+    SinkError                 one line for the user: what, the value, what to do
+    ├── UsageError            a wrong option or settings file            exit code 2
+    ├── KafkaError            broker unreachable, topic missing, ...     exit code 1
+    ├── WriteError            a response or error record not delivered   exit code 1
+    └── FunctionConfigError   no such function, access denied, ...       exit code 1
+
+Errors of single invocations are no exceptions but values: see `transforms.outcome`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+class SinkError(Exception):
+    """Base of all errors whose text is meant for the user. Never holds a payload or a secret."""
+
+    exit_code = 1
+
+
+class UsageError(SinkError):
+    """Options that do not fit. Holds all problems found, one line each."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class KafkaError(SinkError):
+    """Kafka cannot be reached, or lacks what the pipeline needs."""
+
+
+class WriteError(SinkError):
+    """A response or error record was not acknowledged; nothing behind it was committed."""
+
+
+class FunctionConfigError(SinkError):
+    """The function cannot be invoked as configured; trying again would not help."""
+
+
+_STEP = re.compile(r" \[while running .*", re.DOTALL)
+_RAISED = re.compile(r"transforms\.errors\.(KafkaError|WriteError|FunctionConfigError): (.*)")
+
+
+def from_runner(error: BaseException) -> BaseException:
+    """The error of ours that a runner wraps, without what it adds; any other error as it is.
+
+    A runner in the same process adds the step's name to the text; others hand over no more than
+    a worker's stack trace as text.
+    """
+    if isinstance(error, SinkError):
+        return type(error)(_STEP.sub("", str(error)))
+    raised = _RAISED.findall(str(error))
+    return globals()[raised[-1][0]](_STEP.sub("", raised[-1][1])) if raised else error

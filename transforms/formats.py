@@ -1,0 +1,275 @@
+"""Formats: responses and failures -> Kafka keys, values and headers. Pure.
+
+Keys and values are those of the Confluent Lambda connector. What it has no field for travels in
+headers, the original records among them, byte for byte (docs/error-records.md).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+import fastavro
+import orjson
+
+from transforms.records import NO_TIMESTAMP, Failure, Records
+
+FORMATS = ("json", "json_schema", "string")
+
+_SHORT_PAYLOAD = 16_384
+
+HEADER_PREFIX = "lambda."
+ORIGINAL_HEADER = HEADER_PREFIX + "original"
+
+ORIGINAL_SCHEMA = fastavro.parse_schema(
+    {
+        "type": "record",
+        "name": "OriginalRecord",
+        "namespace": "beam_lambda_sink",
+        "fields": [
+            {"name": "topic", "type": "string"},
+            {"name": "partition", "type": "int"},
+            {"name": "offset", "type": "long"},
+            {"name": "timestamp", "type": "long"},
+            {"name": "key", "type": ["null", "bytes"]},
+            {"name": "value", "type": ["null", "bytes"]},
+            {
+                "name": "headers",
+                "type": {
+                    "type": "array",
+                    "items": {
+                        "type": "record",
+                        "name": "Header",
+                        "fields": [
+                            {"name": "name", "type": "string"},
+                            {"name": "value", "type": ["null", "bytes"]},
+                        ],
+                    },
+                },
+            },
+        ],
+    }
+)
+"""Avro schema of an `ORIGINAL_HEADER`; written without a container, one record each."""
+
+
+def _field(name: str, type: str, optional: bool = False) -> dict[str, Any]:
+    return {"type": type, "optional": optional, "field": name}
+
+
+def _struct(fields: Sequence[dict[str, Any]]) -> bytes:
+    return orjson.dumps({"type": "struct", "fields": fields, "optional": False})
+
+
+_RESPONSE_KEY = _struct(
+    [_field("topic", "string"), _field("partition", "int32"), _field("offset", "int64")]
+)
+_RESPONSE_VALUE = orjson.dumps({"type": "string", "optional": False})
+_ERROR_KEY = _struct(
+    [
+        _field("topic", "string"),
+        _field("partition", "int32"),
+        _field("startOffset", "int64"),
+        _field("endOffset", "int64"),
+    ]
+)
+_ERROR_VALUE = _struct(
+    [
+        _field("functionName", "string"),
+        _field("inputPayload", "string", optional=True),
+        _field("statusCode", "int32"),
+        _field("functionError", "string", optional=True),
+        _field("logResult", "string", optional=True),
+        _field("payload", "string", optional=True),
+        _field("executedVersion", "string", optional=True),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRecord:
+    """One Kafka record for the error topic.
+
+    Attributes:
+        key: As bytes, in the format asked for.
+        value: As bytes, in the format asked for.
+        headers: Facts and originals; names may repeat.
+    """
+
+    key: bytes
+    value: bytes
+    headers: Sequence[tuple[str, bytes]]
+
+    @property
+    def size_bytes(self) -> int:
+        """About what the record takes on the wire."""
+        headers = sum(len(name) + len(value) + 10 for name, value in self.headers)
+        return len(self.key) + len(self.value) + headers + 100
+
+
+def response_keys(topic: str, partition: int, offsets: Sequence[int], format: str) -> list[bytes]:
+    """Keys of response records: the coordinates of the record that is answered."""
+    name = orjson.dumps(topic).replace(b"%", b"%%")
+    if format == "string":
+        template = b"Struct{topic=%b,partition=%d,offset=%%d}" % (
+            topic.encode().replace(b"%", b"%%"),
+            partition,
+        )
+    else:
+        template = b'{"topic":%b,"partition":%d,"offset":%%d}' % (name, partition)
+    if format == "json_schema":
+        template = b'{"schema":' + _RESPONSE_KEY + b',"payload":' + template + b"}"
+    return [template % offset for offset in offsets]
+
+
+def response_values(results: Sequence[bytes], format: str) -> Sequence[bytes]:
+    """Values of response records: the reply entry's payload, as text."""
+    if format != "json_schema":
+        return results
+    head = b'{"schema":' + _RESPONSE_VALUE + b',"payload":'
+    return [head + orjson.dumps(result.decode()) + b"}" for result in results]
+
+
+def error_key(
+    topic: str, partition: int, start_offset: int, end_offset: int, format: str
+) -> bytes:
+    """Key of an error record: the range of offsets that failed, its end exclusive."""
+    fields = {
+        "topic": topic,
+        "partition": partition,
+        "startOffset": start_offset,
+        "endOffset": end_offset,
+    }
+    return _encode(fields, _ERROR_KEY, format)
+
+
+def error_value(failure: Failure, function: str, input_payload: str | None, format: str) -> bytes:
+    """Value of an error record, with the Confluent connector's fields."""
+    fields = {
+        "functionName": function,
+        "inputPayload": input_payload,
+        "statusCode": failure.status_code,
+        "functionError": failure.function_error,
+        "logResult": failure.log_result,
+        "payload": failure.payload,
+        "executedVersion": failure.executed_version,
+    }
+    return _encode(fields, _ERROR_VALUE, format)
+
+
+def _encode(fields: Mapping[str, Any], schema: bytes, format: str) -> bytes:
+    if format == "string":
+        # As Connect prints a struct: fields without a value are left out.
+        text = ",".join(f"{k}={v}" for k, v in fields.items() if v is not None)
+        return f"Struct{{{text}}}".encode()
+    encoded = orjson.dumps(fields)
+    if format == "json_schema":
+        return b'{"schema":' + schema + b',"payload":' + encoded + b"}"
+    return encoded
+
+
+def error_facts(failure: Failure, function: str) -> dict[str, str]:
+    """What is known about a failure besides the record's value; for headers and for the log."""
+    timestamps = [ms for ms in failure.records.timestamps if ms != NO_TIMESTAMP]
+    facts = {
+        "error.type": failure.error_type,
+        "error.message": failure.message[:1000],
+        "condition": failure.condition,
+        "attempts": str(failure.attempts),
+        "function": function,
+        "executed.version": failure.executed_version,
+        "request.id": failure.request_id,
+        "first.timestamp": _iso(timestamps[0]) if timestamps else None,
+        "last.timestamp": _iso(timestamps[-1]) if timestamps else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def error_records(
+    topic: str, partition: int, failure: Failure, function: str, format: str, max_bytes: int
+) -> Iterator[tuple[Failure, ErrorRecord]]:
+    """Error records for one failure: one, or as many as it takes to stay below a size.
+
+    Args:
+        topic: Where the records came from.
+        partition: Where the records came from.
+        failure: The records and the facts.
+        function: The function's name.
+        format: One of `FORMATS`.
+        max_bytes: Size above which a failure of several records is divided, and that of a
+            single record goes without its `inputPayload` (its original is kept all the same)
+            and with no more than the beginning of what the function returned.
+
+    Yields:
+        Each error record with the part of the failure that it holds.
+    """
+    whole = _error_record(topic, partition, failure, function, format, with_input=True)
+    if whole.size_bytes <= max_bytes:
+        yield failure, whole
+    elif len(failure) == 1:
+        short = replace(failure, payload=(failure.payload or "")[:_SHORT_PAYLOAD] or None)
+        bare = _error_record(topic, partition, short, function, format, with_input=False)
+        yield failure, bare
+    else:
+        middle = len(failure) // 2
+        for low, high in ((0, middle), (middle, len(failure))):
+            half = replace(
+                failure,
+                records=failure.records.slice(low, high),
+                entries=failure.entries[low:high],
+            )
+            yield from error_records(topic, partition, half, function, format, max_bytes)
+
+
+def _error_record(
+    topic: str, partition: int, failure: Failure, function: str, format: str, with_input: bool
+) -> ErrorRecord:
+    offsets = failure.records.offsets
+    key = error_key(topic, partition, offsets[0], offsets[-1] + 1, format)
+    payload = (b"[" + b",".join(failure.entries) + b"]").decode() if with_input else None
+    headers = [
+        (HEADER_PREFIX + name, value.encode())
+        for name, value in error_facts(failure, function).items()
+    ]
+    if not with_input:
+        headers.append((HEADER_PREFIX + "input.payload.omitted", b"true"))
+    originals = encode_originals(topic, partition, failure.records)
+    headers += [(ORIGINAL_HEADER, original) for original in originals]
+    return ErrorRecord(key, error_value(failure, function, payload, format), headers)
+
+
+def encode_originals(topic: str, partition: int, records: Records) -> list[bytes]:
+    """Each record as Kafka had it, as Avro of `ORIGINAL_SCHEMA`."""
+    encoded = []
+    for offset, timestamp, key, value, headers in zip(
+        records.offsets, records.timestamps, records.keys, records.values, records.headers
+    ):
+        buffer = io.BytesIO()
+        fastavro.schemaless_writer(
+            buffer,
+            ORIGINAL_SCHEMA,
+            {
+                "topic": topic,
+                "partition": partition,
+                "offset": offset,
+                "timestamp": timestamp,
+                "key": key,
+                "value": value,
+                "headers": [{"name": name, "value": value} for name, value in headers or ()],
+            },
+        )
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def decode_original(data: bytes) -> dict[str, Any]:
+    """The record in an `ORIGINAL_HEADER`, with the fields of `ORIGINAL_SCHEMA`."""
+    return fastavro.schemaless_reader(io.BytesIO(data), ORIGINAL_SCHEMA, None)  # type: ignore
+
+
+def _iso(ms: int) -> str:
+    moment = datetime.fromtimestamp(ms / 1000, tz=timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,321 @@
+"""Invoker: an ordered asynchronous call. One per worker process, shared by all DoFn instances.
+
+Each partition has a queue that is worked strictly in order, one call at a time; different
+partitions run side by side up to `max_concurrency` calls. A partition that waits (backoff,
+throttle) holds no thread. Knows neither Beam nor boto3: the call is injected.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from time import monotonic
+
+from transforms.outcome import Outcome
+from transforms.records import Batch, Finished, PartitionKey
+from transforms.retry import Call, Delivery, RetryPolicy, Step, Wait
+
+_LOGGER = logging.getLogger(__name__)
+
+CallFunction = Callable[[Batch, Call], Outcome]
+
+
+@dataclass(slots=True)
+class _Queue:
+    """One partition: what is waiting, what is being worked on, and where it stands."""
+
+    key: PartitionKey
+    batches: deque[Batch] = field(default_factory=deque)
+    delivery: Delivery | None = None
+    steps: Generator[Step, Outcome, None] | None = None
+    scheduled: bool = False
+    halted: Finished | None = None
+    records: int = 0
+    bytes: int = 0
+    waiting: Wait | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """A partition's queue as the outside may see it.
+
+    Attributes:
+        batches: Batches not yet finished, the one being worked on included.
+        records: Records in them.
+        bytes: Bytes of their payloads.
+        halted: Whether a failure stopped the partition.
+        waiting: Whether it is backing off right now.
+    """
+
+    batches: int = 0
+    records: int = 0
+    bytes: int = 0
+    halted: bool = False
+    waiting: bool = False
+
+
+class Invoker:
+    """Works the queues of all partitions of a process.
+
+    Args:
+        call: Invokes the function with a part of a batch and classifies what came back; any
+            exception it raises is taken for a bug and ends the run.
+        policy: When to repeat, split and give up.
+        max_concurrency: Calls at once, and threads at most.
+        clock: Seconds since the epoch, for record age.
+        timer: Monotonic seconds, for waits.
+        random: Uniform in [0, 1), for jitter.
+    """
+
+    def __init__(
+        self,
+        call: CallFunction,
+        policy: RetryPolicy,
+        max_concurrency: int,
+        clock: Callable[[], float],
+        random: Callable[[], float],
+        timer: Callable[[], float] = monotonic,
+    ) -> None:
+        self._call = call
+        self._policy = policy
+        self._max_concurrency = max_concurrency
+        self._clock = clock
+        self._random = random
+        self._timer = timer
+        self._changed = threading.Condition()
+        self._queues: dict[PartitionKey, _Queue] = {}
+        self._ready: deque[_Queue] = deque()
+        self._waits: list[tuple[float, int, _Queue]] = []
+        self._order = itertools.count()
+        self._finished: list[Finished] = []
+        self._finished_records = 0
+        self._finished_since: float | None = None
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._in_flight = 0
+        self._stopping = False
+        self._broken: BaseException | Outcome | None = None
+
+    # -- handing over and collecting ------------------------------------------------------
+
+    def submit(self, batches: Iterable[Batch]) -> None:
+        """Append batches to their partitions' queues. Never blocks; see `queues` for room."""
+        with self._changed:
+            for batch in batches:
+                queue = self._queues.setdefault(batch.key, _Queue(batch.key))
+                if queue.halted or self._stopping:
+                    continue
+                queue.batches.append(batch)
+                queue.records += len(batch)
+                queue.bytes += batch.payload_bytes
+                self._schedule(queue)
+
+    def collect(self) -> list[Finished]:
+        """Take everything that has finished since the last call, in order per partition."""
+        with self._changed:
+            finished, self._finished = self._finished, []
+            self._finished_records = 0
+            self._finished_since = None
+            return finished
+
+    def wait(self, done: Callable[[Invoker], bool], timeout_secs: float) -> bool:
+        """Block until `done`, asked after every change, or the time is over; says which."""
+        with self._changed:
+            return self._changed.wait_for(lambda: done(self), timeout_secs)
+
+    # -- what can be seen -----------------------------------------------------------------
+
+    def queue(self, key: PartitionKey) -> QueueView:
+        """How one partition stands."""
+        with self._changed:
+            queue = self._queues.get(key)
+            return _view(queue) if queue else QueueView()
+
+    @property
+    def pending_batches(self) -> int:
+        """Batches handed over and not finished, those of halted partitions left out."""
+        with self._changed:
+            return sum(_view(queue).batches for queue in self._queues.values())
+
+    @property
+    def finished_records(self) -> int:
+        """Records that are finished and not yet collected."""
+        return self._finished_records
+
+    @property
+    def finished_age_secs(self) -> float:
+        """How long the oldest finished batch has waited to be collected; 0 if there is none."""
+        since = self._finished_since
+        return 0.0 if since is None else self._timer() - since
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether there is anything to collect."""
+        return bool(self._finished)
+
+    @property
+    def halted(self) -> list[Finished]:
+        """The batches that stopped their partitions."""
+        with self._changed:
+            return [queue.halted for queue in self._queues.values() if queue.halted]
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that are running right now."""
+        return self._in_flight
+
+    @property
+    def broken(self) -> BaseException | Outcome | None:
+        """What stopped all work: a configuration outcome, or an exception of ours."""
+        return self._broken
+
+    # -- ending ---------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Begin no further call. Running calls end; what they finish can be collected."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    def join(self, timeout_secs: float) -> bool:
+        """After `stop`: wait until no call is running. False if the time was over first."""
+        deadline = self._timer() + timeout_secs
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - self._timer()))
+        with self._changed:
+            # What was backing off is left where it stands, with the records it has done.
+            for queue in self._queues.values():
+                if queue.waiting and queue.delivery:
+                    queue.waiting = None
+                    self._finish(queue, queue.delivery)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    # -- the threads ----------------------------------------------------------------------
+
+    def _schedule(self, queue: _Queue) -> None:
+        """Put a queue that has work in line, once. Holds the lock."""
+        if queue.scheduled or not (queue.batches or queue.delivery):
+            return
+        queue.scheduled = True
+        self._ready.append(queue)
+        if self._stopping:
+            return
+        if self._idle == 0 and len(self._threads) < self._max_concurrency:
+            thread = threading.Thread(
+                target=self._work, name=f"invoke-{len(self._threads)}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+        else:
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while queue := self._next():
+            try:
+                self._advance(queue)
+            except BaseException as error:
+                _LOGGER.debug("invoke thread failed", exc_info=True)
+                with self._changed:
+                    self._break(error)
+                return
+
+    def _next(self) -> _Queue | None:
+        """Wait for a queue whose turn it is; None when no more work may begin."""
+        with self._changed:
+            while True:
+                if self._stopping or self._broken:
+                    return None
+                now = self._timer()
+                while self._waits and self._waits[0][0] <= now:
+                    queue = heapq.heappop(self._waits)[2]
+                    queue.waiting = None
+                    self._ready.append(queue)
+                if self._ready:
+                    return self._ready.popleft()
+                self._idle += 1
+                self._changed.wait(self._waits[0][0] - now if self._waits else None)
+                self._idle -= 1
+
+    def _advance(self, queue: _Queue) -> None:
+        """Work on the head of a queue until it is finished or has to wait."""
+        if queue.delivery is None:
+            with self._changed:
+                batch = queue.batches.popleft()
+                queue.delivery = Delivery(batch, self._policy, self._clock, self._random)
+                queue.steps = queue.delivery.steps()
+        delivery, steps = queue.delivery, queue.steps
+        assert steps is not None
+        step = next(steps, None)
+        while isinstance(step, Call):
+            if self._stopping:
+                steps.close()
+                break
+            outcome = self._invoke(delivery, step)
+            step = _send(steps, outcome)
+        with self._changed:
+            if isinstance(step, Wait) and not self._stopping:
+                queue.waiting = step
+                due = self._timer() + step.secs
+                heapq.heappush(self._waits, (due, next(self._order), queue))
+                self._changed.notify_all()
+                return
+            self._finish(queue, delivery)
+
+    def _invoke(self, delivery: Delivery, call: Call) -> Outcome:
+        with self._changed:
+            self._in_flight += 1
+        started = self._timer()
+        try:
+            return self._call(delivery.batch, call)
+        finally:
+            delivery.finished.stats.invoke_ms += round((self._timer() - started) * 1000)
+            with self._changed:
+                self._in_flight -= 1
+
+    def _finish(self, queue: _Queue, delivery: Delivery) -> None:
+        """The head is done, halted, or abandoned. Holds the lock."""
+        batch, finished = delivery.batch, delivery.finished
+        queue.delivery = queue.steps = None
+        queue.scheduled = False
+        queue.records -= len(batch)
+        queue.bytes -= batch.payload_bytes
+        self._finished.append(finished)
+        self._finished_records += sum(map(len, finished.parts))
+        if self._finished_since is None:
+            self._finished_since = self._timer()
+        if delivery.config_error:
+            self._break(delivery.config_error)
+        elif finished.halted:
+            queue.halted = finished
+            queue.batches.clear()
+            queue.records = queue.bytes = 0
+        else:
+            self._schedule(queue)
+        self._changed.notify_all()
+
+    def _break(self, why: BaseException | Outcome) -> None:
+        """Stop everything; the lock is held."""
+        self._broken = self._broken or why
+        self._changed.notify_all()
+
+
+def _send(steps: Generator[Step, Outcome, None], outcome: Outcome) -> Step | None:
+    try:
+        return steps.send(outcome)
+    except StopIteration:
+        return None
+
+
+def _view(queue: _Queue) -> QueueView:
+    return QueueView(
+        batches=len(queue.batches) + (queue.delivery is not None),
+        records=queue.records,
+        bytes=queue.bytes,
+        halted=queue.halted is not None,
+        waiting=queue.waiting is not None,
+    )

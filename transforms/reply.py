@@ -1,0 +1,114 @@
+"""Reply: the body a function returned -> one result per record, or what is wrong with it. Pure.
+
+The function must return a JSON array as long as the batch, each entry with the topic, partition
+and offset of the record it answers, in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+# A 64-bit parser is exact for 15 digits; what has more could come out as another number. To look
+# for such runs all digits are made one character: a hundred times faster than a regex.
+_DIGITS = bytes(ord("0") if chr(byte) in "0123456789." else byte for byte in range(256))
+_LONG_RUN = b"0" * 16
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+
+class InvalidReplyError(ValueError):
+    """The function ran, but its reply does not answer the batch."""
+
+
+def parse_reply(body: bytes, topic: str, partition: int, offsets: Sequence[int]) -> list[bytes]:
+    """Check a reply against the batch it answers.
+
+    Args:
+        body: The reply as it came.
+        topic: The batch's topic.
+        partition: The batch's partition.
+        offsets: The offsets that were sent, in order.
+
+    Returns:
+        Per record the entry's ``payload`` as JSON text.
+
+    Raises:
+        InvalidReplyError: It is not JSON, not an array, of another length, or an entry answers
+            another record. The message names the first entry that does not fit.
+    """
+    try:
+        entries = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidReplyError(f"the reply is not JSON: {error}") from None
+    if type(entries) is not list:
+        raise InvalidReplyError(f"the reply is {_name(entries)}, not an array of results")
+    if len(entries) != len(offsets):
+        raise InvalidReplyError(
+            f"the reply has {len(entries)} entries, {len(offsets)} records were sent"
+        )
+    payloads = []
+    for index, (entry, offset) in enumerate(zip(entries, offsets)):
+        try:
+            payload = entry["payload"]
+            fits = (
+                payload["offset"] == offset
+                and payload["partition"] == partition
+                and payload["topic"] == topic
+            )
+        except (TypeError, KeyError, IndexError):
+            raise InvalidReplyError(
+                f"entry {index} of the reply lacks payload.topic, payload.partition or "
+                f"payload.offset"
+            ) from None
+        if not fits:
+            raise InvalidReplyError(
+                f"entry {index} of the reply answers another record than {topic}-{partition}"
+                f"@{offset}, which was sent at its place"
+            )
+        payloads.append(payload)
+    digits = body.translate(_DIGITS)
+    if _LONG_RUN in digits or b"0e" in digits or b"0E" in digits:
+        return _raw_payloads(body)
+    # The newline is there to be cut off: what orjson returns is the head of a 4 KiB block that it
+    # would keep from being used again for as long as the result is held; the copy is not.
+    return [orjson.dumps(payload, option=orjson.OPT_APPEND_NEWLINE)[:-1] for payload in payloads]
+
+
+def _raw_payloads(body: bytes) -> list[bytes]:
+    """Cut each entry's payload out of a reply that was checked, digit for digit."""
+    text = body.decode()
+    raw = []
+    at = _skip(text, 0) + 1
+    while text[at := _skip(text, at)] != "]":
+        at = _skip(text, at) + 1
+        payload = ""
+        while text[at := _skip(text, at)] != "}":
+            name, at = _DECODER.raw_decode(text, at)
+            start = _skip(text, _skip(text, at) + 1)
+            _, at = _DECODER.raw_decode(text, start)
+            if name == "payload":
+                payload = text[start:at]
+            at = _skip(text, at)
+            at += text[at] == ","
+        raw.append(payload.encode())
+        at = _skip(text, at + 1)
+        at += text[at] == ","
+    return raw
+
+
+def _skip(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found
+    return found.end()
+
+
+def _name(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {dict: "an object", str: "a string", bool: "a boolean", int: "a number"}
+    return names.get(type(value), "a number")
