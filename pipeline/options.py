@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NoReturn
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -589,10 +589,8 @@ def _make_config(values: dict[str, Any], settings: dict[str, str]) -> Config:
     )
     start = values["starting_timestamp"]
     moment = parse_timestamp(start) if start else None
-    try:
-        max_error_bytes = int(settings.get("error.message.max.bytes", 1_000_000))
-    except ValueError:
-        max_error_bytes = 1_000_000
+    limit = settings.get("error.message.max.bytes", settings.get("message.max.bytes", ""))
+    max_error_bytes = int(limit) if limit.isdecimal() else 1_000_000
     return Config(
         kafka=kafka,
         read=ReadConfig(kafka, values["batch_size"], batch_bytes, values["batch_window_secs"]),
@@ -635,7 +633,8 @@ def _make_config(values: dict[str, Any], settings: dict[str, str]) -> Config:
             topics=values["topics"] or (),
             topics_regex=values["topics_regex"],
             starting_position=values["starting_position"],
-            starting_timestamp_ms=int(moment.timestamp() * 1000) if moment else None,
+            # Below 0 are numbers that mean something else to Kafka.
+            starting_timestamp_ms=max(0, int(moment.timestamp() * 1000)) if moment else None,
             preflight=values["preflight"],
             until=values["until"],
             summary=values["summary"],
@@ -668,10 +667,18 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, str]:
     return config, runner
 
 
-def _parser(**arguments: Any) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="beam-lambda-sink", allow_abbrev=False, add_help=False, **arguments
-    )
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, instead of all options and the end of the program."""
+
+    def __init__(self) -> None:
+        super().__init__(prog="beam-lambda-sink", allow_abbrev=False, add_help=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError([message.removeprefix("argument ")])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser()
     KafkaLambdaOptions._add_argparse_args(parser)
     return parser
 
@@ -692,7 +699,7 @@ def format_help() -> str:
 
 
 def _beam_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser = _Parser()
     for subclass in {cls.__name__: cls for cls in PipelineOptions.__subclasses__()}.values():
         if subclass is not KafkaLambdaOptions:
             subclass._add_argparse_args(parser)
@@ -701,11 +708,15 @@ def _beam_parser() -> argparse.ArgumentParser:
 
 def _unknown(rest: Sequence[str]) -> list[str]:
     """What neither we nor Beam know; a misspelt option must not be passed over."""
-    known = _beam_parser()
-    unknown = known.parse_known_args(list(rest))[1]
+    try:
+        unknown = _beam_parser().parse_known_args(list(rest))[1]
+    except UsageError as error:
+        return list(error.problems)
     names = [f"--{name}" for name in OPTIONS]
     problems = []
-    for argument in unknown:
+    for before, argument in zip(["", *unknown], unknown):
+        if before.startswith("--") and "=" not in before and not argument.startswith("-"):
+            continue  # the value of an option that is reported already
         name = argument.split("=", 1)[0]
         near = difflib.get_close_matches(name, names, 1)
         hint = f"; did you mean {near[0]}?" if near else "; --help lists all"
@@ -714,6 +725,6 @@ def _unknown(rest: Sequence[str]) -> list[str]:
 
 
 def _runner(rest: Sequence[str]) -> str:
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser = _Parser()
     parser.add_argument("--runner", default="DirectRunner")
     return str(parser.parse_known_args(list(rest))[0].runner)

@@ -34,7 +34,7 @@ from transforms.records import Finished, PartitionKey
 _DISCOVER_SECS = 2.0
 _BUSY_POLL_SECS = 0.02
 _IDLE_POLL_SECS = 0.2
-# With a backlog fewer, larger rounds; without one a result should not have to wait.
+# While much is under way fewer, larger rounds; else a result should not have to wait.
 _COLLECT_SECS_BUSY = 1.0
 _COLLECT_SECS_IDLE = 0.1
 
@@ -214,7 +214,8 @@ class Rounds:
             return True
         if not invoker.has_finished:
             return False
-        patience_secs = _COLLECT_SECS_BUSY if ready else _COLLECT_SECS_IDLE
+        busy = ready or invoker.pending_batches > 2 * len(self._reader.partitions)
+        patience_secs = _COLLECT_SECS_BUSY if busy else _COLLECT_SECS_IDLE
         return (
             invoker.finished_age_secs >= patience_secs
             or invoker.finished_records >= limits.collect_records

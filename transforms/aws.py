@@ -7,6 +7,7 @@ the client would run the function twice unseen.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,10 @@ def _assume(session: boto3.Session, role_arn: str, region: str | None) -> boto3.
     return boto3.Session(botocore_session=assumed, region_name=region or session.region_name)
 
 
+class _NotSent(Exception):
+    """A prepared request that was not to be sent after all."""
+
+
 class LambdaFunction:
     """Invokes one function. Thread-safe.
 
@@ -135,14 +140,40 @@ class LambdaFunction:
         self._arguments: dict[str, Any] = {"FunctionName": name}
         if qualifier:
             self._arguments["Qualifier"] = qualifier
+        self._local = threading.local()
+        self._client.meta.events.register("before-send.lambda.Invoke", self._before_send)
 
     def invoke(self, payload: bytes) -> Reply | Fault:
         """One invocation, one attempt; the reply is read to its end."""
+        arguments = self._payload(payload)
+        return self._invoke(**arguments)
+
+    def invoke_ahead(self, payload: bytes, hold: Callable[[], bool]) -> Reply | Fault | None:
+        """The same in two steps: made and signed at once, sent when `hold` returns True.
+
+        Returns:
+            The answer, or None if `hold` returned False, and then nothing was sent.
+        """
+        self._local.hold = hold
+        try:
+            return self._invoke(**self._payload(payload))
+        except _NotSent:
+            return None
+        finally:
+            self._local.hold = None
+
+    def _before_send(self, **_: Any) -> None:
+        """boto3's last event before a request leaves: the place to wait."""
+        hold = getattr(self._local, "hold", None)
+        if hold and not hold():
+            raise _NotSent
+
+    def _payload(self, payload: bytes) -> dict[str, Any]:
         if self._config.invocation_type == "async":
-            return self._invoke(InvocationType="Event", Payload=payload)
+            return {"InvocationType": "Event", "Payload": payload}
         if self._config.log_tail:
-            return self._invoke(LogType="Tail", Payload=payload)
-        return self._invoke(Payload=payload)
+            return {"LogType": "Tail", "Payload": payload}
+        return {"Payload": payload}
 
     def check(self) -> None:
         """A DryRun: is there such a function, and may we invoke it? Runs nothing.

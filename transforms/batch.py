@@ -248,9 +248,21 @@ class _BufferFn(beam.DoFn):
         state: OpenBatch | None = open_state.read()
         if state is None:
             return
-        # Nothing more can come: what still waits for a predecessor goes as it is.
+        # Nothing more can come: what still waits for a predecessor goes as it is, but no batch's
+        # range covers the hole before it, so that nothing behind the hole is committed.
         for chunk in sorted(early.read(), key=lambda waiter: waiter.start):
+            if chunk.start > state.next_offset:
+                yield from self._close(key, state, pieces)
+                state = OpenBatch(state.base, chunk.start, chunk.start)
             state = yield from self._add(chunk, state, pieces)
+        yield from self._close(key, state, pieces)
+        early.clear()
+        open_state.clear()
+
+    def _close(
+        self, key: PartitionKey, state: OpenBatch, pieces: BagRuntimeState
+    ) -> Iterator[Batch]:
+        """End the open batch where it stands."""
         if state.start < state.next_offset:
             held = list(pieces.read())
             # A range of offsets that hold no record is passed on too: it has to be committed.
@@ -258,8 +270,6 @@ class _BufferFn(beam.DoFn):
             start = Piece(state.start, state.start, Records(), ())
             yield self._count(assemble(key[0], key[1], [start, *held, end]))
         pieces.clear()
-        early.clear()
-        open_state.clear()
 
     def _add(
         self, chunk: RecordChunk, state: OpenBatch, pieces: BagRuntimeState
@@ -272,7 +282,9 @@ class _BufferFn(beam.DoFn):
             if late:
                 # Never seen, and from before the beginning: invoked by themselves, not lost.
                 self._out_of_order.inc(late)
-                before = replace(chunk, records=chunk.records.slice(0, late))
+                end = min(chunk.next_offset, state.base)
+                records = chunk.records.slice(0, late)
+                before = replace(chunk, next_offset=end, records=records)
                 yield from self._pieces(before, OpenBatch(0, chunk.start, chunk.start), None)
             self._duplicates.inc(known - late)
             if chunk.next_offset <= state.next_offset:

@@ -39,10 +39,16 @@ class ContiguousOffsets:
         self._marks: dict[PartitionKey, int] = {}
         self._held: dict[PartitionKey, dict[int, int]] = {}
 
-    def add(self, progress: Progress) -> int | None:
-        """Take in a finished range; returns the partition's mark if it moved."""
+    def add(self, progress: Progress, begin: int | None = None) -> int | None:
+        """Take in a finished range; returns the partition's mark if it moved.
+
+        Args:
+            progress: The range.
+            begin: Where the partition's first range begins, looked at once per partition; None
+                if nothing tells, and then the first range to come is taken for the first one.
+        """
         key = (progress.topic, progress.partition)
-        before = self._marks.setdefault(key, progress.start)
+        before = self._marks.setdefault(key, progress.start if begin is None else begin)
         held = self._held.setdefault(key, {})
         held[progress.start] = max(progress.next_offset, held.get(progress.start, 0))
         mark = before
@@ -137,7 +143,9 @@ class _CommitFn(beam.DoFn):
         self._next_offsets = {}
 
     def process(self, progress: Progress) -> Iterable[Any]:
-        mark = shared_committer(self._config).done.add(progress)
+        committer = shared_committer(self._config)
+        begin = committer.committed.get((progress.topic, progress.partition))
+        mark = committer.done.add(progress, begin)
         if mark is not None:
             self._next_offsets[progress.topic, progress.partition] = mark
         return ()

@@ -271,5 +271,9 @@ def decode_original(data: bytes) -> dict[str, Any]:
 
 
 def _iso(ms: int) -> str:
-    moment = datetime.fromtimestamp(ms / 1000, tz=timezone.utc)
+    try:
+        moment = datetime.fromtimestamp(ms / 1000, tz=timezone.utc)
+    except (OverflowError, OSError, ValueError):
+        # A producer may write any number there, microseconds for example.
+        return str(ms)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -18,8 +18,8 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms.aws import FunctionConfig, LambdaFunction
-from transforms.invoker import Invoker
-from transforms.outcome import Fault, Outcome, classify_fault, classify_reply
+from transforms.invoker import Hold, Invoker
+from transforms.outcome import Fault, Outcome, Reply, classify_fault, classify_reply
 from transforms.payload import join_entries
 from transforms.per_process import per_process
 from transforms.records import Batch, Finished
@@ -46,15 +46,21 @@ def make_invoker(config: InvokeConfig) -> Invoker:
     """An invoker over boto3; made once per process through `shared_invoker`."""
     function = LambdaFunction(config.function)
 
-    def call(batch: Batch, step: Call) -> Outcome:
-        result = function.invoke(join_entries(batch.entries[step.low : step.high]))
+    def outcome(batch: Batch, step: Call, result: Reply | Fault) -> Outcome:
         if isinstance(result, Fault):
             return classify_fault(result)
         offsets = batch.records.offsets[step.low : step.high]
-        parse = partial(
-            parse_reply, topic=batch.topic, partition=batch.partition, offsets=offsets
-        )
+        parse = partial(parse_reply, topic=batch.topic, partition=batch.partition, offsets=offsets)
         return classify_reply(result, parse if config.check_reply else None)
+
+    def call(batch: Batch, step: Call) -> Outcome:
+        result = function.invoke(join_entries(batch.entries[step.low : step.high]))
+        return outcome(batch, step, result)
+
+    def ahead(batch: Batch, step: Call, hold: Hold) -> Outcome | None:
+        payload = join_entries(batch.entries[step.low : step.high])
+        result = function.invoke_ahead(payload, hold)
+        return None if result is None else outcome(batch, step, result)
 
     return Invoker(
         call,
@@ -62,6 +68,7 @@ def make_invoker(config: InvokeConfig) -> Invoker:
         config.function.max_concurrency,
         clock=time.time,
         random=random.random,
+        ahead=ahead,
     )
 
 

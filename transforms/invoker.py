@@ -2,7 +2,9 @@
 
 Each partition has a queue that is worked strictly in order, one call at a time; different
 partitions run side by side up to `max_concurrency` calls. A partition that waits (backoff,
-throttle) holds no thread. Knows neither Beam nor boto3: the call is injected.
+throttle) holds no thread. While a partition's call runs, its next one is prepared as far as that
+goes without sending it (docs/adr/0002-ordered-asynchronous-call.md). Knows neither Beam nor boto3:
+the call is injected.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from time import monotonic
+from functools import partial
+from time import monotonic, sleep
 
 from transforms.outcome import Outcome
 from transforms.records import Batch, Finished, PartitionKey
@@ -23,6 +26,27 @@ from transforms.retry import Call, Delivery, RetryPolicy, Step, Wait
 _LOGGER = logging.getLogger(__name__)
 
 CallFunction = Callable[[Batch, Call], Outcome]
+
+Hold = Callable[[], bool]
+"""Blocks until it is decided whether a prepared call may be sent."""
+
+AheadFunction = Callable[[Batch, Call, Hold], Outcome | None]
+"""Prepares a call, then sends it if the `Hold` says so; None if it does not."""
+
+# A prepared request is signed, and a signature is good for some minutes only.
+_AHEAD_SECS = 60.0
+# What the thread of the call that was just let go needs to get its bytes out.
+_YIELD_SECS = 0.001
+
+
+@dataclass(slots=True, eq=False)
+class _Ahead:
+    """A call that is prepared while the one before it still runs."""
+
+    batch: Batch
+    begun: bool = False
+    decided: threading.Event = field(default_factory=threading.Event)
+    go: bool = False
 
 
 @dataclass(slots=True)
@@ -33,6 +57,8 @@ class _Queue:
     batches: deque[Batch] = field(default_factory=deque)
     delivery: Delivery | None = None
     steps: Generator[Step, Outcome, None] | None = None
+    step: Step | None = None
+    ahead: _Ahead | None = None
     scheduled: bool = False
     halted: Finished | None = None
     records: int = 0
@@ -66,7 +92,8 @@ class Invoker:
         call: Invokes the function with a part of a batch and classifies what came back; any
             exception it raises is taken for a bug and ends the run.
         policy: When to repeat, split and give up.
-        max_concurrency: Calls at once, and threads at most.
+        max_concurrency: Calls at once.
+        ahead: Prepares a call; None if calls cannot be prepared.
         clock: Seconds since the epoch, for record age.
         timer: Monotonic seconds, for waits.
         random: Uniform in [0, 1), for jitter.
@@ -80,14 +107,19 @@ class Invoker:
         clock: Callable[[], float],
         random: Callable[[], float],
         timer: Callable[[], float] = monotonic,
+        ahead: AheadFunction | None = None,
     ) -> None:
         self._call = call
+        self._call_ahead = ahead
         self._policy = policy
         self._max_concurrency = max_concurrency
         self._clock = clock
         self._random = random
         self._timer = timer
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        # The same lock, for the threads: one of them is woken for one task, not all.
+        self._task = threading.Condition(lock)
         self._queues: dict[PartitionKey, _Queue] = {}
         self._ready: deque[_Queue] = deque()
         self._waits: list[tuple[float, int, _Queue]] = []
@@ -96,7 +128,9 @@ class Invoker:
         self._finished_records = 0
         self._finished_since: float | None = None
         self._threads: list[threading.Thread] = []
+        self._to_prepare: deque[_Queue] = deque()
         self._idle = 0
+        self._working = 0
         self._in_flight = 0
         self._stopping = False
         self._broken: BaseException | Outcome | None = None
@@ -180,6 +214,8 @@ class Invoker:
         """Begin no further call. Running calls end; what they finish can be collected."""
         with self._changed:
             self._stopping = True
+            self._drop_prepared()
+            self._task.notify_all()
             self._changed.notify_all()
 
     def join(self, timeout_secs: float) -> bool:
@@ -199,33 +235,44 @@ class Invoker:
 
     def _schedule(self, queue: _Queue) -> None:
         """Put a queue that has work in line, once. Holds the lock."""
-        if queue.scheduled or not (queue.batches or queue.delivery):
-            return
-        queue.scheduled = True
-        self._ready.append(queue)
-        if self._stopping:
-            return
-        if self._idle == 0 and len(self._threads) < self._max_concurrency:
-            thread = threading.Thread(
-                target=self._work, name=f"invoke-{len(self._threads)}", daemon=True
-            )
+        if queue.scheduled:
+            self._prepare(queue)
+        elif queue.batches:
+            queue.scheduled = True
+            self._ready.append(queue)
+            self._wake()
+
+    def _prepare(self, queue: _Queue, wake: bool = True) -> None:
+        """Have the next call of a queue that is being worked on prepared. Holds the lock."""
+        if self._call_ahead and queue.delivery and queue.batches and not queue.ahead:
+            queue.ahead = _Ahead(queue.batches[0])
+            self._to_prepare.append(queue)
+            if wake:
+                self._wake()
+
+    def _wake(self) -> None:
+        """See to it that somebody takes what was put in line. Holds the lock."""
+        most = self._max_concurrency * (2 if self._call_ahead else 1)
+        if self._idle:
+            self._task.notify()
+        elif len(self._threads) < most and not self._stopping:
+            name = f"invoke-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
-        else:
-            self._changed.notify_all()
 
     def _work(self) -> None:
-        while queue := self._next():
+        while task := self._next():
             try:
-                self._advance(queue)
+                task()
             except BaseException as error:
                 _LOGGER.debug("invoke thread failed", exc_info=True)
                 with self._changed:
                     self._break(error)
                 return
 
-    def _next(self) -> _Queue | None:
-        """Wait for a queue whose turn it is; None when no more work may begin."""
+    def _next(self) -> Callable[[], None] | None:
+        """Wait for something to do; None when no more work may begin."""
         with self._changed:
             while True:
                 if self._stopping or self._broken:
@@ -235,36 +282,129 @@ class Invoker:
                     queue = heapq.heappop(self._waits)[2]
                     queue.waiting = None
                     self._ready.append(queue)
-                if self._ready:
-                    return self._ready.popleft()
+                if self._ready and self._working < self._max_concurrency:
+                    self._working += 1
+                    return partial(self._advance, self._ready.popleft())
+                if self._to_prepare:
+                    queue = self._to_prepare.popleft()
+                    if queue.ahead and not queue.ahead.begun:
+                        queue.ahead.begun = True
+                        return partial(self._run_ahead, queue, queue.ahead)
+                    continue
                 self._idle += 1
-                self._changed.wait(self._waits[0][0] - now if self._waits else None)
+                self._task.wait(self._waits[0][0] - now if self._waits else None)
                 self._idle -= 1
 
     def _advance(self, queue: _Queue) -> None:
-        """Work on the head of a queue until it is finished or has to wait."""
+        """Take up the head of a queue, where it was left or anew."""
         if queue.delivery is None:
             with self._changed:
-                batch = queue.batches.popleft()
-                queue.delivery = Delivery(batch, self._policy, self._clock, self._random)
-                queue.steps = queue.delivery.steps()
-        delivery, steps = queue.delivery, queue.steps
-        assert steps is not None
-        step = next(steps, None)
-        while isinstance(step, Call):
-            if self._stopping:
-                steps.close()
-                break
-            outcome = self._invoke(delivery, step)
-            step = _send(steps, outcome)
+                self._start(queue)
+        assert queue.delivery and queue.steps
+        step, queue.step = queue.step or next(queue.steps, None), None
+        self._follow(queue, queue.delivery, queue.steps, step)
+
+    def _start(self, queue: _Queue) -> None:
+        """Begin with a queue's next batch. Holds the lock."""
+        batch = queue.batches.popleft()
+        queue.delivery = Delivery(batch, self._policy, self._clock, self._random)
+        queue.steps = queue.delivery.steps()
+
+    def _follow(
+        self,
+        queue: _Queue,
+        delivery: Delivery,
+        steps: Generator[Step, Outcome, None],
+        step: Step | None,
+    ) -> None:
+        """Do what the steps of a batch say until it is finished or has to wait."""
+        while isinstance(step, Call) and not self._stopping:
+            with self._changed:
+                self._prepare(queue)
+            step = _send(steps, self._invoke(delivery, step))
         with self._changed:
+            self._working -= 1
             if isinstance(step, Wait) and not self._stopping:
+                # A call prepared behind one that is repeated would wait too long.
+                self._decide(queue, go=False)
                 queue.waiting = step
                 due = self._timer() + step.secs
                 heapq.heappush(self._waits, (due, next(self._order), queue))
-                self._changed.notify_all()
+                # Somebody has to wait no longer than until then.
+                self._task.notify()
                 return
+            steps.close()
             self._finish(queue, delivery)
+
+    def _run_ahead(self, queue: _Queue, ahead: _Ahead) -> None:
+        """Prepare a call; once the one before it has ended well, send it and go on from there."""
+        assert self._call_ahead
+        call = Call(0, len(ahead.batch), 1, "")
+        # The call before it was let go just now; its thread must get to send first.
+        if not ahead.decided.is_set():
+            sleep(_YIELD_SECS)
+        started = self._timer()
+
+        def hold() -> bool:
+            nonlocal started
+            if not ahead.decided.wait(_AHEAD_SECS):
+                with self._changed:
+                    if queue.ahead is ahead:
+                        self._decide(queue, go=False)
+            started = self._timer()
+            return ahead.go
+
+        outcome = self._call_ahead(ahead.batch, call, hold)
+        if not ahead.decided.is_set():
+            # It failed before there was anything to send: what the next one finds out itself.
+            with self._changed:
+                if queue.ahead is ahead:
+                    self._decide(queue, go=False)
+        if not ahead.go:
+            return
+        delivery, steps = queue.delivery, queue.steps
+        assert delivery and steps
+        with self._changed:
+            self._in_flight -= 1
+        if outcome is None:
+            outcome = self._invoke(delivery, call)
+        else:
+            delivery.finished.stats.invoke_ms += round((self._timer() - started) * 1000)
+        self._follow(queue, delivery, steps, _send(steps, outcome))
+
+    def _drop_prepared(self) -> None:
+        for queue in self._queues.values():
+            self._decide(queue, go=False)
+
+    def _decide(self, queue: _Queue, go: bool) -> None:
+        """Let a prepared call go, or drop it. Holds the lock."""
+        ahead, queue.ahead = queue.ahead, None
+        if ahead:
+            ahead.go = go
+            ahead.decided.set()
+
+    def _pass_on(self, queue: _Queue) -> None:
+        """After a batch: on with the next one, by its prepared call if there is one. Holds the lock."""
+        ahead = queue.ahead
+        if ahead and ahead.begun and not (self._stopping or self._broken):
+            self._start(queue)
+            assert queue.steps
+            queue.step = next(queue.steps, None)
+            queue.scheduled = True
+            if queue.step == Call(0, len(ahead.batch), 1, ""):
+                queue.step = None
+                self._working += 1
+                self._in_flight += 1
+                self._decide(queue, go=True)
+                self._prepare(queue, wake=False)
+            else:
+                self._decide(queue, go=False)
+                self._ready.append(queue)
+                self._wake()
+            return
+        # Nobody has come to prepare it yet: the usual way is as quick.
+        self._decide(queue, go=False)
+        self._schedule(queue)
 
     def _invoke(self, delivery: Delivery, call: Call) -> Outcome:
         with self._changed:
@@ -294,13 +434,16 @@ class Invoker:
             queue.halted = finished
             queue.batches.clear()
             queue.records = queue.bytes = 0
+            self._decide(queue, go=False)
         else:
-            self._schedule(queue)
+            self._pass_on(queue)
         self._changed.notify_all()
 
     def _break(self, why: BaseException | Outcome) -> None:
         """Stop everything; the lock is held."""
         self._broken = self._broken or why
+        self._drop_prepared()
+        self._task.notify_all()
         self._changed.notify_all()
 
 

@@ -29,11 +29,15 @@ _ENVIRONMENT = re.compile(r"\$\{env:([^}]*)\}")
 _OURS = {
     "group.id": "use --consumer_group",
     "bootstrap.servers": "use --kafka_bootstrap_servers",
+    "metadata.broker.list": "it is bootstrap.servers by another name; use "
+    "--kafka_bootstrap_servers, or bootstrap.servers with a prefix",
     "enable.auto.commit": "offsets are committed when their records are finished",
     "enable.auto.offset.store": "offsets are committed when their records are finished",
     "auto.offset.reset": "use --starting_position",
     "enable.idempotence": "it is always on, since it keeps order and loses nothing",
     "acks": "it is always all",
+    "request.required.acks": "it is always all",
+    "transactional.id": "nothing begins or ends transactions; delivery is at least once",
     "enable.partition.eof": "the reader needs it on",
 }
 

@@ -95,7 +95,26 @@ class Outcome:
 _TRANSIENT_STATUS = frozenset({408, 410, 500, 502, 503, 504})
 
 # 409 and 502 stand for conditions that pass and for settings that are wrong; the code decides.
-_TRANSIENT_CODES = frozenset({"ResourceConflictException", "SnapStartNotReadyException"})
+_TRANSIENT_CODES = frozenset(
+    {
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "ResourceConflictException",
+        "SnapStartNotReadyException",
+    }
+)
+# STS, which a role is assumed from, and AWS's common errors throttle with status 400.
+_THROTTLED_CODES = frozenset(
+    {
+        "RequestLimitExceeded",
+        "RequestThrottled",
+        "RequestThrottledException",
+        "ThrottledException",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequestsException",
+    }
+)
 _CONFIG_CODES = frozenset(
     {
         "EC2AccessDeniedException",
@@ -137,7 +156,7 @@ def _kind_of(fault: Fault) -> Kind:
     status, code = fault.status_code, fault.code
     if status == 0 or code in _EXPIRED_CODES:
         return Kind.TRANSIENT
-    if status == 429:
+    if status == 429 or code in _THROTTLED_CODES:
         return Kind.THROTTLED
     if status == 413 or code in _TOO_LARGE_CODES:
         return Kind.TOO_LARGE

@@ -74,14 +74,24 @@ def parse_reply(body: bytes, topic: str, partition: int, offsets: Sequence[int])
     digits = body.translate(_DIGITS)
     if _LONG_RUN in digits or b"0e" in digits or b"0E" in digits:
         return _raw_payloads(body)
-    # The newline is there to be cut off: what orjson returns is the head of a 4 KiB block that it
-    # would keep from being used again for as long as the result is held; the copy is not.
-    return [orjson.dumps(payload, option=orjson.OPT_APPEND_NEWLINE)[:-1] for payload in payloads]
+    try:
+        # The newline is there to be cut off: what orjson returns is the head of a 4 KiB block that
+        # it would keep from being used again for as long as the result is held; the copy is not.
+        return [orjson.dumps(payload, option=orjson.OPT_APPEND_NEWLINE)[:-1] for payload in payloads]
+    except orjson.JSONEncodeError:
+        # It reads what is nested 1024 deep, and writes 254.
+        return _raw_payloads(body)
 
 
 def _raw_payloads(body: bytes) -> list[bytes]:
     """Cut each entry's payload out of a reply that was checked, digit for digit."""
-    text = body.decode()
+    try:
+        return _cut_out(body.decode())
+    except RecursionError:
+        raise InvalidReplyError("the reply is nested too deep") from None
+
+
+def _cut_out(text: str) -> list[bytes]:
     raw = []
     at = _skip(text, 0) + 1
     while text[at := _skip(text, at)] != "]":

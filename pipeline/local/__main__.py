@@ -1,4 +1,4 @@
-"""``python -m pipeline.local``: run one of the stand-ins until it is interrupted."""
+"""``python -m pipeline.local``: the demo, or one of the stand-ins by itself."""
 
 from __future__ import annotations
 
@@ -33,6 +33,21 @@ def main(arguments: list[str] | None = None) -> int:
     server.add_argument("--port", type=int, default=9200, help="0 takes a free one (default 9200)")
     server.add_argument("--faults", metavar="FILE.json", help="faults to inject")
     server.set_defaults(run=_run_lambda)
+    demo = commands.add_parser("demo", help="the whole pipeline, without AWS and without Kafka")
+    demo.add_argument(
+        "--records",
+        type=_record_count,
+        default=2000,
+        metavar="N",
+        help="orders to send, one of them broken (default 2000)",
+    )
+    demo.add_argument(
+        "--summary",
+        choices=("text", "json"),
+        default="text",
+        help="json: only the pipeline's summary on stdout, as one line",
+    )
+    demo.set_defaults(run=_run_demo)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
@@ -56,6 +71,20 @@ def _run_lambda(options: argparse.Namespace) -> int:
         )
         interrupted.wait()
     return 0
+
+
+def _record_count(text: str) -> int:
+    from pipeline.local.demo import MAX_RECORDS
+
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_RECORDS:
+        raise argparse.ArgumentTypeError(f"give a number from 1 to {MAX_RECORDS}, not {text!r}")
+    return int(text)
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from pipeline.local.demo import run_demo
+
+    return run_demo(options.records, options.summary)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,222 @@
+"""The demo: the whole pipeline on this machine, without AWS and without Kafka.
+
+Starts a Kafka broker in this process and a local Lambda endpoint with `demo_function.py`, writes
+orders, one of them broken, runs the pipeline on them as its command line would, and shows what
+came out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.local.kafka import LocalKafka, NewRecord
+from pipeline.local.lambda_server import FunctionSpec, LambdaServer
+
+MAX_RECORDS = 50_000
+"""More would not stay in `LocalKafka`, which keeps 5 MiB per partition."""
+
+FUNCTION = "settle-orders"
+ORDERS, RESULTS, ERRORS = "orders", "orders-results", "orders-errors"
+
+_INTERRUPTED = 130
+_SHOWN_RESPONSES = 3
+_PARTITIONS = 4  # of a topic in LocalKafka; each has at most one invocation running
+_ITEMS = ("notebook", "desk lamp", "backpack", "water bottle", "headphones", "umbrella", "mug")
+
+
+def run_demo(records: int, summary: str) -> int:
+    """Run it once.
+
+    Args:
+        records: Orders to send, from 1 to `MAX_RECORDS`; one of them is broken.
+        summary: ``text`` shows everything on stdout; ``json`` has only the pipeline's summary
+            there, one line, and the rest on stderr.
+
+    Returns:
+        The pipeline's exit code; 130 if interrupted before or after the pipeline.
+    """
+    out = sys.stderr if summary == "json" else sys.stdout
+    spec = FunctionSpec(
+        FUNCTION,
+        f"{Path(__file__).with_name('demo_function.py')}:handler",
+        timeout_secs=30,
+        concurrency=_PARTITIONS,
+    )
+    try:
+        with (
+            LocalKafka() as kafka,
+            LambdaServer([spec], record_calls=False) as server,
+            _own_environment(),
+        ):
+            return _run(kafka, server.url, records, summary, out)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run(kafka: LocalKafka, lambda_url: str, records: int, summary: str, out: TextIO) -> int:
+    broken = records // 2 + 1
+    kafka.produce(ORDERS, make_orders(records, broken))
+    arguments = [
+        f"--kafka_bootstrap_servers={kafka.bootstrap_servers}",
+        f"--topics={ORDERS}",
+        "--consumer_group=demo",
+        f"--function={FUNCTION}",
+        f"--lambda_endpoint_url={lambda_url}",
+        "--aws_region=us-east-1",
+        "--batch_size=100",
+        "--max_retries=1",
+        "--bisect_on_error",
+        "--on_error=log",
+        f"--error_topic={ERRORS}",
+        f"--response_topic={RESULTS}",
+        "--until=caught_up",
+        f"--summary={summary}",
+    ]
+    _say(
+        out,
+        f"Topic {ORDERS} has {_count(records, 'order')}. Order {broken} has no amount: the "
+        "function fails on it.",
+        "Kafka and Lambda run inside this command. Now the pipeline, by its command line:",
+        "",
+        "  ./run.sh run \\",
+        *(f"    {argument} \\" for argument in arguments[:-1]),
+        f"    {arguments[-1]}",
+        "",
+    )
+    code, printed = _run_pipeline(arguments)
+    if summary == "json":
+        print(printed, end="", flush=True)
+    if code == 0:
+        _say(out, *_report(kafka))
+    if summary == "text" and printed:
+        _say(out, "", "Summary", f"  {printed.rstrip()}")
+    return code
+
+
+def make_orders(count: int, broken: int) -> Iterator[NewRecord]:
+    """Orders 1 to `count`, the same each time; `broken` is the number of the one without amount."""
+    for number in range(1, count + 1):
+        quantity = number % 3 + 1
+        order = {
+            "order": number,
+            "item": _ITEMS[number % len(_ITEMS)],
+            "quantity": quantity,
+            "amount": round(quantity * (5 + number * 7919 % 9500 / 100), 2),
+            "currency": "EUR",
+        }
+        if number == broken:
+            del order["amount"]
+        # A prime, so that no customer buys only one thing.
+        key = f"customer-{number * 31 % 997}"
+        yield NewRecord(key.encode(), json.dumps(order).encode())
+
+
+def _run_pipeline(arguments: list[str]) -> tuple[int, str]:
+    """Run the command line; returns its exit code and what it printed on stdout."""
+    # Here, not above: it is what takes a second or two, and there is something to read by now.
+    from pipeline import cli
+
+    # The command line takes the signals over, and means to keep them.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            return cli.main(arguments), printed.getvalue()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _own_environment() -> Iterator[None]:
+    """Credentials that open nothing, and no way to the user's own or to their proxy."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith("AWS_"):
+            del os.environ[name]
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "demo",
+        "AWS_SECRET_ACCESS_KEY": "demo",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+# -- what is shown ---------------------------------------------------------------------------
+
+
+def _report(kafka: LocalKafka) -> list[str]:
+    """What the pipeline wrote: some responses, and every error record."""
+    # Only now: these come with the pipeline's imports.
+    from transforms.formats import ORIGINAL_HEADER, decode_original
+
+    responses = kafka.read_all(RESULTS)
+    shown = responses[:_SHOWN_RESPONSES]
+    more = ", the first of them:" if len(shown) < len(responses) else ""
+    lines = [f"Topic {RESULTS}: {_count(len(responses), 'response')}{more}"]
+    keys = [(record.key or b"").decode() for record in shown]
+    for key, record in zip(keys, shown, strict=True):
+        result = _compact(json.loads(record.value or b"")["result"])
+        lines.append(_cut(f"  {key:{max(map(len, keys))}}  {result}"))
+    errors = kafka.read_all(ERRORS)
+    lines += ["", f"Topic {ERRORS}: {_count(len(errors), 'error record')}"]
+    for record in errors:
+        originals = [value for name, value in record.headers if name == ORIGINAL_HEADER]
+        rest = [(name, value) for name, value in record.headers if name != ORIGINAL_HEADER]
+        lines += [
+            *_section("key", json.loads(record.key or b"{}").items()),
+            *_section("value", json.loads(record.value or b"{}").items()),
+            *_section("headers", ((name, (value or b"").decode()) for name, value in rest)),
+        ]
+        for original in originals:
+            lines += _section(f"header {ORIGINAL_HEADER}", decode_original(original or b"").items())
+    return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _section(title: str, fields: Iterable[tuple[str, Any]]) -> list[str]:
+    """A title, and below it one line per field, the values aligned."""
+    pairs = [(name, _text(value)) for name, value in fields]
+    width = max((len(name) for name, _ in pairs), default=0)
+    return [f"  {title}", *(_cut(f"    {name:{width}}  {value}") for name, value in pairs)]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    return value if isinstance(value, str) else _compact(value)
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _cut(line: str) -> str:
+    """The line, no wider than the terminal."""
+    width = shutil.get_terminal_size((100, 0)).columns
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _say(out: TextIO, *lines: str) -> None:
+    print(*lines, sep="\n", file=out, flush=True)
