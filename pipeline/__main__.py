@@ -1,8 +1,17 @@
 """`python -m pipeline`: nothing but the call, so that no class here is pickled by value."""
 
+import os
 import sys
 
 from pipeline.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        # Before the run has taken over the signals there is nothing to finish.
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All that counts is written and committed; taking Beam apart would cost a quarter of a second.
+    os._exit(code)

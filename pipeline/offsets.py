@@ -7,16 +7,18 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from pipeline.options import AT_TIMESTAMP, LATEST, RunConfig
 from transforms.errors import KafkaError
-from transforms.kafka import KafkaConfig, describe, partitions_of, reason
+from transforms.kafka import KafkaConfig, client_settings, describe, partitions_of, reason
 from transforms.records import PartitionKey
 
 _LOGGER = logging.getLogger(__name__)
 
 _TIMEOUT_SECS = 15.0
+LOOK_SECS = 3.0
 _NO_OFFSET = -1001  # what librdkafka reports for a group without a committed offset
 _INTERNAL = "__"
 
@@ -66,14 +68,17 @@ class SourceOffsets:
         self._consumer = consumer
         self._pattern = re.compile(run.topics_regex) if run.topics_regex else None
 
-    def partitions(self) -> list[PartitionKey]:
+    def partitions(self, timeout_secs: float = _TIMEOUT_SECS) -> list[PartitionKey]:
         """All partitions of the topics that exist.
+
+        Args:
+            timeout_secs: How long to wait for the brokers.
 
         Raises:
             KafkaError: The brokers cannot be reached.
         """
         try:
-            metadata = self._consumer.list_topics(timeout=_TIMEOUT_SECS)
+            metadata = self._consumer.list_topics(timeout=timeout_secs)
         except KafkaException as error:
             raise KafkaError(
                 f"{describe(self._kafka)} cannot be reached: {reason(error)}; check "
@@ -105,7 +110,11 @@ class SourceOffsets:
             wanted = self._at_timestamp(ranges)
         starts = {}
         for key in keys:
-            start, warning = choose_start(committed.get(key), *ranges[key], wanted[key])
+            low, high = ranges[key]
+            if committed.get(key, 0) > high:
+                # An open transaction hides what is behind it; is the topic's end behind it too?
+                high = self._written_end(key)
+            start, warning = choose_start(committed.get(key), low, high, wanted[key])
             if warning:
                 _LOGGER.warning("%s-%d: %s", *key, warning)
             starts[key] = start
@@ -120,6 +129,16 @@ class SourceOffsets:
         except KafkaException as error:
             raise self._failed("offsets of " + "-".join(map(str, key)), error) from None
         return low, high
+
+    def _written_end(self, key: PartitionKey) -> int:
+        """A partition's end, records of open transactions included."""
+        admin = AdminClient(client_settings(self._kafka))
+        request = {TopicPartition(*key): OffsetSpec.latest()}
+        try:
+            found = admin.list_offsets(request, isolation_level=IsolationLevel.READ_UNCOMMITTED)
+            return int(next(iter(found.values())).result(_TIMEOUT_SECS).offset)
+        except KafkaException as error:
+            raise self._failed("offsets of " + "-".join(map(str, key)), error) from None
 
     def _committed(self, keys: list[PartitionKey]) -> dict[PartitionKey, int]:
         try:

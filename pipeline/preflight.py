@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 
-from confluent_kafka import KafkaException
-
 from pipeline.offsets import SourceOffsets
 from pipeline.options import Config
-from transforms.aws import LambdaFunction
 from transforms.errors import KafkaError
-from transforms.kafka import client_settings, describe, make_producer, reason
+from transforms.invoke import shared_function
+from transforms.kafka import describe
+from transforms.write import TopicWriter, error_writer, response_writer
 
 _APPEAR_SECS = 5.0
 
@@ -37,27 +36,17 @@ def preflight(config: Config, source: SourceOffsets) -> None:
             f"--topics_regex={config.run.topics_regex} matches no topic of "
             f"{describe(config.kafka)}; --no_preflight waits for one"
         )
-    for option, prefix, topic in (
-        ("response_topic", "response.", config.write.response_topic),
-        ("error_topic", "error.", config.write.error_topic),
-    ):
-        if topic:
-            _check_output(config, option, prefix, topic)
-    LambdaFunction(config.invoke.function).check()
+    # The clients made here are those the run goes on with.
+    if config.write.response_topic:
+        _check_output("response_topic", response_writer(config.write))
+    if config.write.error_topic:
+        _check_output("error_topic", error_writer(config.write))
+    shared_function(config.invoke.function).check()
 
 
-def _check_output(config: Config, option: str, prefix: str, topic: str) -> None:
-    producer = make_producer(client_settings(config.kafka, prefix))
+def _check_output(option: str, writer: TopicWriter) -> None:
     deadline = time.monotonic() + _APPEAR_SECS
-    while True:
-        try:
-            # Naming the topic is what makes a broker create it, where it is set to.
-            metadata = producer.list_topics(topic, timeout=15).topics[topic]
-        except KafkaException as error:
-            raise KafkaError(f"--{option}={topic} cannot be reached: {reason(error)}") from None
-        if metadata.error is None and metadata.partitions:
-            return
+    while why := writer.problem():
         if time.monotonic() > deadline:
-            why = metadata.error.str() if metadata.error else "it has no partitions"
-            raise KafkaError(f"--{option}={topic} cannot be written: {why}; create it first")
+            raise KafkaError(f"--{option}={writer.topic} cannot be written: {why}")
         time.sleep(0.1)

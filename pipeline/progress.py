@@ -122,8 +122,9 @@ def progress_table(status: Status) -> Table:
         f"{topic}-{partition} {'halted' if (topic, partition) in halted else f'{lag or 0:,}'}"
         for (topic, partition), lag in sorted(lags)
     )
-    table.caption = f"lag: {shown}"
-    table.caption_justify = "left"
+    if shown:
+        table.caption = f"lag: {shown}"
+        table.caption_justify = "left"
     return table
 
 

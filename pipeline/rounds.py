@@ -19,7 +19,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.transforms.environments import EmbeddedPythonEnvironment
 
 from pipeline.build import build
-from pipeline.offsets import SourceOffsets
+from pipeline.offsets import LOOK_SECS, SourceOffsets
 from pipeline.options import Config
 from pipeline.preflight import preflight
 from transforms.aws import advice
@@ -149,7 +149,7 @@ class Rounds:
         self._invoker = shared_invoker(config.invoke)
         self._reader = shared_reader(config.read)
         self._committer = shared_committer(config.kafka)
-        self._source = SourceOffsets(config.kafka, config.run, self._committer.consumer)
+        self._source = SourceOffsets(config.kafka, config.run, self._reader.consumer)
         self._targets: dict[PartitionKey, int] = {}
         self._discovered = float("-inf")
 
@@ -197,8 +197,7 @@ class Rounds:
         }
         held = sum(queue.bytes for queue in queues.values())
         rooms = [
-            Room(*key, *self._limits.room(queue, held, batch_size))
-            for key, queue in queues.items()
+            Room(*key, *self._limits.room(queue, held, batch_size)) for key, queue in queues.items()
         ]
         open_rooms = [room for room in rooms if room.records]
         self._reader.set_wanted((room.topic, room.partition) for room in open_rooms)
@@ -224,7 +223,9 @@ class Rounds:
 
     def _run_round(self, rooms: list[Room]) -> None:
         limits = self._limits
-        records = limits.records if self._totals.rounds else limits.first_records
+        # Each of the first rounds twice the one before: the function gets to work early, and what
+        # it has been given lasts until the next round has read.
+        records = min(limits.records, limits.first_records << min(self._totals.rounds, 16))
         records = max(records, self._config.read.batch_size)
         self._reader.begin(Round(tuple(rooms), records, limits.bytes, self._flush))
         try:
@@ -249,7 +250,8 @@ class Rounds:
         self._discovered = self._timer()
         try:
             known = set(self._reader.partitions)
-            keys = [key for key in self._source.partitions() if key not in known]
+            found = self._source.partitions() if at_start else self._source.partitions(LOOK_SECS)
+            keys = [key for key in found if key not in known]
             starts = self._source.starts(keys, at_start) if keys else {}
         except SinkError:
             if at_start:

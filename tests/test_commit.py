@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,7 +71,7 @@ def test_where_a_partition_begins_can_be_told() -> None:
 @settings(deadline=None, max_examples=300)
 def test_any_order_of_arrival_ends_at_the_end(borders, again, shuffle, told) -> None:
     """For any division and any order, the mark is the end of what is done without a hole."""
-    ranges = list(zip(borders, borders[1:]))
+    ranges = list(itertools.pairwise(borders))
     arrivals = [*ranges, *(ranges[index % len(ranges)] for index in again)]
     if told:
         shuffle.shuffle(arrivals)

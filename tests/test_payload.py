@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from base64 import b64encode
 from decimal import Decimal
 
@@ -98,7 +97,7 @@ TEXTS = [
     b"100%",
     b"%d",
     b'"\\ud800"',
-    '"halb'.encode(),
+    b'"halb',
     "Grüße 🌧".encode(),
     "\ufeff{}".encode(),
 ]
@@ -370,7 +369,5 @@ def test_payload_bytes_is_the_exact_size(entries: list[bytes]) -> None:
 def test_any_json_value_arrives_as_it_was(value) -> None:
     """Whatever JSON a record holds, the function gets the same JSON."""
     text = json.dumps(value).encode()
-    if isinstance(value, float) and not math.isfinite(value):
-        return
     encoded = encode_records("t", 0, _records([text]), AUTO)
     assert _exact(encoded.entries[0])["payload"]["value"] == _exact(text)

@@ -6,6 +6,8 @@ import base64
 import json
 from typing import Any
 
+from confluent_kafka import Producer
+
 from tests.conftest import Names
 from tests.kafka_broker import KafkaBroker, NewRecord
 from tests.sink import (
@@ -14,11 +16,13 @@ from tests.sink import (
     assert_answers_match,
     assert_caught_up,
     assert_exactly_once,
+    assert_in_order,
     assert_one_at_a_time,
     assert_rising,
     by_partition,
     facts,
     invocations,
+    numbered,
     offsets_called,
     originals,
     run,
@@ -236,6 +240,38 @@ def _assert_whole_batches(calls: list[Invocation], size: int) -> None:
         sizes.setdefault(call.key, []).append(len(call.offsets))
     for column in sizes.values():
         assert column[:-1] == [size] * (len(column) - 1), sizes
+
+
+def test_an_open_transaction_is_left_for_a_later_run(broker: KafkaBroker, names: Names) -> None:
+    """A run that ends does not wait for it, and commits nothing of it; the next one goes on there.
+
+    Also not what was written behind it: it comes later, and so after it.
+    """
+    topic, responses, group = names.topic(), names.topic("responses"), names.group()
+    broker.create_topic(topic, partitions=2)
+    broker.produce(topic, numbered(2, 10))
+    writer = Producer(
+        {"bootstrap.servers": broker.bootstrap_servers, "transactional.id": names.group("writer")}
+    )
+    writer.init_transactions(30)
+    writer.begin_transaction()
+    for _ in range(5):
+        writer.produce(topic, b"in a transaction", partition=0)
+    assert writer.flush(30) == 0
+    broker.produce(topic, numbered(2, 3, "behind it"))
+    with serve() as server:
+        run(broker, server, topics=topic, consumer_group=group, response_topic=responses)
+        assert broker.committed(group, topic) == {0: 10, 1: 13}
+        assert len(answered(broker, responses)) == 23
+        writer.commit_transaction(30)
+        ended = run(broker, server, topics=topic, consumer_group=group, response_topic=responses)
+        calls = invocations(server)
+
+    assert ended.stderr == ""
+    assert_caught_up(broker, group, topic)
+    assert_exactly_once(broker, group, [topic], responses)
+    assert_rising(broker, responses)
+    assert_in_order(calls)
 
 
 def test_values_that_must_be_json_and_are_not_are_rejected(

@@ -88,17 +88,13 @@ def test_a_second_signal_ends_a_run_at_once(broker: KafkaBroker, names: Names) -
         serve(faults=[slow(600, times=None)]) as server,
         start(broker, server, topics=topic, consumer_group=names.group()) as sink,
     ):
-        sink.until(lambda: "READY" in sink.stderr or _in_flight(server), "no call")
+        sink.until(lambda: server.in_flight_max > 0, "no call")
         sink.send(signal.SIGTERM)
         sink.until(lambda: "again to stop at once" in sink.stderr, "nothing is said")
         sink.send(signal.SIGTERM)
         sink.wait(128 + signal.SIGTERM)
 
     assert broker.committed(names.group(), topic).get(0, 0) == 0
-
-
-def _in_flight(server: Any) -> bool:
-    return bool(server.in_flight_max)
 
 
 # What is printed
@@ -241,7 +237,7 @@ CASES = {
     ),
     "half of the credentials": Case(
         {},
-        ("PartialCredentialsError", "AWS_SECRET_ACCESS_KEY"),
+        ("PartialCredentialsError", "missing: AWS_SECRET_ACCESS_KEY", "set AWS_PROFILE"),
         env={"AWS_SECRET_ACCESS_KEY": None},
     ),
     "no region": Case(
@@ -309,8 +305,8 @@ CASES = {
     ),
     "malformed Kafka setting": Case(
         {},
-        ("Kafka settings", "security.protocol", "--kafka_config_file"),
-        config="security.protocol=${env:KAFKA_PASSWORD}\n",
+        ("Kafka settings", '"SASL_SLS"', "security.protocol", "--kafka_config_file"),
+        config=CONFIG + "security.protocol=SASL_SLS\n",
     ),
     "misspelt option": Case(
         {"bach_size": 10},
@@ -353,6 +349,8 @@ def refused(
             name: pool.submit(attempt, case, tmp_path_factory.mktemp("case"))
             for name, case in CASES.items()
         }
+        # Those nobody has asked for are not begun any more.
+        pool.shutdown(cancel_futures=True)
         assert not any(call.invocation_type != "DryRun" for call in server.calls)
     assert broker.committed(names.group(), names.topic()) == {}
 
@@ -369,3 +367,18 @@ def test_what_is_wrong_is_said_in_one_line(refused: dict[str, Future[Ended]], na
     assert "Traceback" not in output
     for secret in (KAFKA_SECRET, "literal-kafka-password", SECRET_KEY, "another-secret-key"):
         assert secret not in output
+
+
+def test_the_region_may_be_given_as_the_message_says(
+    broker: KafkaBroker, names: Names, refused: dict[str, Future[Ended]]
+) -> None:
+    """The environment variable that is named when there is no region is one that works."""
+    (line,) = refused["no region"].result().errors
+    (variable,) = re.findall(r"\bAWS_[A-Z_]*REGION\b", line)
+    topic = names.topic()
+    broker.create_topic(topic, partitions=1)
+    broker.produce(topic, numbered(1, 3))
+    env = environment(**{"AWS_DEFAULT_REGION": None, variable: "eu-central-1"})
+    with serve() as server:
+        run(broker, server, env=env, topics=topic, consumer_group=names.group())
+    assert_caught_up(broker, names.group(), topic)

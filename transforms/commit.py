@@ -1,4 +1,7 @@
-"""Commit: Progress -> committed offsets of the consumer group, the durable truth on every runner."""
+"""Commit: Progress -> committed offsets of the consumer group.
+
+They are the durable truth on every runner.
+"""
 
 from __future__ import annotations
 

@@ -133,9 +133,7 @@ def response_values(results: Sequence[bytes], format: str) -> Sequence[bytes]:
     return [head + orjson.dumps(result.decode()) + b"}" for result in results]
 
 
-def error_key(
-    topic: str, partition: int, start_offset: int, end_offset: int, format: str
-) -> bytes:
+def error_key(topic: str, partition: int, start_offset: int, end_offset: int, format: str) -> bytes:
     """Key of an error record: the range of offsets that failed, its end exclusive."""
     fields = {
         "topic": topic,

@@ -42,9 +42,14 @@ class InvokeConfig:
     check_reply: bool = True
 
 
+def shared_function(config: FunctionConfig) -> LambdaFunction:
+    """This process's client for the function."""
+    return per_process(LambdaFunction, config)
+
+
 def make_invoker(config: InvokeConfig) -> Invoker:
     """An invoker over boto3; made once per process through `shared_invoker`."""
-    function = LambdaFunction(config.function)
+    function = shared_function(config.function)
 
     def outcome(batch: Batch, step: Call, result: Reply | Fault) -> Outcome:
         if isinstance(result, Fault):
@@ -116,7 +121,7 @@ class _HandOverFn(beam.DoFn):
         for finished in shared_invoker(self._config).collect():
             for name, counter in self._counters.items():
                 counter.inc(getattr(finished.stats, name))
-            yield WindowedValue(finished, window.max_timestamp(), [window])
+            yield WindowedValue(finished, window.max_timestamp(), (window,))
 
 
 coders.registry.register_coder(Finished, coders.PickleCoder)

@@ -384,7 +384,7 @@ class Invoker:
             ahead.decided.set()
 
     def _pass_on(self, queue: _Queue) -> None:
-        """After a batch: on with the next one, by its prepared call if there is one. Holds the lock."""
+        """Go on with the next batch, by its prepared call if there is one. Holds the lock."""
         ahead = queue.ahead
         if ahead and ahead.begun and not (self._stopping or self._broken):
             self._start(queue)

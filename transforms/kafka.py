@@ -130,14 +130,12 @@ def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
         properties = load_properties(config.config_file)
         settings |= {k: v for k, v in properties.items() if not k.startswith(PREFIXES)}
         if prefix:
-            settings |= {
-                k[len(prefix) :]: v for k, v in properties.items() if k.startswith(prefix)
-            }
+            settings |= {k[len(prefix) :]: v for k, v in properties.items() if k.startswith(prefix)}
     return settings
 
 
 def make_consumer(config: KafkaConfig, **ours: Any) -> confluent_kafka.Consumer:
-    """A consumer that is never subscribed: it reads what it is assigned and commits what it is told.
+    """A consumer that is never subscribed: it reads and commits what it is told to.
 
     Raises:
         KafkaError: librdkafka refuses the settings.

@@ -1,4 +1,4 @@
-"""Payload: Records -> JSON entries, one per record, as the Confluent Lambda connector sends them. Pure.
+"""Payload: Records -> JSON entries, one each, as the Confluent Lambda connector has them. Pure.
 
 An entry is ``{"payload":{"timestamp","topic","partition","offset","key","value"}}``; a payload is
 the array of the entries of one batch. A value that is JSON already is put in as the bytes it is:
@@ -113,7 +113,7 @@ def _reject(part: str, data: bytes | None) -> Rejection:
 
 def _encode_headers(headers: Sequence[Header] | None, encoder: _Encoder) -> bytes:
     pairs = (
-        b'{"key":%b,"value":%b}' % (orjson.dumps(name), encoder.encode(value))
+        b'{"key":%b,"value":%b}' % (orjson.dumps(name), encoder.encode(value) or b"null")
         for name, value in headers or ()
     )
     return b"[" + b",".join(pairs) + b"]"

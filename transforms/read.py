@@ -91,7 +91,9 @@ class Round:
 _NOTHING = Round((), 0, 0)
 
 
-def releasable(records: int, bytes: int, waited_secs: float, ended: bool, config: ReadConfig) -> int:
+def releasable(
+    records: int, bytes: int, waited_secs: float, ended: bool, config: ReadConfig
+) -> int:
     """How many of a partition's waiting records may be batched now.
 
     Whole batches always; the rest when it is due (window over, enough bytes) or nothing more
@@ -132,7 +134,7 @@ class RoundReader:
     ) -> None:
         self._config = config
         self._timer = timer
-        self._consumer = make(config.kafka, **_PREFETCH)
+        self.consumer = make(config.kafka, **_PREFETCH)
         self._partitions: dict[PartitionKey, _Partition] = {}
         self._round = _NOTHING
         self._turn = 0
@@ -147,7 +149,7 @@ class RoundReader:
         """Begin to read partitions at the given offsets, besides those already read."""
         for key, offset in offsets.items():
             self._partitions[key] = _Partition(key, offset, offset)
-        self._consumer.incremental_assign(
+        self.consumer.incremental_assign(
             [TopicPartition(*key, offset) for key, offset in offsets.items()]
         )
 
@@ -158,7 +160,7 @@ class RoundReader:
     def end(self, key: PartitionKey) -> int | None:
         """The partition's end as the last fetch saw it; None before the first one."""
         try:
-            _, high = self._consumer.get_watermark_offsets(TopicPartition(*key), cached=True)
+            _, high = self.consumer.get_watermark_offsets(TopicPartition(*key), cached=True)
         except KafkaException:
             return None
         return high if high >= 0 else None
@@ -177,9 +179,9 @@ class RoundReader:
         pause = [p for p in self._partitions.values() if not p.paused and p.key not in wanted]
         resume = [p for p in self._partitions.values() if p.paused and p.key in wanted]
         if pause:
-            self._consumer.pause([TopicPartition(*p.key) for p in pause])
+            self.consumer.pause([TopicPartition(*p.key) for p in pause])
         if resume:
-            self._consumer.resume([TopicPartition(*p.key) for p in resume])
+            self.consumer.resume([TopicPartition(*p.key) for p in resume])
         for partition in pause + resume:
             partition.paused = not partition.paused
 
@@ -190,7 +192,7 @@ class RoundReader:
             KafkaError: A partition cannot be read any more.
         """
         try:
-            messages = self._consumer.consume(_POLL_RECORDS, timeout_secs)
+            messages = self.consumer.consume(_POLL_RECORDS, timeout_secs)
         except KafkaException as error:
             raise KafkaError(f"{describe(self._config.kafka)}: {reason(error)}") from None
         if not messages:
@@ -209,7 +211,7 @@ class RoundReader:
 
     def close(self) -> None:
         """Leave Kafka."""
-        self._consumer.close()
+        self.consumer.close()
 
     # -- what a round needs ----------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The values that travel between the steps. No Beam, no clients, no rules.
 
-Records travel as columns (`Records`), not as one object each: building a column is one call in C for
-a thousand records, and pickling it between two stages costs a tenth of a list of objects.
+Records travel as columns (`Records`), not as one object each: building a column is one call in C
+for a thousand records, and pickling it between two stages costs a tenth of a list of objects.
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ def parse_reply(body: bytes, topic: str, partition: int, offsets: Sequence[int])
     try:
         # The newline is there to be cut off: what orjson returns is the head of a 4 KiB block that
         # it would keep from being used again for as long as the result is held; the copy is not.
-        return [orjson.dumps(payload, option=orjson.OPT_APPEND_NEWLINE)[:-1] for payload in payloads]
+        return [
+            orjson.dumps(payload, option=orjson.OPT_APPEND_NEWLINE)[:-1] for payload in payloads
+        ]
     except orjson.JSONEncodeError:
         # It reads what is nested 1024 deep, and writes 254.
         return _raw_payloads(body)

@@ -1,4 +1,4 @@
-"""Retry: one batch -> the invocations it takes, one after the other, and what became of its records.
+"""Retry: one batch -> the invocations it takes, in turn, and what became of its records.
 
 Pure: `Delivery.steps` is a generator that says what to do next (`Call` a part of the batch, or
 `Wait`) and is sent each call's outcome. Who calls, on which thread and with which client, is the
@@ -172,7 +172,9 @@ class Delivery:
                     return False
                 case Kind.THROTTLED:
                     stats.throttles += 1
-                    backoff = policy.backoff_secs(throttles, policy.wait_throttled_secs, self.random)
+                    backoff = policy.backoff_secs(
+                        throttles, policy.wait_throttled_secs, self.random
+                    )
                     throttles += 1
                     yield Wait(max(backoff, outcome.retry_after_secs or 0.0))
                     continue
@@ -213,9 +215,7 @@ class Delivery:
     def _done(self, high: int) -> None:
         offsets = self.batch.records.offsets
         # Up to the next record rather than past the last one: a gap holds nothing to wait for.
-        self.finished.next_offset = (
-            offsets[high] if high < len(offsets) else self.batch.next_offset
-        )
+        self.finished.next_offset = offsets[high] if high < len(offsets) else self.batch.next_offset
 
     def _fail(self, low: int, high: int, attempts: int, condition: str, outcome: Outcome) -> bool:
         """Give up on some records; False if that stops the partition."""

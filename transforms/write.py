@@ -128,26 +128,44 @@ class TopicWriter:
             f"committed, run again once this is mended"
         )
 
+    def problem(self) -> str | None:
+        """Why the topic cannot be written, None if it can. Counts its partitions on the way.
+
+        To ask for a topic by its name is what makes a broker create it, where it is set to.
+        """
+        try:
+            metadata = self._producer.list_topics(self.topic, timeout=15).topics[self.topic]
+        except KafkaException as error:
+            return f"the brokers cannot be reached: {reason(error)}"
+        self._partitions = len(metadata.partitions)
+        if metadata.error is not None:
+            return f"{metadata.error.str()}; create it first"
+        return None if self._partitions else "it has no partitions yet"
+
     def _count_partitions(self) -> int:
-        if not self._partitions:
-            try:
-                metadata = self._producer.list_topics(self.topic, timeout=30)
-            except KafkaException as error:
-                raise WriteError(self._failed(reason(error))) from None
-            self._partitions = len(metadata.topics[self.topic].partitions) or 1
+        if not self._partitions and (why := self.problem()):
+            raise WriteError(self._failed(why))
         return self._partitions
 
 
-def make_response_writer(config: WriteConfig) -> TopicWriter:
-    """The writer of the response topic; needs `config.response_topic`."""
+def _make_response_writer(config: WriteConfig) -> TopicWriter:
     assert config.response_topic
     return TopicWriter(config.response_topic, client_settings(config.kafka, "response."))
 
 
-def make_error_writer(config: WriteConfig) -> TopicWriter:
-    """The writer of the error topic; needs `config.error_topic`."""
+def _make_error_writer(config: WriteConfig) -> TopicWriter:
     assert config.error_topic
     return TopicWriter(config.error_topic, client_settings(config.kafka, "error."))
+
+
+def response_writer(config: WriteConfig) -> TopicWriter:
+    """This process's writer of the response topic; needs `config.response_topic`."""
+    return per_process(_make_response_writer, config)
+
+
+def error_writer(config: WriteConfig) -> TopicWriter:
+    """This process's writer of the error topic; needs `config.error_topic`."""
+    return per_process(_make_error_writer, config)
 
 
 class WriteToKafka(beam.PTransform):
@@ -199,12 +217,12 @@ class _ProduceFn(beam.DoFn):
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self._config.response_topic:
-            per_process(make_response_writer, self._config).flush()
+            response_writer(self._config).flush()
         if self._config.error_topic:
-            per_process(make_error_writer, self._config).flush()
+            error_writer(self._config).flush()
         window = GlobalWindow()
         for progress in self._progress:
-            yield WindowedValue(progress, window.max_timestamp(), [window])
+            yield WindowedValue(progress, window.max_timestamp(), (window,))
 
     def _write_responses(self, finished: Finished, part: Responses) -> None:
         self._responses.inc(len(part))
@@ -214,7 +232,7 @@ class _ProduceFn(beam.DoFn):
         keys = response_keys(finished.topic, finished.partition, part.offsets, format)
         values = response_values(part.results, format)
         messages = [{"key": key, "value": value} for key, value in zip(keys, values)]
-        writer = per_process(make_response_writer, self._config)
+        writer = response_writer(self._config)
         writer.write_all(finished.partition, messages)
 
     def _write_failure(self, finished: Finished, failure: Failure) -> None:
@@ -234,7 +252,7 @@ class _ProduceFn(beam.DoFn):
                 facts,
             )
             return
-        writer = per_process(make_error_writer, config)
+        writer = error_writer(config)
         for _, record in error_records(
             finished.topic,
             finished.partition,

@@ -190,9 +190,9 @@ def execute(command: list[str]) -> tuple[float, resource.struct_rusage]:
 
 
 @contextmanager
-def serving(latency_ms: float) -> Iterator[str]:
-    """A stub with a latency; yield its URL."""
-    process, url = stub.start(latency_ms)
+def serving(latency_ms: float, batch: int) -> Iterator[str]:
+    """A stub with a latency, as a client sees it; yield its URL."""
+    process, url = stub.start_calibrated(latency_ms, batch) if latency_ms else stub.start()
     try:
         yield url
     finally:
@@ -341,7 +341,7 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
             with serving(0) as url:
                 measure(topics, small, scenarios[0], who, url)
         for scenario in scenarios:
-            with serving(scenario.latency_ms) as url:
+            with serving(scenario.latency_ms, scenario.batch_size) as url:
                 ceilings.append(
                     {"scenario": scenario.name, **stub.measure(url, scenario.batch_size)}
                 )
