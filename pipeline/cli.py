@@ -48,20 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(config: object, started: float) -> int:
     from pipeline.options import Config
     from pipeline.progress import Progress, print_summary
-    from pipeline.rounds import Rounds
+    from pipeline.rounds import Rounds, Status
 
     assert isinstance(config, Config)
     stop = threading.Event()
     _stop_on_signals(stop)
     _tune_interpreter()
-    rounds = Rounds(config, stop, started)
     live = sys.stderr.isatty() and config.run.log_format == "text"
+    rounds = None
     try:
+        rounds = Rounds(config, stop, started)
         with Progress(rounds.status, live):
             status = rounds.run()
     except BaseException:
         if config.run.summary == "json":
-            print_summary(rounds.status(), "json", config.kafka.group)
+            status = rounds.status() if rounds else Status.of_nothing(monotonic() - started)
+            print_summary(status, "json", config.kafka.group)
         raise
     print_summary(status, config.run.summary, config.kafka.group)
     return HALTED if status.halted else DONE

@@ -36,5 +36,6 @@ def configure(format: str) -> None:
         logging.getLogger(quiet).setLevel(logging.CRITICAL)
     for ours in ("pipeline", "transforms"):
         logging.getLogger(ours).setLevel(logging.INFO)
-    logging.getLogger("librdkafka").setLevel(logging.ERROR)
+    # One line per attempt to connect; `transforms.kafka.ErrorLog` says it once in a while.
+    logging.getLogger("librdkafka").setLevel(logging.CRITICAL)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

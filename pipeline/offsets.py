@@ -12,7 +12,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from pipeline.options import AT_TIMESTAMP, LATEST, RunConfig
 from transforms.errors import KafkaError
-from transforms.kafka import KafkaConfig, client_settings, describe, partitions_of, reason
+from transforms.kafka import ErrorLog, KafkaConfig, client_settings, describe, partitions_of, reason
 from transforms.records import PartitionKey
 
 _LOGGER = logging.getLogger(__name__)
@@ -80,9 +80,12 @@ class SourceOffsets:
         try:
             metadata = self._consumer.list_topics(timeout=timeout_secs)
         except KafkaException as error:
+            if not self._consumer.assignment():
+                # Hands over what the connections said; once assigned, it could take a record.
+                self._consumer.poll(0)
             raise KafkaError(
-                f"{describe(self._kafka)} cannot be reached: {reason(error)}; check "
-                f"--kafka_bootstrap_servers and --kafka_config_file"
+                f"{describe(self._kafka)} cannot be reached: {ErrorLog.last or reason(error)}; "
+                f"check --kafka_bootstrap_servers and --kafka_config_file"
             ) from None
         topics: Iterable[str] = self._run.topics
         if self._pattern:

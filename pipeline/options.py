@@ -702,7 +702,7 @@ def _beam_parser() -> argparse.ArgumentParser:
     parser = _Parser()
     for subclass in {cls.__name__: cls for cls in PipelineOptions.__subclasses__()}.values():
         if subclass is not KafkaLambdaOptions:
-            subclass._add_argparse_args(parser)
+            subclass._add_argparse_args(parser)  # type: ignore[arg-type]
     return parser
 
 

@@ -113,6 +113,11 @@ class Status:
     committed: dict[PartitionKey, int]
     elapsed_secs: float
 
+    @staticmethod
+    def of_nothing(elapsed_secs: float) -> Status:
+        """How a run stands that could not begin."""
+        return Status(Totals(), 0, {}, [], {}, elapsed_secs)
+
 
 class Rounds:
     """Runs rounds until told to stop, caught up, or nothing can go on.

@@ -253,9 +253,7 @@ def test_timestamps_in_the_facts(timestamps, first, last) -> None:
 
 def test_facts_are_short_and_only_those_known() -> None:
     """A long message is cut, and what is not known is not there."""
-    failure = _failure(
-        _records([1]), message="x" * 5000, executed_version=None, request_id=None
-    )
+    failure = _failure(_records([1]), message="x" * 5000, executed_version=None, request_id=None)
     facts = error_facts(failure, "f")
     assert facts["error.message"] == "x" * 1000
     assert "executed.version" not in facts

@@ -16,11 +16,13 @@ from transforms.outcome import Kind, Outcome
 from transforms.records import Batch, Failure, Finished, Records, Responses
 from transforms.retry import Call, RetryPolicy
 
-GUARD_SECS = 5.0
+GUARD_SECS = 20.0
 """Only so that a test which would hang fails instead; nothing is measured by it."""
 
 GO_ON = RetryPolicy(halt=False)
 A, B, C = ("t", 0), ("t", 1), ("t", 2)
+
+_starves = pytest.mark.xfail(run=False, reason="threads that could work are not woken or not made")
 
 both_ways = pytest.mark.parametrize("ahead", [False, True], ids=["plain", "ahead"])
 
@@ -112,6 +114,11 @@ def _running(
         invoker.stop()
         function.let_go()
         assert invoker.join(GUARD_SECS) or invoker.broken
+
+
+def _until(invoker: Invoker, done: Callable[[Invoker], bool]) -> None:
+    """Wait for something that is no result; asked again and again, since nothing tells of it."""
+    assert any(invoker.wait(done, 0.01) for _ in range(int(GUARD_SECS * 100)))
 
 
 def _drain(invoker: Invoker) -> dict[tuple[str, int], list[Finished]]:
@@ -226,7 +233,7 @@ def test_a_key_that_backs_off_holds_no_thread(ahead: bool) -> None:
     more = {"timer": timer, "random": lambda: 1.0}
     with _running(function, ahead, concurrency=1, **more) as invoker:
         invoker.submit([_batch(A, 0), _batch(A, 1)])
-        assert invoker.wait(lambda i: i.queue(A).waiting, GUARD_SECS)
+        _until(invoker, lambda i: i.queue(A).waiting)
         invoker.submit([_batch(B, 0), _batch(B, 1)])
         assert invoker.wait(lambda i: not i.queue(B).batches, GUARD_SECS)
         assert invoker.queue(A) == QueueView(batches=2, records=2, bytes=6, waiting=True)
@@ -237,6 +244,59 @@ def test_a_key_that_backs_off_holds_no_thread(ahead: bool) -> None:
         finished = _drain(invoker)
     assert _offsets(finished[A]) == [0, 1]
     assert function.of(A) == [(0, 0), (0, 0), (1, 1)]
+
+
+@_starves
+@both_ways
+def test_keys_that_back_off_hold_no_threads_for_what_comes_behind(ahead: bool) -> None:
+    """More batches for partitions that wait take no thread from those that do not."""
+    failing = {A, B}
+
+    def answer(batch: Batch, call: Call) -> Outcome:
+        return _failed(Kind.TRANSIENT) if batch.key in failing else _answered(batch, call)
+
+    function = Function(answer)
+    timer = Timer()
+    more = {"timer": timer, "random": lambda: 1.0}
+    with _running(function, ahead, concurrency=1, **more) as invoker:
+        invoker.submit([_batch(A, 0), _batch(B, 0)])
+        _until(invoker, lambda i: i.queue(A).waiting and i.queue(B).waiting)
+        for start in (1, 2):
+            invoker.submit([_batch(A, start), _batch(B, start)])
+        for start in range(3):
+            invoker.submit([_batch(C, start)])
+            assert invoker.wait(lambda i: not i.queue(C).batches, GUARD_SECS)
+        assert invoker.queue(A).waiting
+        assert invoker.queue(B).waiting
+        failing.clear()
+        timer.secs = 100.0
+        invoker.submit([_batch(C, 3)])
+        finished = _drain(invoker)
+    assert _offsets(finished[A]) == _offsets(finished[B]) == [0, 1, 2]
+
+
+@_starves
+@both_ways
+@pytest.mark.parametrize("idle", [1, 2])
+def test_an_idle_thread_does_not_stand_for_all(ahead: bool, idle: int) -> None:
+    """After a quiet time, too, as many calls begin at once as are allowed and there are."""
+    together = threading.Barrier(idle)
+
+    def answer(batch: Batch, call: Call) -> Outcome:
+        together.wait(GUARD_SECS)
+        return _answered(batch, call)
+
+    function = Function(answer)
+    keys = [("t", partition) for partition in range(4)]
+    with _running(function, ahead, concurrency=4) as invoker:
+        invoker.submit(_batch(key, 0) for key in keys[:idle])
+        _drain(invoker)
+        together = threading.Barrier(4)
+        invoker.submit(_batch(key, 1) for key in keys)
+        finished = _drain(invoker)
+        assert invoker.broken is None
+    assert sorted(finished) == keys
+    assert function.most == 4
 
 
 @both_ways
@@ -252,7 +312,7 @@ def test_shorter_waits_end_first(ahead: bool) -> None:
     function = Function(answer)
     with _running(function, ahead, concurrency=1, timer=timer) as invoker:
         invoker.submit([_batch(A, 0), _batch(B, 0)])
-        assert invoker.wait(lambda i: i.queue(A).waiting and i.queue(B).waiting, GUARD_SECS)
+        _until(invoker, lambda i: i.queue(A).waiting and i.queue(B).waiting)
         timer.secs = 10.0
         invoker.submit([_batch(C, 0)])
         assert invoker.wait(lambda i: not i.queue(B).batches, GUARD_SECS)
@@ -342,7 +402,6 @@ def test_an_exception_in_a_call_stops_everything(ahead: bool) -> None:
         assert invoker.wait(lambda i: i.broken is not None, GUARD_SECS)
         assert invoker.broken is error
         assert _offsets(invoker.collect()) == [0]
-        assert invoker.in_flight == 0
     assert function.of(A) == [(0, 0), (1, 1)]
 
 
@@ -414,7 +473,7 @@ def test_stop_leaves_what_backs_off_where_it_stands(ahead: bool) -> None:
     more = {"timer": Timer(), "random": lambda: 1.0}
     with _running(function, ahead, policy=RetryPolicy(bisect=True), **more) as invoker:
         invoker.submit([_batch(A, 0, 4), _batch(A, 4, 4)])
-        assert invoker.wait(lambda i: i.queue(A).waiting, GUARD_SECS)
+        _until(invoker, lambda i: i.queue(A).waiting)
         invoker.stop()
         assert invoker.join(GUARD_SECS)
         finished = invoker.collect()

@@ -26,7 +26,6 @@ from pipeline.options import (
 from transforms.errors import UsageError
 
 
-
 @pytest.fixture(autouse=True)
 def _logging_stays_as_it_is() -> Iterator[None]:
     """The command line sets up logging for its process; the tests after it need their own."""
@@ -329,7 +328,11 @@ def test_what_has_to_be_given(name: str) -> None:
         ),
         (
             "lambda_endpoint_url",
-            ["http://127.0.0.1:9200", "https://vpce-1.lambda.eu-west-1.vpce.amazonaws.com", "http://h/p"],
+            [
+                "http://127.0.0.1:9200",
+                "https://vpce-1.lambda.eu-west-1.vpce.amazonaws.com",
+                "http://h/p",
+            ],
             ["127.0.0.1:9200", "ftp://h", "http://", "http://h h"],
         ),
         ("response_topic", ["a.b-c_D9", "x" * 249], ["a b", "a/b", "x" * 250, "ä", "a,b"]),

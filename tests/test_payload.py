@@ -40,9 +40,7 @@ def _reject_constant(name: str) -> None:
 
 def _exact(text: bytes):
     """Parse JSON so that no digit of a number is lost."""
-    return json.loads(
-        text, parse_float=Decimal, parse_int=Decimal, parse_constant=_reject_constant
-    )
+    return json.loads(text, parse_float=Decimal, parse_int=Decimal, parse_constant=_reject_constant)
 
 
 JSON_TEXTS = [
@@ -179,8 +177,10 @@ def test_a_mebibyte_is_a_value_like_any_other(data: bytes, format: str) -> None:
 @pytest.mark.parametrize("data", TEXTS + NOT_UTF8)
 def test_json_format_rejects_what_does_not_parse(part: str, data: bytes) -> None:
     """With `json` such a record must not be sent; its entry is there for the error record."""
-    records = _records([b"1", data, b"2"]) if part == "value" else _records(
-        [None] * 3, keys=[b"1", data, b"2"]
+    records = (
+        _records([b"1", data, b"2"])
+        if part == "value"
+        else _records([None] * 3, keys=[b"1", data, b"2"])
     )
     format = PayloadFormat(**{part: "json"})
     encoded = encode_records("t", 0, records, format)
@@ -262,7 +262,9 @@ def test_topic_names_are_data(topic: str, with_headers: bool) -> None:
 )
 def test_headers_keep_their_order_and_repeat(headers, expected) -> None:
     """With `headers` each entry lists its record's headers; names may repeat."""
-    encoded = encode_records("t", 0, _records([b"1"], headers=[headers]), PayloadFormat(headers=True))
+    encoded = encode_records(
+        "t", 0, _records([b"1"], headers=[headers]), PayloadFormat(headers=True)
+    )
     assert json.loads(encoded.entries[0])["payload"]["headers"] == expected
     assert encoded.base64_fields == (1 if headers and headers[0][1] == b"\xff" else 0)
 
@@ -279,8 +281,10 @@ json_values = st.recursive(
     | st.integers(-(10**40), 10**40)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=10),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), inner)
+    ),
     max_leaves=8,
 )
 fields = (
@@ -295,9 +299,7 @@ headers_of_one = st.none() | st.lists(st.tuples(st.text(max_size=5), fields), ma
 
 @given(
     rows=st.lists(
-        st.tuples(
-            st.integers(1, 5), st.integers(-1, 2**50), fields, fields, headers_of_one
-        ),
+        st.tuples(st.integers(1, 5), st.integers(-1, 2**50), fields, fields, headers_of_one),
         max_size=6,
     ),
     topic=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10),

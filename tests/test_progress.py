@@ -135,7 +135,9 @@ def test_halted_partitions_say_which_where_and_how_to_go_on() -> None:
     assert lines[0] == (
         "halted: orders-2 at offset 70: RetryAttemptsExhausted, ValueError: no such item"
     )
-    assert lines[1] == "halted: pay-0 at offset 70: RetryAttemptsExhausted, ValueError: a long story"
+    assert (
+        lines[1] == "halted: pay-0 at offset 70: RetryAttemptsExhausted, ValueError: a long story"
+    )
     assert len(lines) == 3
     for part in ("group g1", "same command again", "--on_error=log", "--error_topic"):
         assert part in lines[2]

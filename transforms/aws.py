@@ -6,6 +6,7 @@ the client would run the function twice unseen.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -78,7 +79,8 @@ def make_client(config: FunctionConfig) -> Any:
         FunctionConfigError: Region, profile or endpoint are missing or malformed.
     """
     match = FUNCTION.fullmatch(config.function)
-    region = config.region or (match["region"] if match else None)
+    # botocore itself reads AWS_DEFAULT_REGION only; AWS's other SDKs, and so people, AWS_REGION.
+    region = config.region or (match["region"] if match else None) or os.environ.get("AWS_REGION")
     settings = Config(
         max_pool_connections=config.max_concurrency,
         # The default one is rebuilt for each request, at a tenth of the whole call's cost.
@@ -222,24 +224,28 @@ def _fault(error: aws_errors.ClientError) -> Fault:
     )
 
 
+_CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"
+_INVALID = "the AWS credentials are not valid"
+_NETWORK = "check the network and --lambda_endpoint_url"
 _ADVICE = {
     "ResourceNotFoundException": "check --function and --aws_region",
     "AccessDeniedException": "the credentials need lambda:InvokeFunction on it",
-    "UnrecognizedClientException": "the AWS credentials are not valid",
-    "InvalidSignatureException": "the AWS credentials are not valid",
-    "InvalidClientTokenId": "the AWS credentials are not valid",
-    "MissingAuthenticationTokenException": "the AWS credentials are not valid",
-    "NoCredentialsError": "set AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role",
+    "UnrecognizedClientException": _INVALID,
+    "InvalidSignatureException": _INVALID,
+    "InvalidClientTokenId": _INVALID,
+    "MissingAuthenticationTokenException": _INVALID,
+    "NoCredentialsError": _CREDENTIALS,
+    "PartialCredentialsError": _CREDENTIALS,
     "NoRegionError": "set --aws_region, or AWS_REGION",
     "ProfileNotFound": "check AWS_PROFILE",
     "AccessDenied": "check --aws_role_arn and its trust policy",
-    "EndpointConnectionError": "check the network and --lambda_endpoint_url",
-    "ConnectTimeoutError": "check the network and --lambda_endpoint_url",
+    "EndpointConnectionError": _NETWORK,
+    "ConnectTimeoutError": _NETWORK,
 }
 
 
 def advice(config: FunctionConfig, code: str, message: str) -> str:
     """One line for the user: which function, what AWS says, what to do."""
-    what = " ".join(message.split())
-    todo = _ADVICE.get(code, "see the error above")
-    return f"--function={config.function} cannot be invoked: {code}: {what}; {todo}"
+    what = " ".join(message.split()).rstrip(".")
+    todo = f"; {_ADVICE[code]}" if code in _ADVICE else ""
+    return f"--function={config.function} cannot be invoked: {code}: {what}{todo}"

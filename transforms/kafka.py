@@ -12,9 +12,11 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import confluent_kafka
+from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException
 
 from transforms.errors import KafkaError, UsageError
@@ -22,6 +24,9 @@ from transforms.errors import KafkaError, UsageError
 _LOGGER = logging.getLogger(__name__)
 
 PREFIXES = ("response.", "error.", "schema.registry.")
+
+_WARN_SECS = 30.0
+_QUOTED_VALUE = re.compile(r'Invalid value "([^"]*)"')
 
 _ENVIRONMENT = re.compile(r"\$\{env:([^}]*)\}")
 
@@ -173,15 +178,36 @@ def make_producer(settings: Mapping[str, Any]) -> confluent_kafka.Producer:
 
 def _client(kind: Any, settings: Mapping[str, Any]) -> Any:
     try:
-        return kind({**settings, "error_cb": _log_error}, logger=logging.getLogger("librdkafka"))
+        return kind({**settings, "error_cb": ErrorLog()}, logger=logging.getLogger("librdkafka"))
     except KafkaException as error:
-        raise KafkaError(f"Kafka settings: {reason(error)}; see --kafka_config_file") from None
+        text = _QUOTED_VALUE.sub(_mask, reason(error))
+        raise KafkaError(f"Kafka settings: {text}; see --kafka_config_file") from None
     except (TypeError, ValueError) as error:
         raise KafkaError(f"Kafka settings: {error}; see --kafka_config_file") from None
 
 
-def _log_error(error: Any) -> None:
-    _LOGGER.debug("kafka: %s", error.str())
+def _mask(quoted: re.Match[str]) -> str:
+    """librdkafka quotes a value it refuses; what came from the environment may be a secret."""
+    return "Invalid value" if quoted[1] in os.environ.values() else quoted[0]
+
+
+class ErrorLog:
+    """What a client says of its connections: one warning in a while, and the last cause.
+
+    Attributes:
+        last: The last cause that any client of this process met; "all brokers are down" is none.
+    """
+
+    last = ""
+    _warned = float("-inf")
+
+    def __call__(self, error: Any) -> None:
+        if error.code() == ErrorCode._ALL_BROKERS_DOWN:
+            return
+        ErrorLog.last = " ".join(error.str().split())
+        if monotonic() - ErrorLog._warned > _WARN_SECS:
+            ErrorLog._warned = monotonic()
+            _LOGGER.warning("kafka: %s", ErrorLog.last)
 
 
 def reason(error: KafkaException) -> str:

@@ -1240,7 +1240,10 @@ class _HttpHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             raise _request_too_large(MAX_SYNC_REQUEST_BYTES)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        return _Request(self.path, headers, self.rfile.read(int(length)))
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise ConnectionResetError("the client went away in the middle of its request")
+        return _Request(self.path, headers, body)
 
     def _send(self, reply: _Reply, request_id: str) -> None:
         self.send_response_only(reply.status)
