@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from time import monotonic
 from types import FrameType
 
@@ -25,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = monotonic()
     arguments = sys.argv[1:] if argv is None else list(argv)
     # Before Beam is imported: it logs while it is.
-    logs.configure("json" if "--log_format=json" in arguments else "text")
+    wants_json = "--log_format=json" in arguments or ("--log_format", "json") in pairwise(arguments)
+    logs.configure("json" if wants_json else "text")
     from pipeline.options import format_help, parse_arguments
     from transforms.errors import SinkError, UsageError
 

@@ -86,9 +86,6 @@ def test_an_error_in_a_step_comes_back_from_the_runner(kind: type[SinkError]) ->
     assert str(error) == "broker is away"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="made anew from its text, it takes each letter for a problem"
-)
 def test_a_usage_error_in_a_step_keeps_its_problems() -> None:
     """A settings file that is gone when a step reads it is reported as it is."""
     problems = ("--kafka_config_file=x cannot be read", "another one")

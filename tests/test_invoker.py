@@ -22,8 +22,6 @@ GUARD_SECS = 20.0
 GO_ON = RetryPolicy(halt=False)
 A, B, C = ("t", 0), ("t", 1), ("t", 2)
 
-_starves = pytest.mark.xfail(run=False, reason="threads that could work are not woken or not made")
-
 both_ways = pytest.mark.parametrize("ahead", [False, True], ids=["plain", "ahead"])
 
 
@@ -176,9 +174,8 @@ def test_different_keys_run_side_by_side(ahead: bool) -> None:
         for start in range(4):
             invoker.submit(_batch(key, start) for key in (A, B, C))
         finished = _drain(invoker)
-    assert {key: _offsets(each) for key, each in finished.items()} == dict.fromkeys(
-        (A, B, C), [0, 1, 2, 3]
-    )
+    assert sorted(finished) == [A, B, C]
+    assert [_offsets(each) for each in finished.values()] == [[0, 1, 2, 3]] * 3
     assert function.most == 3
 
 
@@ -246,7 +243,6 @@ def test_a_key_that_backs_off_holds_no_thread(ahead: bool) -> None:
     assert function.of(A) == [(0, 0), (0, 0), (1, 1)]
 
 
-@_starves
 @both_ways
 def test_keys_that_back_off_hold_no_threads_for_what_comes_behind(ahead: bool) -> None:
     """More batches for partitions that wait take no thread from those that do not."""
@@ -275,7 +271,6 @@ def test_keys_that_back_off_hold_no_threads_for_what_comes_behind(ahead: bool) -
     assert _offsets(finished[A]) == _offsets(finished[B]) == [0, 1, 2]
 
 
-@_starves
 @both_ways
 @pytest.mark.parametrize("idle", [1, 2])
 def test_an_idle_thread_does_not_stand_for_all(ahead: bool, idle: int) -> None:

@@ -229,3 +229,12 @@ def test_settings_that_librdkafka_refuses_are_one_line(wrong: dict) -> None:
     text = str(raised.value)
     assert "\n" not in text
     assert "--kafka_config_file" in text
+
+
+def test_a_refused_value_from_the_environment_is_not_shown(monkeypatch) -> None:
+    """librdkafka quotes what it refuses, and that may have been a secret."""
+    monkeypatch.setenv("A_SECRET", "s3cret")
+    with pytest.raises(KafkaError) as raised:
+        make_producer({"bootstrap.servers": "127.0.0.1:1", "batch.size": "s3cret"})
+    assert "batch.size" in str(raised.value)
+    assert "s3cret" not in str(raised.value)

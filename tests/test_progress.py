@@ -195,7 +195,7 @@ def test_the_live_table_shows_the_halted_partition() -> None:
         "records/s",
         "secs",
     ]
-    assert [list(column.cells)[0] for column in table.columns] == [
+    assert [next(iter(column.cells)) for column in table.columns] == [
         "1,240",
         "12",
         "7",
@@ -280,7 +280,8 @@ def test_text_logs_are_lines(logging_restored, capsys) -> None:
         ("apache_beam.runners", logging.ERROR, False),
         ("botocore.retries", logging.WARNING, False),
         ("librdkafka", logging.WARNING, False),
-        ("librdkafka", logging.ERROR, True),
+        ("librdkafka", logging.ERROR, False),
+        ("librdkafka", logging.CRITICAL, True),
     ],
 )
 def test_what_is_shown(logging_restored, capsys, format, logger, level, shown) -> None:

@@ -28,7 +28,9 @@ class UsageError(SinkError):
 
     exit_code = 2
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        # A runner makes an error anew from its text.
+        problems = problems.splitlines() if isinstance(problems, str) else problems
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
 

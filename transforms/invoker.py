@@ -244,7 +244,9 @@ class Invoker:
 
     def _prepare(self, queue: _Queue, wake: bool = True) -> None:
         """Have the next call of a queue that is being worked on prepared. Holds the lock."""
-        if self._call_ahead and queue.delivery and queue.batches and not queue.ahead:
+        if queue.ahead or queue.waiting or not (queue.delivery and queue.batches):
+            return
+        if self._call_ahead:
             queue.ahead = _Ahead(queue.batches[0])
             self._to_prepare.append(queue)
             if wake:
@@ -282,18 +284,27 @@ class Invoker:
                     queue = heapq.heappop(self._waits)[2]
                     queue.waiting = None
                     self._ready.append(queue)
-                if self._ready and self._working < self._max_concurrency:
-                    self._working += 1
-                    return partial(self._advance, self._ready.popleft())
-                if self._to_prepare:
-                    queue = self._to_prepare.popleft()
-                    if queue.ahead and not queue.ahead.begun:
-                        queue.ahead.begun = True
-                        return partial(self._run_ahead, queue, queue.ahead)
-                    continue
+                task = self._take()
+                if task:
+                    # Who put it in line may have woken one thread only, for more than one task.
+                    if self._ready or self._to_prepare:
+                        self._wake()
+                    return task
                 self._idle += 1
                 self._task.wait(self._waits[0][0] - now if self._waits else None)
                 self._idle -= 1
+
+    def _take(self) -> Callable[[], None] | None:
+        """What is first in line and may begin, if there is anything. Holds the lock."""
+        if self._ready and self._working < self._max_concurrency:
+            self._working += 1
+            return partial(self._advance, self._ready.popleft())
+        while self._to_prepare:
+            queue = self._to_prepare.popleft()
+            if queue.ahead and not queue.ahead.begun:
+                queue.ahead.begun = True
+                return partial(self._run_ahead, queue, queue.ahead)
+        return None
 
     def _advance(self, queue: _Queue) -> None:
         """Take up the head of a queue, where it was left or anew."""
@@ -318,13 +329,13 @@ class Invoker:
         step: Step | None,
     ) -> None:
         """Do what the steps of a batch say until it is finished or has to wait."""
-        while isinstance(step, Call) and not self._stopping:
+        while isinstance(step, Call) and not (self._stopping or self._broken):
             with self._changed:
                 self._prepare(queue)
             step = _send(steps, self._invoke(delivery, step))
         with self._changed:
             self._working -= 1
-            if isinstance(step, Wait) and not self._stopping:
+            if isinstance(step, Wait) and not (self._stopping or self._broken):
                 # A call prepared behind one that is repeated would wait too long.
                 self._decide(queue, go=False)
                 queue.waiting = step
@@ -332,6 +343,7 @@ class Invoker:
                 heapq.heappush(self._waits, (due, next(self._order), queue))
                 # Somebody has to wait no longer than until then.
                 self._task.notify()
+                self._changed.notify_all()
                 return
             steps.close()
             self._finish(queue, delivery)
@@ -354,7 +366,11 @@ class Invoker:
             started = self._timer()
             return ahead.go
 
-        outcome = self._call_ahead(ahead.batch, call, hold)
+        try:
+            outcome = self._call_ahead(ahead.batch, call, hold)
+        finally:
+            with self._changed:
+                self._in_flight -= ahead.go
         if not ahead.decided.is_set():
             # It failed before there was anything to send: what the next one finds out itself.
             with self._changed:
@@ -364,8 +380,6 @@ class Invoker:
             return
         delivery, steps = queue.delivery, queue.steps
         assert delivery and steps
-        with self._changed:
-            self._in_flight -= 1
         if outcome is None:
             outcome = self._invoke(delivery, call)
         else:

@@ -115,9 +115,9 @@ def load_properties(path: str, environ: Mapping[str, str] = os.environ) -> dict[
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError([f"--kafka_config_file={path} cannot be read: {reason}"]) from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError([f"--kafka_config_file={path!r} cannot be read: {why}"]) from None
     try:
         return parse_properties(text, environ)
     except UsageError as error:

@@ -238,6 +238,9 @@ class RoundReader:
                     room[0], room[1] = room[0] - count, room[1] - chunk_bytes
                     records, size = records - count, size - chunk_bytes
                     yield _first(chunk, first)
+                if self._releasable(partition, round.flush):
+                    # What is still due found no room; the next round begins with it.
+                    del rooms[key]
             piled = sum(len(self._partitions[key].messages) for key in rooms)
             if piled > round.records or not self.fill(0.01):
                 break
@@ -256,10 +259,15 @@ class RoundReader:
             messages = partition.messages[taken : min(taken + step, due)]
             sizes = list(map(_size, messages))
             count, chunk_bytes = _within(sizes, size - taken_bytes, config.batch_size)
+            cut_short = count < len(messages)
+            if cut_short and taken and count < config.batch_size:
+                break
             taken, taken_bytes = taken + count, taken_bytes + chunk_bytes
             is_last = taken == len(partition.messages)
             next_offset = partition.next_offset if is_last else partition.messages[taken].offset()
             yield self._chunk(partition, next_offset, messages[:count]), chunk_bytes
+            if cut_short:
+                break
         if taken:
             del partition.messages[:taken]
             partition.bytes -= taken_bytes

@@ -190,7 +190,7 @@ def execute(command: list[str]) -> tuple[float, resource.struct_rusage]:
 
 
 @contextmanager
-def serving(latency_ms: float, batch: int) -> Iterator[str]:
+def serving(latency_ms: float, batch: int = 100) -> Iterator[str]:
     """A stub with a latency, as a client sees it; yield its URL."""
     process, url = stub.start_calibrated(latency_ms, batch) if latency_ms else stub.start()
     try:
