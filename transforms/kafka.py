@@ -117,7 +117,10 @@ def load_properties(path: str, environ: Mapping[str, str] = os.environ) -> dict[
             text = file.read()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise UsageError([f"--kafka_config_file={path!r} cannot be read: {why}"]) from None
+        if isinstance(error, UnicodeDecodeError):
+            why = "it is not UTF-8 text"
+        shown = path if path.isprintable() else repr(path)
+        raise UsageError([f"--kafka_config_file={shown} cannot be read: {why}"]) from None
     try:
         return parse_properties(text, environ)
     except UsageError as error:

@@ -25,7 +25,7 @@ from transforms.records import NO_TIMESTAMP, PartitionKey, RecordChunk, Records
 
 _LOGGER = logging.getLogger(__name__)
 
-_POLL_RECORDS = 2_000
+_POLL_RECORDS = 500
 _CHUNK_RECORDS = 1_000
 
 # Fetched ahead, for all partitions together. The backoff is what librdkafka waits after that
