@@ -11,13 +11,14 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import boto3
 import botocore.exceptions as aws_errors
 from botocore.config import Config
 from botocore.credentials import AssumeRoleCredentialFetcher, DeferredRefreshableCredentials
-from botocore.session import get_session
+from botocore.session import Session, get_session
 
 from transforms.errors import FunctionConfigError
 from transforms.outcome import Fault, Kind, Reply, classify_fault
@@ -92,31 +93,33 @@ def make_client(config: FunctionConfig) -> Any:
         read_timeout=config.timeout_secs + 5,
     )
     try:
-        session = boto3.Session(region_name=region)
+        session = get_session()
         if config.role_arn:
             session = _assume(session, config.role_arn, region)
-        return session.client("lambda", endpoint_url=config.endpoint_url, config=settings)
+        return boto3.Session(botocore_session=session, region_name=region).client(
+            "lambda", endpoint_url=config.endpoint_url, config=settings
+        )
     except (aws_errors.BotoCoreError, ValueError) as error:
         raise FunctionConfigError(advice(config, type(error).__name__, str(error))) from None
 
 
-def _assume(session: boto3.Session, role_arn: str, region: str | None) -> boto3.Session:
+def _assume(source: Session, role_arn: str, region: str | None) -> Session:
     """A session whose credentials are the role's, renewed before they expire."""
-    source = session.get_credentials()
-    if source is None:
+    credentials = source.get_credentials()
+    if credentials is None:
         raise aws_errors.NoCredentialsError
     fetcher = AssumeRoleCredentialFetcher(
-        client_creator=session._session.create_client,
-        source_credentials=source,
+        client_creator=partial(source.create_client, region_name=region),
+        source_credentials=credentials,
         role_arn=role_arn,
         extra_args={"RoleSessionName": "beam-lambda-sink"},
     )
     assumed = get_session()
-    # boto3 has no public way to hand a session credentials that renew themselves.
+    # There is no public way to hand a session credentials that renew themselves.
     assumed._credentials = DeferredRefreshableCredentials(
         fetcher.fetch_credentials, method="assume-role"
     )
-    return boto3.Session(botocore_session=assumed, region_name=region or session.region_name)
+    return assumed
 
 
 class _NotSent(Exception):

@@ -93,10 +93,11 @@ class Invoker:
             exception it raises is taken for a bug and ends the run.
         policy: When to repeat, split and give up.
         max_concurrency: Calls at once.
-        ahead: Prepares a call; None if calls cannot be prepared.
         clock: Seconds since the epoch, for record age.
-        timer: Monotonic seconds, for waits.
         random: Uniform in [0, 1), for jitter.
+        timer: Monotonic seconds, for waits.
+        ahead: Prepares a call; None if calls cannot be prepared.
+        sleep: Blocks a thread for some seconds.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Invoker:
         random: Callable[[], float],
         timer: Callable[[], float] = monotonic,
         ahead: AheadFunction | None = None,
+        sleep: Callable[[float], None] = sleep,
     ) -> None:
         self._call = call
         self._call_ahead = ahead
@@ -116,6 +118,7 @@ class Invoker:
         self._clock = clock
         self._random = random
         self._timer = timer
+        self._sleep = sleep
         lock = threading.RLock()
         self._changed = threading.Condition(lock)
         # The same lock, for the threads: one of them is woken for one task, not all.
@@ -138,7 +141,7 @@ class Invoker:
     # -- handing over and collecting ------------------------------------------------------
 
     def submit(self, batches: Iterable[Batch]) -> None:
-        """Append batches to their partitions' queues. Never blocks; see `queues` for room."""
+        """Append batches to their partitions' queues. Never blocks; see `queue` for room."""
         with self._changed:
             for batch in batches:
                 queue = self._queues.setdefault(batch.key, _Queue(batch.key))
@@ -354,7 +357,7 @@ class Invoker:
         call = Call(0, len(ahead.batch), 1, "")
         # The call before it was let go just now; its thread must get to send first.
         if not ahead.decided.is_set():
-            sleep(_YIELD_SECS)
+            self._sleep(_YIELD_SECS)
         started = self._timer()
 
         def hold() -> bool:
@@ -370,12 +373,10 @@ class Invoker:
             outcome = self._call_ahead(ahead.batch, call, hold)
         finally:
             with self._changed:
-                self._in_flight -= ahead.go
-        if not ahead.decided.is_set():
-            # It failed before there was anything to send: what the next one finds out itself.
-            with self._changed:
                 if queue.ahead is ahead:
+                    # It failed before there was anything to send: to be found out in its turn.
                     self._decide(queue, go=False)
+                self._in_flight -= ahead.go
         if not ahead.go:
             return
         delivery, steps = queue.delivery, queue.steps
