@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(config, started)
     except SinkError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            logs.say(f"error: {line}")
         return error.exit_code
 
 
@@ -75,7 +75,6 @@ def _tune_interpreter() -> None:
     """Settings for a process that does nothing but run the pipeline."""
     # What the imports left stays for good; searching it for garbage again and again costs a tenth
     # of the run.
-    gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     # A thread whose reply has come wants to send the next request at once, not after the 5 ms that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from datetime import datetime, timezone
 
 import orjson
@@ -22,9 +23,19 @@ class _JsonFormatter(logging.Formatter):
         return orjson.dumps(facts).decode()
 
 
+class _Stderr:
+    """Whatever stderr is now: the live table puts itself in front of it while it is shown."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def configure(format: str) -> None:
     """Send all logs to stderr. Ours from INFO on, everybody else's from WARNING on."""
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(_Stderr())
     if format == "json":
         handler.setFormatter(_JsonFormatter())
     else:
@@ -39,3 +50,11 @@ def configure(format: str) -> None:
     # One line per attempt to connect; `transforms.kafka.ErrorLog` says it once in a while.
     logging.getLogger("librdkafka").setLevel(logging.CRITICAL)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+def say(line: str) -> None:
+    """Print one of a run's last words on stderr: as it is, or as a log line if those are JSON."""
+    if any(isinstance(handler.formatter, _JsonFormatter) for handler in logging.root.handlers):
+        logging.getLogger("pipeline").error("%s", line)
+    else:
+        print(line, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from pipeline.logs import say
 from pipeline.rounds import Status
 from transforms.records import Finished
 
@@ -175,4 +175,4 @@ def print_summary(status: Status, format: str, group: str) -> None:
     elif format == "text":
         print(summary_text(status), flush=True)
     for line in halted_text(status, group):
-        print(line, file=sys.stderr, flush=True)
+        say(line)
