@@ -573,9 +573,11 @@ def _check_start(values: dict[str, Any], now: datetime, problems: list[str]) -> 
 
 def parse_timestamp(text: str) -> datetime | None:
     """An ISO 8601 time, UTC if it names no zone; None if it is none."""
+    # Python 3.10 knows no Z, and fractions of three or six digits only.
+    text = re.sub(r"[zZ]$", "+00:00", text)
+    text = re.sub(r"[.,](\d{1,6})\d*", lambda fraction: f".{fraction[1]:0<6}", text)
     try:
-        # Python 3.10 knows no Z.
-        moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
+        moment = datetime.fromisoformat(text)
     except ValueError:
         return None
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
