@@ -50,10 +50,10 @@ def summary_text(status: Status) -> str:
     secs = facts["elapsed_secs"]
     rate = facts["records"] / secs if secs else 0
     return (
-        f"{facts['records']} records in {secs:.1f} s ({rate:,.0f}/s): {facts['responses']} "
-        f"answered, {facts['errors']} errors; {facts['batches']} batches, "
-        f"{facts['invocations']} invocations, {facts['retries']} retries, "
-        f"{facts['bisections']} bisections, {facts['throttles']} throttles"
+        f"records: {facts['records']} in {secs:.1f} s ({rate:,.0f}/s), answered: "
+        f"{facts['responses']}, errors: {facts['errors']}, batches: {facts['batches']}, "
+        f"invocations: {facts['invocations']}, retries: {facts['retries']}, bisections: "
+        f"{facts['bisections']}, throttles: {facts['throttles']}"
     )
 
 
@@ -94,9 +94,9 @@ def progress_text(status: Status) -> str:
     totals = status.totals
     lag = sum(lag or 0 for lag in status.lags.values())
     return (
-        f"{totals.records} records, {totals['batch.batches']} batches, {status.in_flight} "
-        f"invocations in flight, {totals['invoke.retries']} retries, {totals['write.errors']} "
-        f"errors, lag {lag} over {len(status.lags)} partitions"
+        f"records: {totals.records}, batches: {totals['batch.batches']}, in flight: "
+        f"{status.in_flight}, retries: {totals['invoke.retries']}, errors: "
+        f"{totals['write.errors']}, lag: {lag}, partitions: {len(status.lags)}"
     )
 
 

@@ -71,7 +71,7 @@ def test_text_shows_command_responses_error_record_and_summary() -> None:
     assert shown["functionName"] == "settle-orders"
     assert shown["lambda.error.message"] == "order 151 has no amount"
     assert json.loads(shown["value"])["order"] == 151
-    assert "300 records in" in demo.stdout.splitlines()[-1]
+    assert "records: 300 in" in demo.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

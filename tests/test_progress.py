@@ -116,16 +116,16 @@ def test_a_run_that_did_nothing_has_a_summary_too() -> None:
     assert list(facts) == FIELDS
     assert facts["records"] == facts["batches"] == facts["retries"] == 0
     assert facts["halted"] == []
-    assert "0 records" in summary_text(status)
+    assert "records: 0 in 0.0 s" in summary_text(status)
 
 
 def test_the_summary_for_people_is_one_line() -> None:
     """The same numbers, in one line."""
     text = summary_text(_status())
     assert "\n" not in text
-    for part in ("1240 records in 2.0 s (620/s)", "1234 answered", "6 errors", "12 batches"):
+    for part in ("records: 1240 in 2.0 s (620/s)", "answered: 1234", "errors: 6", "batches: 12"):
         assert part in text
-    for part in ("20 invocations", "3 retries", "4 bisections", "5 throttles"):
+    for part in ("invocations: 20", "retries: 3", "bisections: 4", "throttles: 5"):
         assert part in text
 
 
@@ -178,9 +178,9 @@ def test_the_progress_line() -> None:
     """What a log shows of a run that goes on; a lag not known yet counts as none."""
     text = progress_text(_status())
     assert "\n" not in text
-    for part in ("1240 records", "12 batches", "7 invocations in flight", "3 retries"):
+    for part in ("records: 1240", "batches: 12", "in flight: 7", "retries: 3"):
         assert part in text
-    assert "lag 111 over 3 partitions" in text
+    assert "lag: 111, partitions: 3" in text
 
 
 def test_the_live_table_shows_the_halted_partition() -> None:

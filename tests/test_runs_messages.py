@@ -171,7 +171,7 @@ def test_events_are_committed_once_lambda_has_them(broker: KafkaBroker, names: N
     assert len({(call.key, call.offsets) for call in executed}) == 6
     assert_caught_up(broker, names.group(), topic)
     (line,) = ended.stdout.splitlines()
-    assert re.match(r"50 records in [\d.]+ s \([\d,]+/s\): 50 answered, 0 errors; ", line)
+    assert re.match(r"records: 50 in [\d.]+ s \([\d,]+/s\), answered: 50, errors: 0, ", line)
     assert ended.stderr == ""
 
 
