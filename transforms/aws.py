@@ -150,8 +150,7 @@ class LambdaFunction:
 
     def invoke(self, payload: bytes) -> Reply | Fault:
         """One invocation, one attempt; the reply is read to its end."""
-        arguments = self._payload(payload)
-        return self._invoke(**arguments)
+        return self._invoke(**self._payload(payload))
 
     def invoke_ahead(self, payload: bytes, hold: Callable[[], bool]) -> Reply | Fault | None:
         """The same in two steps: made and signed at once, sent when `hold` returns True.

@@ -71,7 +71,7 @@ class OffsetCommitter:
 
     def __init__(self, config: KafkaConfig) -> None:
         self._config = config
-        self.consumer = make_consumer(config)
+        self._consumer = make_consumer(config)
         self.done = ContiguousOffsets()
         self.committed: dict[PartitionKey, int] = {}
 
@@ -87,7 +87,7 @@ class OffsetCommitter:
         deadline = time.monotonic() + _RETRY_SECS
         while True:
             try:
-                results = self.consumer.commit(offsets=offsets, asynchronous=False)
+                results = self._consumer.commit(offsets=offsets, asynchronous=False)
                 failed = [result.error for result in results or () if result.error]
                 if not failed:
                     break

@@ -234,6 +234,11 @@ class Invoker:
                     self._finish(queue, queue.delivery)
         return not any(thread.is_alive() for thread in self._threads)
 
+    @property
+    def _ending(self) -> bool:
+        """Whether no further call may begin."""
+        return self._stopping or self._broken is not None
+
     # -- the threads ----------------------------------------------------------------------
 
     def _schedule(self, queue: _Queue) -> None:
@@ -280,7 +285,7 @@ class Invoker:
         """Wait for something to do; None when no more work may begin."""
         with self._changed:
             while True:
-                if self._stopping or self._broken:
+                if self._ending:
                     return None
                 now = self._timer()
                 while self._waits and self._waits[0][0] <= now:
@@ -332,13 +337,13 @@ class Invoker:
         step: Step | None,
     ) -> None:
         """Do what the steps of a batch say until it is finished or has to wait."""
-        while isinstance(step, Call) and not (self._stopping or self._broken):
+        while isinstance(step, Call) and not self._ending:
             with self._changed:
                 self._prepare(queue)
             step = _send(steps, self._invoke(delivery, step))
         with self._changed:
             self._working -= 1
-            if isinstance(step, Wait) and not (self._stopping or self._broken):
+            if isinstance(step, Wait) and not self._ending:
                 # A call prepared behind one that is repeated would wait too long.
                 self._decide(queue, go=False)
                 queue.waiting = step
@@ -401,7 +406,7 @@ class Invoker:
     def _pass_on(self, queue: _Queue) -> None:
         """Go on with the next batch, by its prepared call if there is one. Holds the lock."""
         ahead = queue.ahead
-        if ahead and ahead.begun and not (self._stopping or self._broken):
+        if ahead and ahead.begun and not self._ending:
             self._start(queue)
             assert queue.steps
             queue.step = next(queue.steps, None)
