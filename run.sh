@@ -16,6 +16,7 @@ usage: ./run.sh COMMAND [arguments]
   demo [...]           the whole pipeline on this machine, without AWS and without Kafka
   run [...]            the pipeline; run --help lists its options
   test [--fast] [...]  the tests, with a real Kafka broker; --fast leaves the broker out
+  test --flink [...]   the tests of streaming runs, with a real Flink cluster (experimental)
   check                format, lint, types, then test --fast
   bench [...]          measure throughput, with a real Kafka broker
   lambda [...]         only the local AWS Lambda endpoint
@@ -109,7 +110,7 @@ is_reusable() {
     grep -qF "$VENV" "$VENV/bin/activate"
 }
 
-# --- Kafka for tests ----------------------------------------------------------------------------
+# --- Kafka and Flink, as servers of tests and demo ----------------------------------------------
 
 has_java() {
   local java=java version
@@ -119,20 +120,23 @@ has_java() {
   [[ -n $version ]] && ((version >= 17))
 }
 
-has_jars() { "$VENV/bin/python" -m tests.kafka_broker --fetched; }
+# Each argument is a server: kafka, flink.
+has_jars() { "$VENV/bin/python" -m pipeline.local.jars fetched "$@"; }
+
+has_registry() { "$VENV/bin/python" -m tests.schema_registry --fetched; }
 
 # Maven is needed only to fetch the jars.
-has_maven() { command -v mvn >/dev/null || has_jars; }
+has_maven() { command -v mvn >/dev/null || { has_jars "$@" && has_registry; }; }
 
 # Java 17 and Maven: installed on Debian and its like by root, else asked for.
 require_java() {
   local packages=()
   if ! has_java; then packages+=(openjdk-17-jre-headless); fi
-  if ! has_maven; then packages+=(maven); fi
+  if ! has_maven "$@"; then packages+=(maven); fi
   if ((${#packages[@]} == 0)); then return; fi
   if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
-    say "the Kafka broker needs Java 17 or newer and Maven: sudo apt-get install" \
-      "${packages[*]} (or ./run.sh test --fast, without it)"
+    say "$* needs Java 17 or newer and Maven: sudo apt-get install ${packages[*]}" \
+      "(./run.sh test --fast and ./run.sh demo do without)"
     exit 1
   fi
   say "installing ${packages[*]}"
@@ -149,25 +153,37 @@ require_java() {
   fi
 }
 
-require_broker() {
-  require_java
-  if ! has_jars; then say "fetching the Kafka broker (about 45 MB, once)"; fi
-  "$VENV/bin/python" -m tests.kafka_broker --fetch
+require_servers() {
+  require_java "$@"
+  if ! has_jars "$@"; then say "fetching the jars of $* (kafka: 45 MB, flink: 190 MB; once)"; fi
+  "$VENV/bin/python" -m pipeline.local.jars fetch "$@"
+}
+
+require_registry() {
+  if ! has_registry; then say "fetching the schema registry (about 110 MB, once)"; fi
+  "$VENV/bin/python" -m tests.schema_registry --fetch
 }
 
 # --- Commands -----------------------------------------------------------------------------------
 
 run_tests() {
-  local fast=false argument arguments=()
+  local marks="not flink" argument arguments=()
   for argument in "$@"; do
-    if [[ $argument == --fast ]]; then fast=true; else arguments+=("$argument"); fi
+    case $argument in
+      --fast) marks="not broker and not flink" ;;
+      --flink) marks=flink ;;
+      *) arguments+=("$argument") ;;
+    esac
   done
-  if $fast; then
-    # First, so that a -m of the caller's wins.
-    exec "$VENV/bin/python" -m pytest -m "not broker" ${arguments[@]+"${arguments[@]}"}
-  fi
-  require_broker
-  exec "$VENV/bin/python" -m pytest ${arguments[@]+"${arguments[@]}"}
+  case $marks in
+    flink) require_servers kafka flink ;;
+    "not flink")
+      require_servers kafka
+      require_registry
+      ;;
+  esac
+  # First, so that a -m of the caller's wins.
+  exec "$VENV/bin/python" -m pytest -m "$marks" ${arguments[@]+"${arguments[@]}"}
 }
 
 command=${1:-help}
@@ -204,7 +220,7 @@ case $command in
     ;;
   bench)
     setup
-    require_broker
+    require_servers kafka
     exec "$VENV/bin/python" -m tests.bench "${@:2}"
     ;;
   clean)

@@ -9,20 +9,49 @@ import apache_beam as beam
 from pipeline.options import Config
 from transforms.batch import BatchByPartition
 from transforms.commit import CommitOffsets
+from transforms.decode import DecodeRecords
+from transforms.filter import FilterRecords
 from transforms.invoke import InvokeLambda
-from transforms.key import KeyByPartition
+from transforms.key import KeyByLane
 from transforms.read import ReadRound
+from transforms.read_beam import BeamReadConfig, ReadRows
+from transforms.read_native import ReadPartitions
 from transforms.write import WriteToKafka
 
 
-def build(pipeline: beam.Pipeline, config: Config) -> beam.PCollection[Any]:
-    """Wire the pipeline; see `transforms` for what each step takes and gives."""
+def build(
+    pipeline: beam.Pipeline,
+    config: Config,
+    read: beam.PTransform | None = None,
+    commit: beam.PTransform | None = None,
+) -> beam.PCollection[Any]:
+    """Wire the pipeline; see `transforms` for what each step takes and gives.
+
+    Args:
+        pipeline: Where to.
+        config: Of the steps.
+        read: Another beginning than a reader of the source topics.
+        commit: Another end than the group's offsets.
+    """
+    chunks = pipeline | "Read" >> (read or _reader(config))
+    if config.decode:
+        chunks = chunks | "Decode" >> DecodeRecords(config.decode)
+    if config.filter:
+        chunks = chunks | "Filter" >> FilterRecords(config.filter)
     return (
-        pipeline
-        | "Read" >> ReadRound(config.read)
-        | "Key" >> KeyByPartition()
+        chunks
+        | "Key" >> KeyByLane(config.lanes)
         | "Batch" >> BatchByPartition(config.batch)
         | "Invoke" >> InvokeLambda(config.invoke)
         | "Write" >> WriteToKafka(config.write)
-        | "Commit" >> CommitOffsets(config.kafka)
+        | "Commit" >> (commit or CommitOffsets(config.commit, streaming=config.stream is not None))
     )
+
+
+def _reader(config: Config) -> beam.PTransform:
+    """Which reader it is: the one of the rounds, or, in a streaming run, the one asked for."""
+    if config.stream is None:
+        return ReadRound(config.read)
+    if isinstance(config.stream, BeamReadConfig):
+        return ReadRows(config.stream)
+    return ReadPartitions(config.stream)

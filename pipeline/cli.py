@@ -7,6 +7,7 @@ partition is halted.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -15,8 +16,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from time import monotonic
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from pipeline import logs
+
+if TYPE_CHECKING:
+    from pipeline.options import Resolved
+
+_LOGGER = logging.getLogger(__name__)
 
 DONE, FAILED, USAGE, HALTED = 0, 1, 2, 3
 
@@ -28,50 +35,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before Beam is imported: it logs while it is.
     wants_json = "--log_format=json" in arguments or ("--log_format", "json") in pairwise(arguments)
     logs.configure("json" if wants_json else "text")
-    from pipeline.options import format_help, parse_arguments
+    from pipeline.explain import explain
+    from pipeline.options import format_help, resolve
     from transforms.errors import SinkError, UsageError
 
-    if "--help" in arguments or "-h" in arguments:
+    wants_help = "--help" in arguments or "-h" in arguments
+    if arguments[:1] == ["redrive"]:
+        from pipeline import redrive
+
+        if wants_help:
+            print(redrive.help_text())
+            return DONE
+    elif wants_help:
         print(format_help())
         return DONE
     try:
-        config, runner = parse_arguments(arguments)
-        if runner not in ("DirectRunner", "direct"):
-            raise UsageError(
-                [f"--runner={runner} is not supported by this version; use DirectRunner"]
+        if arguments[:1] == ["redrive"]:
+            return redrive.main(arguments[1:], started)
+        resolved = resolve(arguments)
+        if resolved.explain:
+            print(explain(resolved))
+        if resolved.config is None:
+            raise UsageError(resolved.problems)
+        if resolved.explain:
+            return DONE
+        if resolved.carried and (left := len(resolved.carried.notes)):
+            _LOGGER.info(
+                "--config=%s: %d settings are not carried over and change nothing; --explain lists "
+                "them",
+                resolved.carried.file,
+                left,
             )
-        return _run(config, started)
+        return _run(resolved, started)
     except SinkError as error:
         for line in str(error).splitlines():
             logs.say(f"error: {line}")
         return error.exit_code
 
 
-def _run(config: object, started: float) -> int:
-    from pipeline.options import Config
+def _run(resolved: Resolved, started: float) -> int:
+    from pipeline.options import DIRECT_RUNNERS
     from pipeline.progress import Progress, print_summary
     from pipeline.rounds import Rounds, Status
+    from pipeline.streaming import StreamRun
 
-    assert isinstance(config, Config)
+    config = resolved.config
+    assert config
     stop = threading.Event()
-    _stop_on_signals(stop)
-    _tune_interpreter()
+    direct = resolved.runner in DIRECT_RUNNERS
+    stop_on_signals(stop, "finishing what is running" if direct else "leaving the job")
+    tune_interpreter()
     live = sys.stderr.isatty() and config.run.log_format == "text"
-    rounds = None
+    run: Rounds | StreamRun | None = None
     try:
-        rounds = Rounds(config, stop, started)
-        with Progress(rounds.status, live):
-            status = rounds.run()
+        if direct:
+            run = Rounds(config, stop, started)
+        else:
+            run = StreamRun(config, resolved.runner, resolved.beam_arguments, stop, started)
+        with Progress(run.status, live):
+            status = run.run()
     except BaseException:
         if config.run.summary == "json":
-            status = rounds.status() if rounds else Status.of_nothing(monotonic() - started)
+            status = run.status() if run else Status.of_nothing(monotonic() - started)
             print_summary(status, "json", config.kafka.group)
         raise
     print_summary(status, config.run.summary, config.kafka.group)
     return HALTED if status.halted else DONE
 
 
-def _tune_interpreter() -> None:
+def tune_interpreter() -> None:
     """Settings for a process that does nothing but run the pipeline."""
     # What the imports left stays for good; searching it for garbage again and again costs a tenth
     # of the run.
@@ -82,7 +114,7 @@ def _tune_interpreter() -> None:
     sys.setswitchinterval(0.0005)
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
+def stop_on_signals(stop: threading.Event, what: str = "finishing what is running") -> None:
     """The first SIGTERM or SIGINT ends the run after its round, the second one at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -90,7 +122,7 @@ def _stop_on_signals(stop: threading.Event) -> None:
             os._exit(128 + number)
         stop.set()
         name = signal.Signals(number).name
-        os.write(2, f"{name}: finishing what is running; again to stop at once\n".encode())
+        os.write(2, f"{name}: {what}; again to stop at once\n".encode())
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)

@@ -1,5 +1,7 @@
-"""Docs: docs/options.md and the table in README.md, made from the options' declaration.
+"""Docs: what is made from declarations in the code.
 
+From the options docs/options.md, the table in README.md, and those of redrive in docs/redrive.md;
+from what becomes of each setting of another system the tables in docs/coming-from.md.
 ``python -m pipeline.docs`` writes them; with ``--check`` it only says which of them is stale.
 """
 
@@ -7,14 +9,18 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.options import GROUPS, Option
+from pipeline import connector, mapping, redrive
+from pipeline.carried import Row
+from pipeline.explain import explain
+from pipeline.options import GROUPS, Option, resolve
+from pipeline.options import OPTIONS as DECLARED
 
 ROOT = Path(__file__).parent.parent
 README, OPTIONS = "README.md", "docs/options.md"
-BEGIN, END = "<!-- options -->", "<!-- /options -->"
+COMING_FROM, REDRIVE = "docs/coming-from.md", "docs/redrive.md"
 
 _HEAD = """# Options
 
@@ -28,7 +34,7 @@ together, are named before anything runs (exit code 2). Beam's own options are t
 
 def _marked(text: str) -> str:
     """Options in a text as code."""
-    return re.sub(r"--[a-z_]+(=\w+)?", r"`\g<0>`", text)
+    return re.sub(r"--[a-z_]+(=[\w-]+)?", r"`\g<0>`", text)
 
 
 def _code(text: str) -> str:
@@ -52,15 +58,18 @@ def options_page() -> str:
     parts = [_HEAD]
     for group in GROUPS:
         parts.append(f"## {group.title}\n")
-        for option in group.options:
-            facts = {
-                "values": _values(option),
-                "default": _default(option),
-                "example": _code(option.example and f"--{option.name}={option.example}"),
-            }
-            listed = "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
-            parts.append(f"### `--{option.name}`\n\n{_marked(option.help)}\n\n{listed}\n")
+        parts += map(_option, group.options)
     return "\n".join(parts)
+
+
+def _option(option: Option) -> str:
+    facts = {
+        "values": _values(option),
+        "default": _default(option),
+        "example": _code(option.example and f"--{option.name}={option.example}"),
+    }
+    listed = "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
+    return f"### `--{option.name}`\n\n{_marked(option.help)}\n\n{listed}\n"
 
 
 def options_table() -> str:
@@ -74,21 +83,65 @@ def options_table() -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str) -> str:
-    """The README with a fresh table between its marks."""
-    before, _, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{README} lacks the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{options_table()}\n{END}{after}"
+def settings_table(system: str, rows: Iterable[Row]) -> str:
+    """What becomes of each setting of another system."""
+    lines = [f"| {system} | here |", "|---|---|"]
+    for row in rows:
+        names = ", ".join(map(_code, row.names))
+        if row.default:
+            names += f" ({_marked_names(row.default)})"
+        here = _marked(row.here)
+        if row.option in DECLARED and DECLARED[row.option].default is not None:
+            here += f" ({DECLARED[row.option].default_text})"
+        lines.append(f"| {names} | {here} |")
+    return "\n".join(lines)
+
+
+def _marked_names(text: str) -> str:
+    return re.sub(r"[\w-]*\$\{connector\}[\w-]*", r"`\g<0>`", text)
+
+
+def with_part(name: str, page: str, part: str, file: str) -> str:
+    """A page with a fresh part between the marks of that name."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{file} lacks the marks {begin} and {end}")
+    return f"{before}{begin}\n{part}\n{end}{after}"
+
+
+def coming_from(page: str) -> str:
+    """docs/coming-from.md with fresh tables."""
+    for name, rows in (("connector", connector.ROWS), ("mapping", mapping.ROWS)):
+        page = with_part(name, page, settings_table(name, rows), COMING_FROM)
+    return with_part("explain", page, f"```text\n{_explained(page)}\n```", COMING_FROM)
+
+
+def _redrive_options() -> str:
+    return "\n" + "\n".join(map(_option, redrive.GROUP.options))
+
+
+def _explained(page: str) -> str:
+    """What --explain says of the connector on the page, without the lines of our defaults."""
+    found = re.search(r"<!-- connector.json -->\n```json\n(.*?)```", page, re.DOTALL)
+    if not found:
+        raise ValueError(f"{COMING_FROM} lacks its connector.json")
+    arguments = ["--config=connector.json", "--kafka_bootstrap_servers=broker-1:9092"]
+    text = explain(resolve(arguments, environ={}, read=lambda path: found[1]))
+    return "\n".join(line for line in text.splitlines() if not line.endswith("  default"))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write both files, or check them; returns the exit code."""
-    readme = (ROOT / README).read_text(encoding="utf-8")
-    page = ROOT / OPTIONS
-    made = {README: with_table(readme), OPTIONS: options_page()}
-    found = {README: readme, OPTIONS: page.read_text(encoding="utf-8") if page.exists() else ""}
+    """Write the files, or check them; returns the exit code."""
+    names = (README, OPTIONS, COMING_FROM, REDRIVE)
+    found = {name: _read(ROOT / name) for name in names}
+    made = {
+        README: with_part("options", found[README], options_table(), README),
+        OPTIONS: options_page(),
+        COMING_FROM: coming_from(found[COMING_FROM]),
+        REDRIVE: with_part("options", found[REDRIVE], _redrive_options(), REDRIVE),
+    }
     stale = [name for name in made if made[name] != found[name]]
     if "--check" in arguments:
         for name in stale:
@@ -97,6 +150,10 @@ def main(arguments: Sequence[str]) -> int:
     for name in stale:
         (ROOT / name).write_text(made[name], encoding="utf-8")
     return 0
+
+
+def _read(page: Path) -> str:
+    return page.read_text(encoding="utf-8") if page.exists() else ""
 
 
 if __name__ == "__main__":

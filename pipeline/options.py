@@ -8,26 +8,39 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from transforms import formats, payload
+from pipeline import config_file
+from pipeline.carried import OWN, Carried, Value
+from transforms import destination, envelope, formats, payload, reply
 from transforms.aws import FUNCTION, MAX_ASYNC_BYTES, MAX_SYNC_BYTES, FunctionConfig
 from transforms.batch import BatchConfig
+from transforms.breaker import BreakerPolicy
+from transforms.commit import CommitConfig
+from transforms.decode import ATTRIBUTES, VALUE, DecodeConfig
+from transforms.envelope import Envelope
 from transforms.errors import UsageError
+from transforms.filter import UNPARSABLE, FilterConfig, load_criteria
 from transforms.invoke import InvokeConfig
-from transforms.kafka import KafkaConfig, load_properties
+from transforms.kafka import PREFIXES, KafkaConfig, load_properties
+from transforms.key import Lanes
 from transforms.payload import PayloadFormat
 from transforms.read import ReadConfig
+from transforms.read_beam import BeamReadConfig
+from transforms.read_native import NativeReadConfig
+from transforms.registry import RegistryConfig, check_settings
 from transforms.retry import RetryPolicy
+from transforms.schemas import CONNECT, STANDARD
+from transforms.source import AT_TIMESTAMP, LATEST, TRIM_HORIZON, SourceConfig
 from transforms.write import WriteConfig
-
-TRIM_HORIZON, LATEST, AT_TIMESTAMP = "TRIM_HORIZON", "LATEST", "AT_TIMESTAMP"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,8 @@ class Option:
         """What values are allowed, in words."""
         if self.kind == "choice":
             return " | ".join(self.choices)
+        if self.kind == "list" and self.choices:
+            return ", ".join(self.choices)
         if self.kind == "flag":
             return "true | false"
         if self.low is None:
@@ -76,6 +91,8 @@ class Option:
     def default_text(self) -> str:
         if self.default is None:
             return "none"
+        if self.kind == "list":
+            return ",".join(self.default)
         return str(self.default).lower() if self.kind == "flag" else str(self.default)
 
     @property
@@ -101,7 +118,29 @@ _RETRY_LIMIT: dict[str, Any] = {
     "special": (-1, "no limit"),
 }
 
+_NONE = "NONE"
+
 GROUPS = (
+    Group(
+        "Configuration",
+        (
+            Option(
+                "config",
+                "File with options: the JSON of a Confluent AWS Lambda sink connector, what `aws "
+                "lambda get-event-source-mapping` prints, or YAML with our own option names. What "
+                "is given here wins over it, and it wins over the defaults. What cannot be carried "
+                "over and would change something is refused.",
+                example="connector.json",
+            ),
+            Option(
+                "explain",
+                "Print what would be in force and where each value came from, then end without "
+                "running.",
+                kind="flag",
+                default=False,
+            ),
+        ),
+    ),
     Group(
         "Source",
         (
@@ -114,7 +153,8 @@ GROUPS = (
                 "kafka_config_file",
                 "Properties file with settings for the Kafka clients (SASL, TLS, anything "
                 "librdkafka takes). Names that begin with response. or error. are for the producer "
-                "of that topic. ${env:NAME} is replaced by the environment variable NAME.",
+                "of that topic, schema.registry. for the schema registry. ${env:NAME} is replaced "
+                "by the environment variable NAME.",
                 example="kafka.properties",
             ),
             Option(
@@ -147,6 +187,47 @@ GROUPS = (
                 "ISO 8601 time of the first record to read, with AT_TIMESTAMP; UTC if it names "
                 "no zone. Not in the future.",
                 example="2026-11-01T00:00:00Z",
+            ),
+        ),
+    ),
+    Group(
+        "Streaming",
+        (
+            Option(
+                "kafka_reader",
+                "Reader of a streaming run (Flink, Dataflow): native reads in Python, whole chunks "
+                "of records at a time; beam is Beam's ReadFromKafka, which is Java and needs an "
+                "expansion service. The DirectRunner has its own.",
+                kind="choice",
+                default="native",
+                choices=("native", "beam"),
+            ),
+            Option(
+                "expansion_service",
+                "Expansion service for --kafka_reader=beam, as host:port or the path of its jar. "
+                "Not given: Beam starts its own.",
+                example="127.0.0.1:8097",
+            ),
+        ),
+    ),
+    Group(
+        "Filter",
+        (
+            Option(
+                "filter_criteria",
+                "JSON or YAML file with the FilterCriteria of an event source mapping: a record "
+                "that no filter in it matches is not sent, only committed.",
+                example="filters.json",
+            ),
+            Option(
+                "filter_unparsable",
+                "What a filter does with a key or value that it cannot be compared with, such as "
+                "text where it names fields: pass takes it for matched, as AWS does with Kafka "
+                "records; drop takes it for not matched, as AWS does with Kinesis records; error "
+                "makes the record an error record.",
+                kind="choice",
+                default="pass",
+                choices=UNPARSABLE,
             ),
         ),
     ),
@@ -224,13 +305,54 @@ GROUPS = (
                 high=300,
             ),
             Option(
+                "parallelization_factor",
+                "Invocations at once inside a partition. Above 1 order is kept per record key, no "
+                "longer over the whole partition; records without a key are spread.",
+                kind="int",
+                default=1,
+                unit="invocations",
+                low=1,
+                high=10,
+            ),
+            Option(
                 "max_concurrency",
-                "Invocations at once, over all partitions; inside a partition there is one.",
+                "Invocations at once, over all partitions, at most. Where Lambda throttles there "
+                "are fewer, and more again while they succeed and others wait.",
                 kind="int",
                 default=100,
                 unit="invocations",
                 low=1,
                 high=1000,
+            ),
+            Option(
+                "min_concurrency",
+                "Invocations at once that are allowed however often Lambda throttles. Not above "
+                "--max_concurrency.",
+                kind="int",
+                default=1,
+                unit="invocations",
+                low=1,
+                high=1000,
+            ),
+        ),
+    ),
+    Group(
+        "Payload and reply",
+        (
+            Option(
+                "envelope",
+                "How records are handed to the function: confluent as the Confluent Lambda "
+                "connector has them, kafka_event as an event source mapping for Kafka, pipes as "
+                "EventBridge Pipes.",
+                kind="choice",
+                default=envelope.CONFLUENT,
+                choices=envelope.ENVELOPES,
+            ),
+            Option(
+                "event_source_arn",
+                "ARN of the MSK cluster, for the other envelopes. Not given: the function gets "
+                "events of a self-managed Kafka.",
+                example="arn:aws:kafka:eu-central-1:123456789012:cluster/orders/5a7c-2",
             ),
             Option(
                 "key_format",
@@ -252,6 +374,59 @@ GROUPS = (
                 'Send each record\'s headers too, as "headers": [{"key", "value"}].',
                 kind="flag",
                 default=False,
+            ),
+            Option(
+                "reply",
+                "What the function's reply is: confluent answers each record, "
+                "batch_item_failures names those that failed, any is kept as it is as one response "
+                "per invocation, none is not looked at. Not given: none without --response_topic; "
+                "with it confluent, or any with another --envelope.",
+                kind="choice",
+                choices=reply.REPLIES,
+            ),
+            Option(
+                "partial_failure",
+                "What --reply=batch_item_failures repeats: checkpoint all records from the first "
+                "one named on, named only those that are named.",
+                kind="choice",
+                default="checkpoint",
+                choices=("checkpoint", "named"),
+            ),
+            Option(
+                "client_context",
+                "Tell the function in its context which offsets an invocation holds, which attempt "
+                "it is, and why. Not for --invocation_type=async.",
+                kind="flag",
+                default=True,
+            ),
+        ),
+    ),
+    Group(
+        "Schemas",
+        (
+            Option(
+                "schema_registry_url",
+                "Confluent schema registry (or one that speaks like it), for records that name "
+                "an Avro, Protobuf or JSON schema. Its login and TLS settings are in "
+                "--kafka_config_file under schema.registry. Not given: records are not decoded.",
+                example="https://registry.example.com:8081",
+            ),
+            Option(
+                "schema_validation",
+                "Which of KEY and VALUE name a schema, comma separated: they are checked and "
+                "decoded, and a record that does not fit becomes an error record. NONE uses the "
+                "registry for what is written only.",
+                kind="list",
+                default=(VALUE,),
+                choices=(*ATTRIBUTES, _NONE),
+            ),
+            Option(
+                "event_record_format",
+                "How what was decoded is handed over: JSON, or SOURCE for the bytes as they are, "
+                "without the schema's id, with --envelope=kafka_event or pipes.",
+                kind="choice",
+                default="JSON",
+                choices=("JSON", "SOURCE"),
             ),
         ),
     ),
@@ -296,6 +471,33 @@ GROUPS = (
                 default="fail",
                 choices=("fail", "log", "ignore"),
             ),
+            Option(
+                "breaker_failure_rate",
+                "Share of failures among the last --breaker_invocations at which no more are made "
+                "and no records are given up, until one that tries succeeds. 0 is never.",
+                kind="float",
+                default=0,
+                low=0,
+                high=1,
+            ),
+            Option(
+                "breaker_invocations",
+                "How many invocations the share is taken of.",
+                kind="int",
+                default=20,
+                unit="invocations",
+                low=2,
+                high=1000,
+            ),
+            Option(
+                "breaker_wait_secs",
+                "How long nothing is invoked before one invocation tries whether it succeeds.",
+                kind="float",
+                default=30,
+                unit="seconds",
+                low=1,
+                high=3600,
+            ),
         ),
     ),
     Group(
@@ -303,8 +505,8 @@ GROUPS = (
         (
             Option(
                 "response_topic",
-                "Topic for the function's results, one record each. Not given: replies are not "
-                "looked at.",
+                "Topic for the function's results, one record each, or one per invocation with "
+                "--reply=any.",
                 example="orders-results",
             ),
             Option(
@@ -314,18 +516,27 @@ GROUPS = (
             ),
             Option(
                 "response_format",
-                "json, json_schema (with Connect's schema envelope) or string (as Connect's "
-                "StringConverter prints it).",
+                "json, json_schema (with Connect's schema envelope), string (as Connect's "
+                "StringConverter prints it) or avro (with the schema in the registry).",
                 kind="choice",
                 default="json",
-                choices=formats.FORMATS,
+                choices=(*formats.FORMATS, formats.AVRO),
             ),
             Option(
                 "error_format",
                 "The same for error records.",
                 kind="choice",
                 default="json",
-                choices=formats.FORMATS,
+                choices=(*formats.FORMATS, formats.AVRO),
+            ),
+            Option(
+                "error_record",
+                "What --error_topic gets: confluent one record for all that failed together, as "
+                "the Confluent Lambda connector writes it; aws one for each failed record, as an "
+                "event source mapping writes it to a Kafka topic.",
+                kind="choice",
+                default=destination.CONFLUENT,
+                choices=destination.ERROR_RECORDS,
             ),
         ),
     ),
@@ -365,6 +576,10 @@ GROUPS = (
     ),
 )
 
+DIRECT_RUNNERS = ("DirectRunner", "direct")
+FLINK_RUNNERS = ("FlinkRunner", "PortableRunner")
+STREAM_RUNNERS = (*FLINK_RUNNERS, "DataflowRunner")
+
 OPTIONS = {option.name: option for group in GROUPS for option in group.options}
 
 
@@ -394,20 +609,12 @@ class RunConfig:
     """How the rounds run.
 
     Attributes:
-        topics: Topics by name, or empty with a regex.
-        topics_regex: Regex for whole topic names, or None.
-        starting_position: For partitions without a committed offset.
-        starting_timestamp_ms: With AT_TIMESTAMP.
         preflight: Whether to check topics and function first.
         until: ``forever`` or ``caught_up``.
         summary: ``text``, ``json`` or ``none``.
         log_format: ``text`` or ``json``.
     """
 
-    topics: tuple[str, ...]
-    topics_regex: str | None
-    starting_position: str
-    starting_timestamp_ms: int | None
     preflight: bool
     until: str
     summary: str
@@ -416,29 +623,41 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Everything the pipeline needs, one frozen value per step."""
+    """Everything the pipeline needs, one frozen value per step.
+
+    `stream` says how a streaming run reads; it is None on the DirectRunner, which has `read`.
+    """
 
     kafka: KafkaConfig
+    source: SourceConfig
     read: ReadConfig
+    stream: NativeReadConfig | BeamReadConfig | None
+    filter: FilterConfig | None
+    lanes: Lanes
+    decode: DecodeConfig | None
     batch: BatchConfig
     invoke: InvokeConfig
     write: WriteConfig
+    commit: CommitConfig
     run: RunConfig
 
     @staticmethod
-    def from_options(given: dict[str, str | None], now: datetime | None = None) -> Config:
+    def from_options(
+        given: dict[str, str | None], now: datetime | None = None, runner: str = "DirectRunner"
+    ) -> Config:
         """Check all options together and make the steps' values of them.
 
         Args:
             given: By name, the text given, None where nothing was.
             now: The time, for the check of --starting_timestamp.
+            runner: Who runs it.
 
         Raises:
             UsageError: With every problem found.
         """
         problems: list[str] = []
         values = {
-            name: _parse(option, given.get(name), problems) for name, option in OPTIONS.items()
+            name: parse_value(option, given.get(name), problems) for name, option in OPTIONS.items()
         }
         _check_together(values, given, now or datetime.now(timezone.utc), problems)
         settings: dict[str, str] = {}
@@ -447,12 +666,26 @@ class Config:
                 settings = load_properties(values["kafka_config_file"])
             except UsageError as error:
                 problems += error.problems
+        patterns: tuple[str, ...] = ()
+        if values["filter_criteria"]:
+            try:
+                patterns = load_criteria(values["filter_criteria"])
+            except UsageError as error:
+                problems += error.problems
+        if runner in STREAM_RUNNERS and values["kafka_reader"] == "beam":
+            _check_beam_reader(values, settings, problems)
+        registry = values["schema_registry_url"]
+        if registry and not problems:
+            try:
+                check_settings(RegistryConfig(registry, values["kafka_config_file"]))
+            except UsageError as error:
+                problems += error.problems
         if problems:
             raise UsageError(problems)
-        return _make_config(values, settings)
+        return _make_config(values, settings, runner, patterns)
 
 
-def _parse(option: Option, text: str | None, problems: list[str]) -> Any:
+def parse_value(option: Option, text: str | None, problems: list[str]) -> Any:
     """The option's value, or None with a problem noted."""
     if text is None:
         return option.default
@@ -461,8 +694,10 @@ def _parse(option: Option, text: str | None, problems: list[str]) -> Any:
             problems.append(f"--{option.name} is empty; leave it out, or give it a value")
         return text
     if option.kind == "list":
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if option.kind == "choice":
+        parts = tuple(part.strip() for part in text.split(",") if part.strip())
+        if not option.choices or (parts and set(parts) <= set(option.choices)):
+            return parts
+    elif option.kind == "choice":
         if text in option.choices:
             return text
     elif option.kind == "flag":
@@ -540,17 +775,125 @@ def _check_together(
     role = values["aws_role_arn"]
     if role and not re.fullmatch(r"arn:aws[a-zA-Z-]*:iam::\d{12}:role/\S+", role):
         problems.append(f"--aws_role_arn={role} is not the ARN of a role")
+    _check_payload(values, problems)
+    _check_schemas(values, given, problems)
+    _check_reply(values, given, problems)
+    if values["invocation_type"] == "async" and (values["batch_bytes"] or 0) > MAX_ASYNC_BYTES:
+        problems.append(
+            f"--batch_bytes={values['batch_bytes']} is above the limit of async invocations, "
+            f"{MAX_ASYNC_BYTES}"
+        )
+    if given.get("filter_unparsable") and given.get("filter_criteria") is None:
+        problems.append("--filter_unparsable goes with --filter_criteria only")
+    low, high = values["min_concurrency"], values["max_concurrency"]
+    if low and high and low > high:
+        problems.append(f"--min_concurrency={low} is above --max_concurrency={high}")
+    _check_start(values, now, problems)
+
+
+_SOURCE_ARN = re.compile(r"arn:aws[a-zA-Z-]*:kafka:[a-z0-9-]+:\d{12}:cluster/\S+")
+
+
+def _reply(values: dict[str, Any]) -> str:
+    """What replies are, given or by the other options."""
+    if values["reply"]:
+        return str(values["reply"])
+    if not values["response_topic"] or values["invocation_type"] == "async":
+        return reply.NONE
+    return reply.CONFLUENT if values["envelope"] == envelope.CONFLUENT else reply.ANY
+
+
+def _check_reply(values: dict[str, Any], given: dict[str, str | None], problems: list[str]) -> None:
+    mode, topic = values["reply"], values["response_topic"]
     if values["invocation_type"] == "async":
-        if values["response_topic"]:
+        if mode not in (None, reply.NONE):
+            problems.append(
+                f"--reply={mode} needs --invocation_type=sync: async invocations have no reply"
+            )
+        elif topic:
             problems.append(
                 "--response_topic needs --invocation_type=sync: async invocations have no reply"
             )
-        if (values["batch_bytes"] or 0) > MAX_ASYNC_BYTES:
+    elif mode == reply.ANY and not topic:
+        problems.append("--reply=any needs --response_topic: it is where replies are kept")
+    elif mode in (reply.BATCH_ITEM_FAILURES, reply.NONE) and topic:
+        problems.append(f"--response_topic stays empty with --reply={mode}; leave one of them out")
+    asked = given.get("client_context") is not None and values["client_context"]
+    if asked and values["invocation_type"] == "async":
+        problems.append(
+            "--client_context needs --invocation_type=sync: async invocations carry none"
+        )
+    if given.get("partial_failure") is not None and mode != reply.BATCH_ITEM_FAILURES:
+        problems.append("--partial_failure goes with --reply=batch_item_failures only")
+
+
+def _check_payload(values: dict[str, Any], problems: list[str]) -> None:
+    arn = values["event_source_arn"]
+    if arn and not _SOURCE_ARN.fullmatch(arn):
+        problems.append(f"--event_source_arn={arn} is not the ARN of an MSK cluster")
+    aws_errors = values["error_record"] == destination.AWS
+    if aws_errors and not values["error_topic"]:
+        problems.append("--error_record=aws needs --error_topic")
+    if aws_errors and values["error_format"] != OPTIONS["error_format"].default:
+        problems.append(
+            f"--error_format={values['error_format']} goes with --error_record=confluent only: "
+            f"AWS has JSON"
+        )
+    if values["envelope"] == envelope.CONFLUENT:
+        if values["event_record_format"] != OPTIONS["event_record_format"].default:
+            problems.append("--event_record_format goes with --envelope=kafka_event or pipes only")
+        if arn and not aws_errors:
             problems.append(
-                f"--batch_bytes={values['batch_bytes']} is above the limit of async invocations, "
-                f"{MAX_ASYNC_BYTES}"
+                "--event_source_arn goes with --envelope=kafka_event or pipes, or with "
+                "--error_record=aws, only"
             )
-    _check_start(values, now, problems)
+        return
+    for name in ("key_format", "value_format"):
+        if values[name] not in (OPTIONS[name].default, "base64"):
+            problems.append(
+                f"--{name}={values[name]} goes with --envelope=confluent only: "
+                f"{values['envelope']} has base64"
+            )
+
+
+_REGISTRY = re.compile(r"https?://[^/@\s,]+(/[^\s,]*)?(,https?://[^/@\s,]+(/[^\s,]*)?)*")
+
+
+def _check_schemas(
+    values: dict[str, Any], given: dict[str, str | None], problems: list[str]
+) -> None:
+    url = values["schema_registry_url"]
+    if url is None:
+        problems += [
+            f"--{name} needs --schema_registry_url"
+            for name in ("schema_validation", "event_record_format")
+            if given.get(name) is not None
+        ]
+        problems += [
+            f"--{name}=avro needs --schema_registry_url, which the schemas are registered with"
+            for name in ("response_format", "error_format")
+            if values[name] == formats.AVRO
+        ]
+        return
+    if "@" in url:
+        problems.append(
+            "--schema_registry_url has a login in it; put it into --kafka_config_file, as "
+            "schema.registry.basic.auth.user.info=NAME:PASSWORD"
+        )
+    elif url and not _REGISTRY.fullmatch(url):
+        problems.append(f"--schema_registry_url={url} is not an http:// or https:// address")
+    attributes = values["schema_validation"] or ()
+    if len(set(attributes)) < len(attributes):
+        problems.append(f"--schema_validation={','.join(attributes)} names one twice")
+    elif _NONE in attributes and len(attributes) > 1:
+        problems.append(f"--schema_validation={','.join(attributes)}: {_NONE} stands alone")
+    for attribute in set(attributes) - {_NONE}:
+        name = f"{attribute.lower()}_format"
+        if values[name] != OPTIONS[name].default:
+            problems.append(
+                f"--{name}={values[name]} has no effect: --schema_validation has {attribute}, "
+                f"which is decoded by its schema"
+            )
 
 
 def _check_start(values: dict[str, Any], now: datetime, problems: list[str]) -> None:
@@ -583,23 +926,78 @@ def parse_timestamp(text: str) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
-def _make_config(values: dict[str, Any], settings: dict[str, str]) -> Config:
+def _check_beam_reader(
+    values: dict[str, Any], settings: dict[str, str], problems: list[str]
+) -> None:
+    if values["until"] == "caught_up":
+        problems.append("--until=caught_up needs --kafka_reader=native: Beam's reader has no end")
+    common = sorted(name for name in settings if not name.startswith(PREFIXES))
+    if common:
+        problems.append(
+            f"--kafka_config_file sets {', '.join(common)}, which --kafka_reader=beam would make "
+            f"part of the job, for all to read; use --kafka_reader=native"
+        )
+
+
+def _make_config(
+    values: dict[str, Any], settings: dict[str, str], runner: str, patterns: tuple[str, ...]
+) -> Config:
+    streaming = runner in STREAM_RUNNERS
     sync = values["invocation_type"] == "sync"
     batch_bytes = values["batch_bytes"] or (MAX_SYNC_BYTES if sync else MAX_ASYNC_BYTES)
     kafka = KafkaConfig(
         values["kafka_bootstrap_servers"], values["consumer_group"], values["kafka_config_file"]
     )
+    wrapping = Envelope(
+        values["envelope"],
+        values["kafka_bootstrap_servers"],
+        values["event_source_arn"],
+        values["event_record_format"] == "SOURCE",
+    )
+    url = values["schema_registry_url"]
+    registry = RegistryConfig(url, values["kafka_config_file"]) if url else None
+    attributes = tuple(a for a in values["schema_validation"] if a != _NONE)
+    style = CONNECT if wrapping.name == envelope.CONFLUENT else STANDARD
+    # What the reader counts is bytes as Kafka has them; base64 makes four of three.
+    due_bytes = batch_bytes if wrapping.name == envelope.CONFLUENT else batch_bytes * 3 // 4
+    aws_errors = values["error_record"] == destination.AWS
     start = values["starting_timestamp"]
     moment = parse_timestamp(start) if start else None
     limit = settings.get("error.message.max.bytes", settings.get("message.max.bytes", ""))
     max_error_bytes = int(limit) if limit.isdecimal() else 1_000_000
+    lanes = Lanes(values["parallelization_factor"], run=values["batch_size"])
+    source = SourceConfig(
+        kafka,
+        topics=values["topics"] or (),
+        topics_regex=values["topics_regex"],
+        starting_position=values["starting_position"],
+        # Below 0 are numbers that mean something else to Kafka.
+        starting_timestamp_ms=max(0, int(moment.timestamp() * 1000)) if moment else None,
+    )
+    stream: NativeReadConfig | BeamReadConfig | None = None
+    if streaming and values["kafka_reader"] == "beam":
+        stream = BeamReadConfig(kafka, source.topics, values["expansion_service"])
+    elif streaming:
+        stream = NativeReadConfig(
+            source,
+            bounded=values["until"] == "caught_up",
+            drain_by_haste=runner in FLINK_RUNNERS,
+        )
     return Config(
         kafka=kafka,
-        read=ReadConfig(kafka, values["batch_size"], batch_bytes, values["batch_window_secs"]),
+        source=source,
+        read=ReadConfig(kafka, values["batch_size"], due_bytes, values["batch_window_secs"], lanes),
+        stream=stream,
+        filter=FilterConfig(patterns, values["filter_unparsable"]) if patterns else None,
+        lanes=lanes,
+        decode=DecodeConfig(registry, attributes, style) if registry and attributes else None,
         batch=BatchConfig(
             values["batch_size"],
             batch_bytes,
-            PayloadFormat(values["key_format"], values["value_format"], values["include_headers"]),
+            PayloadFormat(
+                values["key_format"], values["value_format"], values["include_headers"], wrapping
+            ),
+            window_secs=values["batch_window_secs"] if streaming else None,
         ),
         invoke=InvokeConfig(
             FunctionConfig(
@@ -617,9 +1015,18 @@ def _make_config(values: dict[str, Any], settings: dict[str, str]) -> Config:
                 max_transient_retries=values["max_transient_retries"],
                 max_record_age_secs=values["max_record_age_secs"],
                 bisect=values["bisect_on_error"],
+                named=values["partial_failure"] == "named",
                 halt=values["on_error"] == "fail",
             ),
-            check_reply=sync and bool(values["response_topic"]),
+            reply=_reply(values),
+            streaming=streaming,
+            client_context=sync and values["client_context"],
+            min_concurrency=values["min_concurrency"],
+            breaker=BreakerPolicy(
+                failure_rate=values["breaker_failure_rate"],
+                invocations=values["breaker_invocations"],
+                wait_secs=values["breaker_wait_secs"],
+            ),
         ),
         write=WriteConfig(
             kafka=kafka,
@@ -630,13 +1037,11 @@ def _make_config(values: dict[str, Any], settings: dict[str, str]) -> Config:
             response_format=values["response_format"],
             error_format=values["error_format"],
             max_error_bytes=max_error_bytes,
+            registry=registry,
+            destination=replace(wrapping, name=envelope.KAFKA_EVENT) if aws_errors else None,
         ),
+        commit=CommitConfig(kafka, lanes),
         run=RunConfig(
-            topics=values["topics"] or (),
-            topics_regex=values["topics_regex"],
-            starting_position=values["starting_position"],
-            # Below 0 are numbers that mean something else to Kafka.
-            starting_timestamp_ms=max(0, int(moment.timestamp() * 1000)) if moment else None,
             preflight=values["preflight"],
             until=values["until"],
             summary=values["summary"],
@@ -645,8 +1050,43 @@ def _make_config(values: dict[str, Any], settings: dict[str, str]) -> Config:
     )
 
 
+COMMAND_LINE = "command line"
+
+# Given on the command line, the first of them leaves no room for what a file says of the second.
+_IN_PLACE_OF = (
+    ("topics", "topics_regex"),
+    ("topics_regex", "topics"),
+    ("starting_position", "starting_timestamp"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a command line and the file it names come to.
+
+    Attributes:
+        values: By option, what was given and where; options left to their default are not there.
+        carried: What the file of --config came to, None without one.
+        properties: Names of the settings in --kafka_config_file.
+        runner: The name of the runner.
+        beam_arguments: The arguments that are Beam's.
+        explain: Whether --explain is on.
+        problems: Why it cannot run, one line each.
+        config: The checked options, None with problems.
+    """
+
+    values: Mapping[str, Value]
+    carried: Carried | None
+    properties: tuple[str, ...]
+    runner: str
+    beam_arguments: tuple[str, ...]
+    explain: bool
+    problems: tuple[str, ...]
+    config: Config | None
+
+
 def parse_arguments(arguments: Sequence[str]) -> tuple[Config, str]:
-    """Read the command line.
+    """Read the command line, and the file it names.
 
     Args:
         arguments: Without the program's name.
@@ -657,19 +1097,102 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, str]:
     Raises:
         UsageError: With every problem found, options nobody knows among them.
     """
+    resolved = resolve(arguments)
+    if resolved.config is None:
+        raise UsageError(resolved.problems)
+    return resolved.config, resolved.runner
+
+
+def resolve(
+    arguments: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
+    read: Callable[[str], str] = config_file.read_text,
+) -> Resolved:
+    """Read the command line and the file it names, and say what they come to.
+
+    Args:
+        arguments: Without the program's name.
+        environ: Environment variables.
+        read: Gets the text of the file.
+
+    Raises:
+        UsageError: The command line or the file cannot be read at all.
+    """
     ours, rest = _parser().parse_known_args(arguments)
+    given = {name: text for name, text in vars(ours).items() if text is not None}
     problems = _unknown(rest)
-    try:
-        config = Config.from_options(vars(ours))
-    except UsageError as error:
-        problems += error.problems
-    if problems:
-        raise UsageError(problems)
     runner = _runner(rest)
-    return config, runner
+    if runner not in DIRECT_RUNNERS + STREAM_RUNNERS:
+        supported = ", ".join(DIRECT_RUNNERS[:1] + STREAM_RUNNERS)
+        problems.append(f"--runner={runner} is not supported; use one of {supported}")
+    carried = None
+    if path := given.get("config"):
+        carried = config_file.load(path, given, OPTIONS, environ, read)
+        problems += [f"--config={path}: {note.name}: {note.why}" for note in carried.refused]
+    values = _merge(given, carried)
+    config = None
+    try:
+        config = Config.from_options(
+            {name: value.text for name, value in values.items()}, runner=runner
+        )
+    except UsageError as error:
+        problems += _with_origins(error.problems, values, carried)
+    properties: tuple[str, ...] = ()
+    if path := values.get("kafka_config_file", Value("", "")).text:
+        with suppress(UsageError):  # among the problems already
+            properties = tuple(load_properties(path, environ))
+    return Resolved(
+        values,
+        carried,
+        properties,
+        runner,
+        tuple(rest),
+        explain=given.get("explain") == "true",
+        problems=tuple(problems),
+        config=None if problems else config,
+    )
 
 
-class _Parser(argparse.ArgumentParser):
+def _merge(given: Mapping[str, str], carried: Carried | None) -> dict[str, Value]:
+    """The command line over the file over its system's defaults."""
+    values = {name: Value(text, COMMAND_LINE) for name, text in given.items()}
+    if carried is None:
+        return values
+    taken = {option: other for option, other in _IN_PLACE_OF if option in given}
+    for name, value in (carried.defaults | carried.values).items():
+        if name not in given and name not in taken.values():
+            values[name] = value
+    # An empty value takes back what the file says.
+    return {
+        name: value
+        for name, value in values.items()
+        if value.text or not (name in carried.values or name in carried.defaults)
+    }
+
+
+def _with_origins(
+    problems: Sequence[str], values: Mapping[str, Value], carried: Carried | None
+) -> list[str]:
+    """Problems of options that a file says, with the words of the file."""
+    if carried is None:
+        return list(problems)
+    answered = {option for note in carried.refused for option in note.answers}
+    told = []
+    for problem in problems:
+        named = re.match(r"--(\w+)", problem)
+        name = named[1] if named else ""
+        needed = re.search(r" needs --(\w+)", problem)
+        if (name in answered and "is missing" in problem) or (needed and needed[1] in answered):
+            continue  # what is refused says how to give it
+        value = values.get(name)
+        if value and value.origin != COMMAND_LINE:
+            where = "" if carried.system == OWN else f"{value.origin} "
+            problem += f" ({where}in {carried.file})"
+        told.append(problem)
+    return told
+
+
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, instead of all options and the end of the program."""
 
     def __init__(self) -> None:
@@ -680,7 +1203,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser()
+    parser = Parser()
     KafkaLambdaOptions._add_argparse_args(parser)
     return parser
 
@@ -688,20 +1211,24 @@ def _parser() -> argparse.ArgumentParser:
 def format_help() -> str:
     """The help text: our options in their groups; Beam's own are only named."""
     lines = ["usage: beam-lambda-sink --OPTION=VALUE ...", ""]
-    width = 78
     for group in GROUPS:
-        lines += [group.title, ""]
-        for option in group.options:
-            lines.append(f"  --{option.name}")
-            text = argparse.HelpFormatter("", width=width)._split_lines(option.help_text, width - 6)
-            lines += [f"      {line}" for line in text]
-        lines.append("")
+        lines += format_group(group)
     lines.append("Beam's own options, --runner among them, are taken too (default: DirectRunner).")
     return "\n".join(lines)
 
 
+def format_group(group: Group, width: int = 78) -> list[str]:
+    """The lines of a group in a help text."""
+    lines = [group.title, ""]
+    for option in group.options:
+        lines.append(f"  --{option.name}")
+        text = argparse.HelpFormatter("", width=width)._split_lines(option.help_text, width - 6)
+        lines += [f"      {line}" for line in text]
+    return [*lines, ""]
+
+
 def _beam_parser() -> argparse.ArgumentParser:
-    parser = _Parser()
+    parser = Parser()
     for subclass in {cls.__name__: cls for cls in PipelineOptions.__subclasses__()}.values():
         if subclass is not KafkaLambdaOptions:
             subclass._add_argparse_args(parser)  # type: ignore[arg-type]
@@ -714,6 +1241,7 @@ def _unknown(rest: Sequence[str]) -> list[str]:
         unknown = _beam_parser().parse_known_args(list(rest))[1]
     except UsageError as error:
         return list(error.problems)
+    unknown = [argument for argument in unknown if not _is_flinks(argument)]
     names = [f"--{name}" for name in OPTIONS]
     problems = []
     for before, argument in zip(["", *unknown], unknown):
@@ -726,7 +1254,41 @@ def _unknown(rest: Sequence[str]) -> list[str]:
     return problems
 
 
+_FLINK_OPTIONS = frozenset(
+    {
+        "checkpointing_interval",
+        "checkpointing_mode",
+        "checkpoint_timeout_millis",
+        "execution_mode_for_batch",
+        "execution_retry_delay",
+        "externalized_checkpoints_enabled",
+        "fail_on_checkpointing_errors",
+        "finish_bundle_before_checkpointing",
+        "flink_conf_dir",
+        "latency_tracking_interval",
+        "max_bundle_size",
+        "max_bundle_time_mills",
+        "min_pause_between_checkpoints",
+        "num_concurrent_checkpoints",
+        "number_of_execution_retries",
+        "object_reuse",
+        "retain_externalized_checkpoints_on_cancellation",
+        "savepoint_path",
+        "shutdown_sources_after_idle_ms",
+        "state_backend",
+        "state_backend_storage_path",
+        "tolerable_checkpoint_failure_number",
+        "unaligned_checkpoint_enabled",
+    }
+)
+"""Options of Flink's runner that only its Java half knows, by the names that Python gives them."""
+
+
+def _is_flinks(argument: str) -> bool:
+    return argument.startswith("--") and argument[2:].split("=", 1)[0] in _FLINK_OPTIONS
+
+
 def _runner(rest: Sequence[str]) -> str:
-    parser = _Parser()
+    parser = Parser()
     parser.add_argument("--runner", default="DirectRunner")
     return str(parser.parse_known_args(list(rest))[0].runner)

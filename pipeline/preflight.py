@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import time
 
-from pipeline.offsets import SourceOffsets
 from pipeline.options import Config
 from transforms.errors import KafkaError
 from transforms.invoke import shared_function
 from transforms.kafka import describe
-from transforms.write import TopicWriter, error_writer, response_writer
+from transforms.registry import shared_registry
+from transforms.source import SourceOffsets
+from transforms.write import (
+    TopicWriter,
+    error_format,
+    error_writer,
+    response_format,
+    response_writer,
+)
 
 _APPEAR_SECS = 5.0
 
 
 def preflight(config: Config, source: SourceOffsets) -> None:
-    """Check the topics, then the function by a DryRun.
+    """Check the topics and the schema registry, then the function by a DryRun.
 
     A missing response or error topic is made by a broker that makes topics by itself, as it
     would be at the first record written.
 
     Raises:
         KafkaError: The brokers cannot be reached, or a topic is missing.
+        RegistryError: The schema registry does not answer.
         FunctionConfigError: The function cannot be invoked.
     """
     found = {topic for topic, _ in source.partitions()}
-    missing = [topic for topic in config.run.topics if topic not in found]
+    missing = [topic for topic in config.source.topics if topic not in found]
     if missing:
         raise KafkaError(
             f"--topics: {', '.join(missing)} not found in {describe(config.kafka)}; "
@@ -33,14 +41,29 @@ def preflight(config: Config, source: SourceOffsets) -> None:
         )
     if not found:
         raise KafkaError(
-            f"--topics_regex={config.run.topics_regex} matches no topic of "
+            f"--topics_regex={config.source.topics_regex} matches no topic of "
             f"{describe(config.kafka)}; --no_preflight waits for one"
         )
+    check_outputs(config)
+
+
+def check_outputs(config: Config) -> None:
+    """Check the response and the error topic, then the function.
+
+    Raises:
+        KafkaError: A topic is missing.
+        FunctionConfigError: The function cannot be invoked.
+    """
     # The clients made here are those the run goes on with.
     if config.write.response_topic:
         _check_output("response_topic", response_writer(config.write))
     if config.write.error_topic:
         _check_output("error_topic", error_writer(config.write))
+    if config.write.registry:
+        shared_registry(config.write.registry).check()
+        # Registers the schemas of what is written.
+        response_format(config.write, ranges=config.invoke.reply == "any")
+        error_format(config.write)
     shared_function(config.invoke.function).check()
 
 

@@ -34,7 +34,9 @@ def summary(status: Status) -> dict[str, Any]:
         "retries": totals["invoke.retries"],
         "bisections": totals["invoke.bisections"],
         "throttles": totals["invoke.throttles"],
-        "filtered": 0,
+        "concurrency": {"limit": status.limit, "in_flight_max": status.in_flight_max},
+        "breaker": {"open": status.breaker_open, "openings": status.breaker_openings},
+        "filtered": totals["filter.filtered"],
         "halted": [_halt(finished) for finished in status.halted],
         "committed": {
             f"{topic}-{partition}": offset
@@ -54,7 +56,14 @@ def summary_text(status: Status) -> str:
         f"{facts['responses']}, errors: {facts['errors']}, batches: {facts['batches']}, "
         f"invocations: {facts['invocations']}, retries: {facts['retries']}, bisections: "
         f"{facts['bisections']}, throttles: {facts['throttles']}"
+        f"{_filtered_text(status)}"
     )
+
+
+def _filtered_text(status: Status) -> str:
+    """What a line adds where records were filtered out."""
+    filtered = status.totals["filter.filtered"]
+    return f", filtered: {filtered}" if filtered else ""
 
 
 def _halt(finished: Finished) -> dict[str, Any]:
@@ -95,9 +104,15 @@ def progress_text(status: Status) -> str:
     lag = sum(lag or 0 for lag in status.lags.values())
     return (
         f"records: {totals.records}, batches: {totals['batch.batches']}, in flight: "
-        f"{status.in_flight}, retries: {totals['invoke.retries']}, errors: "
+        f"{_in_flight(status)}, retries: {totals['invoke.retries']}, errors: "
         f"{totals['write.errors']}, lag: {lag}, partitions: {len(status.lags)}"
+        f"{_filtered_text(status)}"
     )
+
+
+def _in_flight(status: Status) -> str:
+    limit = "" if status.limit is None else f" of {status.limit}"
+    return f"{status.in_flight}{limit}{' (breaker open)' if status.breaker_open else ''}"
 
 
 def progress_table(status: Status) -> Table:
@@ -110,7 +125,7 @@ def progress_table(status: Status) -> Table:
     table.add_row(
         f"{totals.records:,}",
         f"{totals['batch.batches']:,}",
-        str(status.in_flight),
+        _in_flight(status),
         str(totals["invoke.retries"]),
         str(totals["write.errors"]),
         f"{totals.records / secs if secs else 0:,.0f}",

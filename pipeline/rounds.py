@@ -7,29 +7,37 @@ round ends and the next begins. Why rounds at all: docs/adr/0001-rounds-on-the-d
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import worker_handlers
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.transforms.environments import EmbeddedPythonEnvironment
 
 from pipeline.build import build
-from pipeline.offsets import LOOK_SECS, SourceOffsets
 from pipeline.options import Config
 from pipeline.preflight import preflight
-from transforms.aws import advice
 from transforms.commit import shared_committer
-from transforms.errors import FunctionConfigError, SinkError, from_runner
-from transforms.invoke import shared_invoker
-from transforms.invoker import QueueView
-from transforms.outcome import Outcome
+from transforms.errors import SinkError, Stopped, from_runner
+from transforms.invoke import InvokeConfig, shared_invoker, why_broken
+from transforms.invoker import Invoker, QueueView
 from transforms.read import Room, Round, shared_reader
 from transforms.records import Finished, PartitionKey
+from transforms.registry import shared_registry
+from transforms.source import LOOK_SECS, SourceOffsets
+
+_LOGGER = logging.getLogger(__name__)
+
+# The state is in this process already. To cache it there a second time only costs: the cache weighs
+# each value it takes by going through the globals of all modules, a millisecond a time.
+worker_handlers.STATE_CACHE_SIZE_MB = 0
 
 _DISCOVER_SECS = 2.0
 _BUSY_POLL_SECS = 0.02
@@ -62,19 +70,25 @@ class RoundLimits:
     held_bytes: int = 64 * 2**20
     collect_records: int = 50_000
 
-    def room(self, queue: QueueView, held_bytes: int, batch_size: int) -> tuple[int, int]:
-        """How many records and bytes more a partition may hand over; 0 for not now."""
+    def room(self, queue: QueueView, held_bytes: int, turn_records: int) -> tuple[int, int]:
+        """How many records and bytes more a partition may hand over; 0 for not now.
+
+        Args:
+            queue: What it has waiting already.
+            held_bytes: What all partitions together have.
+            turn_records: Records of a batch for each of its lanes.
+        """
         if queue.halted:
             return 0, 0
         if held_bytes >= self.held_bytes:
-            return (0, 0) if queue.batches else (batch_size, self.queue_bytes)
-        records = max(self.queue_records, 2 * batch_size) - queue.records
+            return (0, 0) if queue.batches else (turn_records, self.queue_bytes)
+        records = max(self.queue_records, 2 * turn_records) - queue.records
         size = self.queue_bytes - queue.bytes
-        return (records, size) if records >= batch_size and size > 0 else (0, 0)
+        return (records, size) if records >= turn_records and size > 0 else (0, 0)
 
-    def starving(self, queue: QueueView, batch_size: int) -> bool:
+    def starving(self, queue: QueueView, turn_records: int) -> bool:
         """Whether a partition has so little left that it should be read for."""
-        return 2 * queue.records <= max(self.queue_records, 2 * batch_size)
+        return 2 * queue.records <= max(self.queue_records, 2 * turn_records)
 
 
 @dataclass(slots=True)
@@ -90,7 +104,7 @@ class Totals:
     @property
     def records(self) -> int:
         """Records that have come to their end."""
-        return self["write.responses"] + self["write.errors"]
+        return self["write.responses"] + self["write.errors"] + self["filter.filtered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +118,11 @@ class Status:
         halted: Batches that stopped their partitions.
         committed: The group's offsets as far as this run knows them.
         elapsed_secs: Since the program began.
+        limit: Invocations that may run at once now; None if other processes invoke, each with
+            its own limit and breaker.
+        in_flight_max: The most that have been running at once.
+        breaker_open: Whether nothing is invoked now, but for a probe from time to time.
+        breaker_openings: How often it came to that.
     """
 
     totals: Totals
@@ -112,11 +131,67 @@ class Status:
     halted: list[Finished]
     committed: dict[PartitionKey, int]
     elapsed_secs: float
+    limit: int | None = None
+    in_flight_max: int = 0
+    breaker_open: bool = False
+    breaker_openings: int = 0
 
     @staticmethod
     def of_nothing(elapsed_secs: float) -> Status:
         """How a run stands that could not begin."""
         return Status(Totals(), 0, {}, [], {}, elapsed_secs)
+
+
+class Graph:
+    """The bounded pipeline, run again and again.
+
+    Args:
+        wire: Puts the steps into a pipeline.
+    """
+
+    def __init__(self, wire: Callable[[beam.Pipeline], Any]) -> None:
+        self._options = PipelineOptions([])
+        pipeline = beam.Pipeline(runner=FnApiRunner(), options=self._options)
+        wire(pipeline)
+        # Translated once: building and translating costs twice what running an empty round does.
+        self._translated = pipeline.to_runner_api(
+            default_environment=EmbeddedPythonEnvironment.default()
+        )
+
+    def run(self, totals: Totals) -> None:
+        """Run it once, and add what it counted.
+
+        Raises:
+            SinkError: A step failed.
+        """
+        try:
+            result = FnApiRunner().run_via_runner_api(self._translated, self._options)
+            result.wait_until_finish()
+        except Exception as error:
+            raise from_runner(error) from None
+        for counter in result.metrics().query()["counters"]:
+            name = f"{counter.key.metric.namespace}.{counter.key.metric.name}"
+            totals.counters[name] += counter.committed or 0
+        totals.rounds += 1
+
+
+def drain(invoker: Invoker, config: InvokeConfig, collect: Callable[[], None]) -> None:
+    """End what is running, then write and commit what it came to.
+
+    Args:
+        invoker: Begins no further call.
+        config: What it was made of.
+        collect: Runs a round that hands nothing over.
+
+    Raises:
+        SinkError: What broke the invoker off, after all that.
+    """
+    invoker.stop()
+    invoker.join(config.function.timeout_secs + 10)
+    if invoker.has_finished:
+        collect()
+    if error := why_broken(invoker, config.function):
+        raise error
 
 
 class Rounds:
@@ -144,17 +219,13 @@ class Rounds:
         self._timer = timer
         self._started = timer() if started is None else started
         self._totals = Totals()
-        self._options = PipelineOptions([])
-        pipeline = beam.Pipeline(runner=FnApiRunner(), options=self._options)
-        build(pipeline, config)
-        # Translated once: building and translating costs twice what running an empty round does.
-        self._graph = pipeline.to_runner_api(
-            default_environment=EmbeddedPythonEnvironment.default()
-        )
+        self._graph = Graph(lambda pipeline: build(pipeline, config))
         self._invoker = shared_invoker(config.invoke)
         self._reader = shared_reader(config.read)
-        self._committer = shared_committer(config.kafka)
-        self._source = SourceOffsets(config.kafka, config.run, self._reader.consumer)
+        self._committer = shared_committer(config.commit)
+        self._source = SourceOffsets(config.source, self._reader.consumer)
+        if config.write.registry:
+            shared_registry(config.write.registry).stop = stop
         self._targets: dict[PartitionKey, int] = {}
         self._discovered = float("-inf")
 
@@ -175,7 +246,7 @@ class Rounds:
             rooms = self._rooms()
             if self._due(rooms):
                 self._run_round(rooms)
-        self._drain()
+        drain(self._invoker, self._config.invoke, lambda: self._run_round([]))
         return self.status()
 
     def status(self) -> Status:
@@ -188,13 +259,16 @@ class Rounds:
             halted=self._invoker.halted,
             committed=committed,
             elapsed_secs=self._timer() - self._started,
+            limit=self._invoker.limit,
+            in_flight_max=self._invoker.in_flight_max,
+            breaker_open=self._invoker.breaker_open,
+            breaker_openings=self._invoker.breaker_openings,
         )
 
     # -- one pass of the loop --------------------------------------------------------------
 
     def _rooms(self) -> list[Room]:
         """What each partition may hand over now; fetching stops for those that may not."""
-        batch_size = self._config.read.batch_size
         queues = {
             key: self._invoker.queue(key)
             for key in self._reader.partitions
@@ -202,7 +276,8 @@ class Rounds:
         }
         held = sum(queue.bytes for queue in queues.values())
         rooms = [
-            Room(*key, *self._limits.room(queue, held, batch_size)) for key, queue in queues.items()
+            Room(*key, *self._limits.room(queue, held, self._turn_records))
+            for key, queue in queues.items()
         ]
         open_rooms = [room for room in rooms if room.records]
         self._reader.set_wanted((room.topic, room.partition) for room in open_rooms)
@@ -211,14 +286,15 @@ class Rounds:
     def _due(self, rooms: list[Room]) -> bool:
         """Whether a round is worth its while now."""
         invoker, limits = self._invoker, self._limits
-        flush, batch_size = self._flush, self._config.read.batch_size
+        flush, turn_records = self._flush, self._turn_records
         keys = [(room.topic, room.partition) for room in rooms]
         ready = [key for key in keys if self._reader.ready(key, flush)]
-        if any(limits.starving(invoker.queue(key), batch_size) for key in ready):
+        if any(limits.starving(invoker.queue(key), turn_records) for key in ready):
             return True
         if not invoker.has_finished:
             return False
-        busy = ready or invoker.pending_batches > 2 * len(self._reader.partitions)
+        lanes = len(self._reader.partitions) * self._config.lanes.count
+        busy = ready or invoker.pending_batches > 2 * lanes
         patience_secs = _COLLECT_SECS_BUSY if busy else _COLLECT_SECS_IDLE
         return (
             invoker.finished_age_secs >= patience_secs
@@ -231,17 +307,17 @@ class Rounds:
         # Each of the first rounds twice the one before: the function gets to work early, and what
         # it has been given lasts until the next round has read.
         records = min(limits.records, limits.first_records << min(self._totals.rounds, 16))
-        records = max(records, self._config.read.batch_size)
+        records = max(records, self._turn_records)
         self._reader.begin(Round(tuple(rooms), records, limits.bytes, self._flush))
         try:
-            result = FnApiRunner().run_via_runner_api(self._graph, self._options)
-            result.wait_until_finish()
-        except Exception as error:
-            raise from_runner(error) from None
-        for counter in result.metrics().query()["counters"]:
-            name = f"{counter.key.metric.namespace}.{counter.key.metric.name}"
-            self._totals.counters[name] += counter.committed or 0
-        self._totals.rounds += 1
+            self._graph.run(self._totals)
+        except Stopped as stopped:
+            _LOGGER.warning("%s; it goes on there with the next run", stopped)
+
+    @property
+    def _turn_records(self) -> int:
+        """Records of a batch for each lane of a partition."""
+        return self._config.read.batch_size * self._config.lanes.count
 
     @property
     def _flush(self) -> bool:
@@ -268,8 +344,13 @@ class Rounds:
             # What a starting position came to is committed at once, so that a crash before the
             # first batch is finished does not move it.
             self._committer.commit({k: s.offset for k, s in starts.items() if s.resolved})
-            self._committer.committed.update({k: s.offset for k, s in starts.items()})
-            self._reader.assign({key: start.offset for key, start in starts.items()})
+            marks = {
+                key: self._config.lanes.marks(start.note, start.offset, start.end)
+                for key, start in starts.items()
+            }
+            for key, each in marks.items():
+                self._committer.begin(key, each)
+            self._reader.assign(marks)
 
     def _ended(self) -> bool:
         """Whether nothing more is to come, or nothing more can."""
@@ -285,19 +366,6 @@ class Rounds:
     def _at_target(self, key: PartitionKey) -> bool:
         """Whether a run that ends has read what was there when it found the partition."""
         return self._flush and self._reader.position(key) >= self._targets[key]
-
-    def _drain(self) -> None:
-        """End what is running, then write and commit what it came to."""
-        self._invoker.stop()
-        self._invoker.join(self._config.invoke.function.timeout_secs + 10)
-        if self._invoker.has_finished:
-            self._run_round([])
-        broken = self._invoker.broken
-        if isinstance(broken, Outcome):
-            function = self._config.invoke.function
-            raise FunctionConfigError(advice(function, broken.error_type, broken.message))
-        if broken is not None:
-            raise broken
 
     def _lag(self, key: PartitionKey, committed: int | None) -> int | None:
         end = self._reader.end(key)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kafka_broker import KafkaBroker
+from pipeline.local.broker import KafkaBroker
+from tests.schema_registry import SchemaRegistryServer
 
 # Measurements, not tests; `./run.sh bench` runs them.
 collect_ignore = ["bench"]
@@ -40,9 +41,17 @@ def broker() -> Iterator[KafkaBroker]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def registry(broker: KafkaBroker) -> Iterator[SchemaRegistryServer]:
+    """One real schema registry for the whole run. A test that stops it starts it again."""
+    with SchemaRegistryServer(broker) as running:
+        yield running
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # First, because `-m` selects in this same hook.
     for item in items:
-        if "broker" in getattr(item, "fixturenames", ()):
-            item.add_marker("broker")
+        for fixture, marker in {"broker": "broker", "cluster": "flink"}.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)

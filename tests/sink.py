@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.local.broker import KafkaBroker, StoredRecord
 from pipeline.local.faults import Fault
 from pipeline.local.lambda_server import FunctionSpec, LambdaContext, LambdaServer
-from tests.kafka_broker import KafkaBroker, StoredRecord, wait_until
+from pipeline.local.processes import wait_until
 from transforms.formats import ORIGINAL_HEADER, decode_original
 
 FUNCTION = "process-orders"
@@ -105,13 +106,21 @@ class Invocation(NamedTuple):
         return (self.topic, self.partition)
 
 
+def records_of(event: Any) -> list[dict[str, Any]]:
+    """An event's records, whatever its envelope."""
+    if isinstance(event, dict):
+        (found,) = event["records"].values()
+        return found
+    return [entry.get("payload", entry) for entry in event]
+
+
 def invocations(server: LambdaServer) -> list[Invocation]:
     """The calls so far in the order they began; the check before a run is none."""
     found = []
     for call in server.calls:
         if call.invocation_type == "DryRun":
             continue
-        entries = [entry["payload"] for entry in json.loads(call.payload)]
+        entries = records_of(json.loads(call.payload))
         partitions = {(entry["topic"], entry["partition"]) for entry in entries}
         assert len(partitions) == 1, f"one call with records of {partitions}"
         found.append(
@@ -212,7 +221,7 @@ class Sink:
 
         Raises:
             AssertionError: The process ended before; its stderr is in the message.
-            BrokerError: It did not come about in time.
+            ServerError: It did not come about in time.
         """
 
         def holds() -> bool:

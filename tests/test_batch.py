@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import pkgutil
 import random
 import uuid
+from dataclasses import replace
 
 import apache_beam as beam
 import pytest
@@ -18,9 +20,10 @@ from hypothesis import strategies as st
 
 import transforms
 from transforms.batch import BatchByPartition, BatchConfig, Cut, Piece, assemble, cut, too_large
-from transforms.key import KeyByPartition
-from transforms.payload import PayloadFormat, join_entries
-from transforms.records import RecordChunk, Records, Rejection, payload_bytes
+from transforms.envelope import ENVELOPES, Envelope
+from transforms.key import KeyByLane, Lanes
+from transforms.payload import PayloadFormat, encode_records
+from transforms.records import ARRAY, Frame, RecordChunk, Records, Rejection
 
 BAD = Rejection("InvalidRecord", "InvalidJson", "bad")
 
@@ -30,7 +33,7 @@ BAD = Rejection("InvalidRecord", "InvalidJson", "bad")
 
 def _fits(count: int, size: int) -> int:
     """The least limit for so many entries of one size."""
-    return payload_bytes(count * size, count)
+    return ARRAY.payload_bytes(count * size, count)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def test_where_batches_end(
     assert cuts == expected
 
 
-def _one_by_one(sizes, rejected, open_records, open_bytes, config) -> list[Cut]:
+def _one_by_one(sizes, rejected, open_records, open_bytes, config, frame) -> list[Cut]:
     """What `cut` promises, put in the plainest way: each record in turn, no shortcut."""
     cuts: list[Cut] = []
     low, batch = 0, [open_bytes] if open_records == 1 else [0] * open_records
@@ -111,9 +114,9 @@ def _one_by_one(sizes, rejected, open_records, open_bytes, config) -> list[Cut]:
         batch[0] = open_bytes
     for index, size in enumerate(sizes):
         rejection = rejected.get(index)
-        if rejection is None and len(join_entries([b"x" * size])) > config.max_bytes:
-            rejection = too_large(size, config.max_bytes)
-        together = len(join_entries([b"x" * entry for entry in [*batch, size]]))
+        if rejection is None and len(frame.join([b"x" * size])) > config.max_bytes:
+            rejection = too_large(size, config.max_bytes, frame)
+        together = len(frame.join([b"x" * entry for entry in [*batch, size]]))
         if batch and (rejection or together > config.max_bytes):
             cuts.append(Cut(low, index, close=True))
             low, batch = index, []
@@ -136,19 +139,20 @@ def _one_by_one(sizes, rejected, open_records, open_bytes, config) -> list[Cut]:
     records=st.integers(1, 8),
     limit=st.integers(3, 90),
     opened=st.lists(st.integers(1, 5), max_size=7),
+    frame=st.builds(Frame, st.binary(min_size=1, max_size=9), st.binary(min_size=1, max_size=9)),
 )
 @settings(deadline=None, max_examples=400)
 def test_cut_is_the_same_as_filling_batches_one_by_one(
-    sizes, rejected, records, limit, opened
+    sizes, rejected, records, limit, opened, frame
 ) -> None:
     """The shortcuts change nothing, the cuts leave no hole, and no batch is over a limit."""
     config = BatchConfig(records, limit)
     opened = opened[: records - 1]
-    while opened and payload_bytes(sum(opened), len(opened)) > limit:
+    while opened and frame.payload_bytes(sum(opened), len(opened)) > limit:
         opened.pop()
     rejections = {index: BAD for index in rejected if index < len(sizes)}
-    cuts = list(cut(sizes, rejections, len(opened), sum(opened), config))
-    assert cuts == _one_by_one(sizes, rejections, len(opened), sum(opened), config)
+    cuts = list(cut(sizes, rejections, len(opened), sum(opened), config, frame))
+    assert cuts == _one_by_one(sizes, rejections, len(opened), sum(opened), config, frame)
 
     count, size, at = len(opened), sum(opened), 0
     for piece in cuts:
@@ -157,7 +161,7 @@ def test_cut_is_the_same_as_filling_batches_one_by_one(
         count, size = count + piece.high - piece.low, size + sum(sizes[piece.low : piece.high])
         if piece.rejection is None:
             assert count <= records
-            assert payload_bytes(size, count) <= limit
+            assert frame.payload_bytes(size, count) <= limit
         if piece.close:
             count = size = 0
     assert at == len(sizes)
@@ -189,7 +193,7 @@ def _piece(start: int, next_offset: int, offsets) -> Piece:
 def test_pieces_are_put_in_order(order) -> None:
     """However a state bag gives them back, records, entries and range come out in order."""
     pieces = [_piece(3, 6, [3, 5]), _piece(6, 8, []), _piece(8, 20, [9, 10])]
-    batch = assemble("t", 1, [pieces[index] for index in order])
+    batch = assemble(("t", 1, 0), [pieces[index] for index in order])
     assert batch.records.offsets == [3, 5, 9, 10]
     assert batch.records.values == [b"3", b"5", b"9", b"10"]
     assert batch.entries == [b"e3", b"e5", b"e9", b"e10"]
@@ -200,7 +204,7 @@ def test_pieces_are_put_in_order(order) -> None:
 
 def test_a_single_piece_is_a_batch() -> None:
     """One piece needs no joining; a rejection travels along."""
-    batch = assemble("t", 1, [_piece(3, 6, [4])], BAD)
+    batch = assemble(("t", 1, 0), [_piece(3, 6, [4])], BAD)
     assert batch.records.offsets == [4]
     assert (batch.start, batch.next_offset) == (3, 6)
     assert batch.rejection is BAD
@@ -225,7 +229,7 @@ def _chunk(start, next_offset, offsets=None, partition=0, first=False, values=No
     return RecordChunk("t", partition, start, next_offset, records, first)
 
 
-def _run(chunks, config: BatchConfig | None = None):
+def _run(chunks, config: BatchConfig | None = None, lanes: Lanes | None = None):
     """Run the step over chunks that arrive in this order; its batches and its counters."""
     token = uuid.uuid4().hex
     _collected[token] = []
@@ -234,7 +238,7 @@ def _run(chunks, config: BatchConfig | None = None):
         pipeline
         | beam.Create([list(chunks)], reshuffle=False)
         | beam.FlatMap(lambda all_chunks: all_chunks).with_output_types(RecordChunk)
-        | KeyByPartition()
+        | KeyByLane(lanes or Lanes())
         | BatchByPartition(config or BatchConfig(max_records=3))
         | beam.Map(_collect, token)
     )
@@ -280,6 +284,31 @@ def test_chunks_in_order() -> None:
     assert _shape(batches) == [[10, 11, 12], [13, 14, 15], [16, 17]]
     _check(batches, 10, 18, range(10, 18))
     assert counters == {"records": 8, "batches": 3}
+
+
+@pytest.mark.parametrize("name", ENVELOPES)
+def test_payloads_are_bounded_with_all_that_is_around_them(name: str) -> None:
+    """Batches are as full as the limit allows, head and tail of the envelope included."""
+    envelope = Envelope(name, "b-1.example:9092,b-2.example:9092")
+    one = envelope.frame("t", 0).join(
+        encode_records("t", 0, _records([100]), PayloadFormat(envelope=envelope)).entries
+    )
+    limit = 4 * len(one)
+    config = BatchConfig(max_bytes=limit, format=PayloadFormat(envelope=envelope))
+    batches, _ = _run([_chunk(100, 130, first=True), _chunk(130, 200)], config)
+    _check(batches, 100, 200, range(100, 200))
+    for batch, following in zip(batches, [*batches[1:], None]):
+        payload = batch.frame.join(batch.entries)
+        assert json.loads(payload)
+        assert len(payload) == batch.payload_bytes <= limit
+        if following:
+            more = [*batch.entries, following.entries[0]]
+            assert len(batch.frame.join(more)) > limit
+
+    config = BatchConfig(max_bytes=len(one) - 1, format=PayloadFormat(envelope=envelope))
+    batches, _ = _run([_chunk(100, 101, first=True)], config)
+    (rejection,) = (batch.rejection for batch in batches)
+    assert rejection and f"{len(one)} bytes" in rejection.message
 
 
 def test_an_early_chunk_waits_for_its_predecessor() -> None:
@@ -345,6 +374,26 @@ def test_partitions_do_not_mix() -> None:
     _check(_of(batches, 0), 0, 5, range(5))
     _check(_of(batches, 1), 100, 105, range(100, 105))
     assert counters["records"] == 10
+
+
+def test_lanes_have_their_own_batches_over_the_whole_range() -> None:
+    """Each lane's records batched in order; its ranges reach from beginning to end, no hole."""
+    lanes = Lanes(3)
+    # One after the other for records without a key: 10, 13, 16, ... in the lane of 10.
+    batches, counters = _run([_chunk(10, 17, first=True), _chunk(17, 20)], lanes=lanes)
+    for lane in range(3):
+        own = [batch for batch in batches if batch.lane == lane]
+        _check(own, 10, 20, [o for o in range(10, 20) if o % 3 == lane])
+        assert all(batch.lane_key == ("t", 0, lane) for batch in own)
+    assert counters == {"records": 10, "batches": 4}
+
+
+def test_a_lane_without_records_is_one_empty_batch() -> None:
+    """However many chunks had none for it; that is what lets its offsets be committed."""
+    batches, counters = _run([_chunk(0, 2, first=True), _chunk(2, 3)], lanes=Lanes(2, run=10))
+    assert _shape([batch for batch in batches if batch.lane == 0]) == [[0, 1, 2]]
+    assert _ranges([batch for batch in batches if batch.lane == 1]) == [(0, 3)]
+    assert counters == {"records": 3, "batches": 1}
 
 
 def test_no_input_no_batches() -> None:
@@ -440,3 +489,23 @@ def test_names_of_states_and_timers_are_the_pipeline_s_own() -> None:
                 names += [spec.name for spec in vars(value).values() if isinstance(spec, specs)]
     assert any(name.endswith("batch_window_end") for name in names)
     assert len(names) == len(set(names))
+
+
+def test_a_record_that_an_earlier_step_rejected_is_not_sent() -> None:
+    rejection = Rejection("SCHEMA_NOT_FOUND", "SchemaNotFound", "no schema 7")
+    records = replace(_records(range(3)), rejections=[None, rejection, None])
+    batches, _ = _run([RecordChunk("t", 0, 0, 3, records)])
+    assert [(batch.start, batch.next_offset, batch.rejection) for batch in batches] == [
+        (0, 1, None),
+        (1, 2, rejection),
+        (2, 3, None),
+    ]
+
+
+def test_joined_records_keep_their_columns_aligned() -> None:
+    rejection = Rejection("c", "t", "m")
+    plain, noted = _records(range(2)), replace(_records([2]), rejections=[rejection])
+    joined = Records.join([plain, Records(), noted])
+    assert joined.offsets == [0, 1, 2]
+    assert (list(joined.decoded), joined.rejections) == ([], [None, None, rejection])
+    assert joined.where([True, False, True]).rejections == [None, rejection]

@@ -12,8 +12,8 @@ from transforms.commit import ContiguousOffsets
 from transforms.records import Progress
 
 
-def _range(start: int, next_offset: int, partition: int = 0) -> Progress:
-    return Progress("t", partition, start, next_offset)
+def _range(start: int, next_offset: int, partition: int = 0, lane: int = 0) -> Progress:
+    return Progress("t", partition, start, next_offset, lane)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,11 @@ def test_partitions_have_their_own_marks() -> None:
 def test_where_a_partition_begins_can_be_told() -> None:
     """Told where it begins, the first range to come is held back if it is not the first one."""
     offsets = ContiguousOffsets()
-    assert offsets.add(_range(5, 9), begin=0) is None
-    assert offsets.add(_range(0, 5), begin=0) == 9
-    # Later on it is the mark that counts.
-    assert offsets.add(_range(9, 10), begin=99) == 10
+    assert not offsets.marks(("t", 0))
+    offsets.begin(("t", 0), [0])
+    assert offsets.add(_range(5, 9)) is None
+    assert offsets.add(_range(0, 5)) == 9
+    assert offsets.marks(("t", 0)) == [9]
 
 
 @given(
@@ -80,10 +81,11 @@ def test_any_order_of_arrival_ends_at_the_end(borders, again, shuffle, told) -> 
         rest = arrivals[1:]
         shuffle.shuffle(rest)
         arrivals = [arrivals[0], *rest]
-    begin = borders[0] if told else None
     offsets, mark, arrived = ContiguousOffsets(), borders[0], set()
+    if told:
+        offsets.begin(("t", 0), [borders[0]])
     for start, next_offset in arrivals:
-        moved = offsets.add(_range(start, next_offset), begin)
+        moved = offsets.add(_range(start, next_offset))
         arrived.add((start, next_offset))
         done = borders[0]
         for each in ranges:
@@ -93,3 +95,70 @@ def test_any_order_of_arrival_ends_at_the_end(borders, again, shuffle, told) -> 
         assert moved == (done if done > mark else None)
         mark = done
     assert mark == borders[-1]
+
+
+# -- lanes --------------------------------------------------------------------------------
+
+
+def test_the_mark_is_the_lowest_of_the_lanes() -> None:
+    """A lane that is ahead moves nothing, and one of which nothing was heard holds all back."""
+    offsets = ContiguousOffsets(lanes=3)
+    offsets.begin(("t", 0), [10, 10, 10])
+    assert offsets.add(_range(10, 50, lane=1)) is None
+    assert offsets.add(_range(10, 30, lane=0)) is None
+    assert offsets.add(_range(10, 20, lane=2)) == 20
+    assert offsets.add(_range(20, 90, lane=2)) == 30
+    assert offsets.add(_range(40, 60, lane=0)) is None
+    assert offsets.add(_range(30, 40, lane=0)) == 50
+    assert offsets.add(_range(10, 20, lane=2)) is None
+
+
+def test_partitions_with_lanes_have_their_own_marks() -> None:
+    """The same lane of another partition is another lane."""
+    offsets = ContiguousOffsets(lanes=2)
+    for partition in (0, 1):
+        offsets.begin(("t", partition), [0, 0])
+    assert offsets.add(_range(0, 9, partition=0, lane=0)) is None
+    assert offsets.add(_range(0, 9, partition=1, lane=1)) is None
+    assert offsets.add(_range(0, 5, partition=1, lane=0)) == 5
+    assert offsets.add(_range(0, 4, partition=0, lane=1)) == 4
+
+
+def test_lanes_may_begin_at_different_offsets() -> None:
+    """As an earlier run left them; the partition is done up to the one that is behind."""
+    offsets = ContiguousOffsets(lanes=3)
+    offsets.begin(("t", 0), [40, 10, 25])
+    assert offsets.add(_range(10, 30, lane=1)) == 25
+    assert offsets.add(_range(40, 50, lane=0)) is None
+    assert offsets.add(_range(25, 60, lane=2)) == 30
+    assert offsets.marks(("t", 0)) == [50, 30, 60]
+
+
+@given(
+    # Per lane the borders of its ranges behind the common beginning.
+    lanes=st.lists(
+        st.lists(st.integers(1, 200), max_size=8, unique=True).map(sorted), min_size=1, max_size=6
+    ),
+    shuffle=st.randoms(use_true_random=False),
+)
+@settings(deadline=None, max_examples=300)
+def test_the_mark_never_passes_what_a_lane_has_not_done(lanes, shuffle) -> None:
+    """In any order of arrival: all below the mark is done in each lane, and no more could be."""
+    borders = [[0, *ends] for ends in lanes]
+    arrivals = [
+        _range(*pair, lane=lane)
+        for lane, ends in enumerate(borders)
+        for pair in itertools.pairwise(ends)
+    ]
+    shuffle.shuffle(arrivals)
+    offsets, mark = ContiguousOffsets(len(lanes)), 0
+    offsets.begin(("t", 0), [0] * len(lanes))
+    done: list[set[int]] = [set() for _ in lanes]
+    for progress in arrivals:
+        moved = offsets.add(progress)
+        done[progress.lane] |= set(range(progress.start, progress.next_offset))
+        lowest = min(
+            next(offset for offset in itertools.count() if offset not in each) for each in done
+        )
+        assert moved == (lowest if lowest > mark else None)
+        mark = lowest

@@ -14,14 +14,14 @@ from transforms.formats import (
     decode_original,
     encode_originals,
     error_facts,
-    error_key,
     error_records,
     error_value,
+    range_key,
     response_keys,
     response_values,
 )
-from transforms.payload import PayloadFormat, encode_records, join_entries
-from transforms.records import NO_TIMESTAMP, Failure, Records
+from transforms.payload import PayloadFormat, encode_records
+from transforms.records import ARRAY, NO_TIMESTAMP, Failure, Records
 
 ODD_TOPICS = ["t", "a.b-c_d", "100%", "%d%%", 'qu"ote']
 
@@ -124,6 +124,13 @@ def test_response_values_with_a_schema() -> None:
     }
 
 
+def test_a_reply_of_any_bytes_fits_into_a_schema() -> None:
+    """A whole reply need not be text; in the envelope it has to be."""
+    (value,) = response_values([b"\xff{"], "json_schema")
+    assert json.loads(value)["payload"] == "\ufffd{"
+    assert list(response_values([b"\xff{"], "json")) == [b"\xff{"]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_no_responses_no_keys(format: str) -> None:
     """Nothing in, nothing out."""
@@ -168,16 +175,16 @@ ERROR_VALUE = {
 
 
 @pytest.mark.parametrize("topic", ODD_TOPICS)
-def test_error_keys(topic: str) -> None:
+def test_range_keys(topic: str) -> None:
     """An error's key is the range that failed, its end exclusive, in all three formats."""
     fields = {"topic": topic, "partition": 3, "startOffset": 5, "endOffset": 9}
-    assert json.loads(error_key(topic, 3, 5, 9, "json")) == fields
-    assert json.loads(error_key(topic, 3, 5, 9, "json_schema")) == {
+    assert json.loads(range_key(topic, 3, 5, 9, "json")) == fields
+    assert json.loads(range_key(topic, 3, 5, 9, "json_schema")) == {
         "schema": ERROR_KEY_SCHEMA,
         "payload": fields,
     }
     expected = f"Struct{{topic={topic},partition=3,startOffset=5,endOffset=9}}"
-    assert error_key(topic, 3, 5, 9, "string") == expected.encode()
+    assert range_key(topic, 3, 5, 9, "string") == expected.encode()
 
 
 def test_error_values() -> None:
@@ -209,8 +216,8 @@ def test_an_error_record_says_all_there_is(format: str) -> None:
     """Key, value, facts and the originals of one failure, in one record."""
     failure = _failure(_records([5, 9]))
     record = _only(failure, format)
-    assert record.key == error_key("t", 0, 5, 10, format)
-    payload = join_entries(failure.entries).decode()
+    assert record.key == range_key("t", 0, 5, 10, format)
+    payload = ARRAY.join(failure.entries).decode()
     assert record.value == error_value(failure, "f", payload, format)
     facts = {name: value for name, value in record.headers if name != ORIGINAL_HEADER}
     assert facts == {
@@ -231,7 +238,7 @@ def test_the_input_payload_is_what_was_sent() -> None:
     """Whoever reads the error can invoke the function with the very same bytes."""
     failure = _failure(_records([5, 6], values=[b"12345678901234567890", b"\xff"]))
     value = json.loads(_only(failure).value)
-    assert value["inputPayload"].encode() == join_entries(failure.entries)
+    assert value["inputPayload"].encode() == ARRAY.join(failure.entries)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +282,7 @@ def test_a_large_failure_is_divided(count: int, max_bytes: int) -> None:
         assert record.size_bytes <= max_bytes or len(part) == 1
         if len(part) > 1:
             value = json.loads(record.value)
-            assert value["inputPayload"].encode() == join_entries(part.entries)
+            assert value["inputPayload"].encode() == ARRAY.join(part.entries)
 
 
 def test_a_record_too_large_for_the_topic_goes_without_its_copy() -> None:

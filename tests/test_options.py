@@ -23,7 +23,9 @@ from pipeline.options import (
     parse_arguments,
     parse_timestamp,
 )
+from transforms.envelope import Envelope
 from transforms.errors import UsageError
+from transforms.key import Lanes
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,9 @@ REQUIRED = {
     "function": "f",
 }
 
+REGISTRY = "http://registry:8081"
+MSK = "arn:aws:kafka:us-east-1:123456789012:cluster/orders/5a7c-2"
+
 
 def _config(**given: str | None) -> Config:
     return Config.from_options({**REQUIRED, **given}, NOW)
@@ -66,20 +71,29 @@ def _arguments(*more: str) -> list[str]:
     return [*(f"--{name}={value}" for name, value in REQUIRED.items()), *more]
 
 
+FILTERS = str(Path(__file__).with_name("filters.json"))
+
 # Every option: where its value is found, its default there, a text, and what that comes to.
 CASES = {
     "kafka_bootstrap_servers": (lambda c: c.kafka.bootstrap_servers, "broker:9092", "a:1", "a:1"),
     "kafka_config_file": (lambda c: c.kafka.config_file, None, "/dev/null", "/dev/null"),
-    "topics": (lambda c: c.run.topics, ("orders",), " a, b ,", ("a", "b")),
-    "topics_regex": (lambda c: c.run.topics_regex, None, "o-.*", "o-.*"),
+    "topics": (lambda c: c.source.topics, ("orders",), " a, b ,", ("a", "b")),
+    "topics_regex": (lambda c: c.source.topics_regex, None, "o-.*", "o-.*"),
     "consumer_group": (lambda c: c.kafka.group, "g", "h", "h"),
-    "starting_position": (lambda c: c.run.starting_position, "TRIM_HORIZON", "LATEST", "LATEST"),
+    "starting_position": (lambda c: c.source.starting_position, "TRIM_HORIZON", "LATEST", "LATEST"),
     "starting_timestamp": (
-        lambda c: c.run.starting_timestamp_ms,
+        lambda c: c.source.starting_timestamp_ms,
         None,
         "2026-11-01T00:00:00.5Z",
         1_793_491_200_500,
     ),
+    "filter_criteria": (
+        lambda c: c.filter and c.filter.patterns,
+        None,
+        FILTERS,
+        ('{"topic": ["orders"]}',),
+    ),
+    "filter_unparsable": (lambda c: c.filter and c.filter.unparsable, None, "drop", "drop"),
     "function": (lambda c: c.invoke.function.function, "f", "g:live", "g:live"),
     "invocation_type": (lambda c: c.invoke.function.invocation_type, "sync", "async", "async"),
     "aws_region": (lambda c: c.invoke.function.region, None, "eu-west-1", "eu-west-1"),
@@ -104,10 +118,45 @@ CASES = {
         (1000, 1000),
     ),
     "batch_window_secs": (lambda c: c.read.batch_window_secs, 0.5, "1.25", 1.25),
+    "parallelization_factor": (
+        lambda c: (c.lanes.count, c.lanes.run, c.read.lanes, c.commit.lanes),
+        (1, 100, Lanes(1, run=100), Lanes(1, run=100)),
+        "10",
+        (10, 100, Lanes(10, run=100), Lanes(10, run=100)),
+    ),
     "max_concurrency": (lambda c: c.invoke.function.max_concurrency, 100, "9", 9),
+    "min_concurrency": (lambda c: c.invoke.min_concurrency, 1, "9", 9),
+    "envelope": (lambda c: c.batch.format.envelope.name, "confluent", "pipes", "pipes"),
+    "event_source_arn": (
+        lambda c: c.batch.format.envelope.event_source_arn,
+        None,
+        MSK,
+        MSK,
+    ),
     "key_format": (lambda c: c.batch.format.key, "auto", "string", "string"),
     "value_format": (lambda c: c.batch.format.value, "auto", "base64", "base64"),
     "include_headers": (lambda c: c.batch.format.headers, False, "true", True),
+    "reply": (lambda c: c.invoke.reply, "none", "batch_item_failures", "batch_item_failures"),
+    "partial_failure": (
+        lambda c: (c.invoke.policy.named, "named" if c.invoke.policy.named else "checkpoint"),
+        (False, "checkpoint"),
+        "named",
+        (True, "named"),
+    ),
+    "client_context": (lambda c: c.invoke.client_context, True, "false", False),
+    "schema_registry_url": (lambda c: c.decode and c.decode.registry.url, None, REGISTRY, REGISTRY),
+    "schema_validation": (
+        lambda c: c.decode.attributes if c.decode else ("VALUE",),
+        ("VALUE",),
+        "VALUE, KEY",
+        ("VALUE", "KEY"),
+    ),
+    "event_record_format": (
+        lambda c: "SOURCE" if c.batch.format.envelope.source_format else "JSON",
+        "JSON",
+        "SOURCE",
+        "SOURCE",
+    ),
     "max_retries": (lambda c: c.invoke.policy.max_retries, 0, "5", 5),
     "max_transient_retries": (lambda c: c.invoke.policy.max_transient_retries, -1, "5", 5),
     "max_record_age_secs": (lambda c: c.invoke.policy.max_record_age_secs, -1, "90", 90),
@@ -118,36 +167,64 @@ CASES = {
         "ignore",
         (False, "ignore"),
     ),
+    "breaker_failure_rate": (lambda c: c.invoke.breaker.failure_rate, 0, "0.75", 0.75),
+    "breaker_invocations": (lambda c: c.invoke.breaker.invocations, 20, "9", 9),
+    "breaker_wait_secs": (lambda c: c.invoke.breaker.wait_secs, 30, "1.5", 1.5),
     "response_topic": (
-        lambda c: (c.write.response_topic, c.invoke.check_reply),
-        (None, False),
+        lambda c: (c.write.response_topic, c.invoke.reply),
+        (None, "none"),
         "out",
-        ("out", True),
+        ("out", "confluent"),
     ),
     "error_topic": (lambda c: c.write.error_topic, None, "err", "err"),
     "response_format": (lambda c: c.write.response_format, "json", "string", "string"),
     "error_format": (lambda c: c.write.error_format, "json", "json_schema", "json_schema"),
+    "error_record": (
+        lambda c: (c.write.destination, "aws" if c.write.destination else "confluent"),
+        (None, "confluent"),
+        "aws",
+        (Envelope("kafka_event", "broker:9092"), "aws"),
+    ),
     "preflight": (lambda c: c.run.preflight, True, "false", False),
     "until": (lambda c: c.run.until, "forever", "caught_up", "caught_up"),
     "summary": (lambda c: c.run.summary, "text", "none", "none"),
     "log_format": (lambda c: c.run.log_format, "text", "json", "json"),
 }
 
-# What an option needs beside it.
+# What an option, or one of its values, needs beside it.
 BESIDE = {
+    "schema_validation": {"schema_registry_url": REGISTRY},
+    "event_record_format": {"schema_registry_url": REGISTRY, "envelope": "kafka_event"},
+    "event_source_arn": {"envelope": "kafka_event"},
     "topics_regex": {"topics": None},
     "starting_timestamp": {"starting_position": "AT_TIMESTAMP"},
+    "filter_unparsable": {"filter_criteria": FILTERS},
+    "partial_failure": {"reply": "batch_item_failures"},
+    "error_record": {"error_topic": "err"},
+    "min_concurrency": {"max_concurrency": "1000"},
+}
+BESIDE_CHOICE = {
+    "AT_TIMESTAMP": {"starting_timestamp": "2026-01-01"},
+    "any": {"response_topic": "out"},
+    "aws": {"error_topic": "err"},
+    "avro": {"schema_registry_url": REGISTRY},
 }
 
+# Looked at before there is a config: tests/test_config_file.py.
+BEFORE = ("config", "explain")
+# Looked at in streaming runs only: tests/test_streaming.py.
+STREAMING = ("kafka_reader", "expansion_service")
+LANDING = {n: option for n, option in OPTIONS.items() if n not in BEFORE + STREAMING}
+
 NUMBERS = [name for name, option in OPTIONS.items() if option.kind in ("int", "float")]
-CHOICES = [name for name, option in OPTIONS.items() if option.kind == "choice"]
-FLAGS = [name for name, option in OPTIONS.items() if option.kind == "flag"]
-TEXTS = [name for name, option in OPTIONS.items() if option.kind == "text"]
+CHOICES = [name for name, option in LANDING.items() if option.kind == "choice"]
+FLAGS = [name for name, option in LANDING.items() if option.kind == "flag"]
+TEXTS = [name for name, option in LANDING.items() if option.kind == "text"]
 
 
 def test_every_option_has_its_case_here() -> None:
     """A new option has to come with its default, its effect and its place in the config."""
-    assert list(CASES) == list(OPTIONS)
+    assert list(CASES) == list(LANDING)
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -165,6 +242,14 @@ def test_each_option_lands_where_it_is_used(name: str) -> None:
     assert find(_config(**{**BESIDE.get(name, {}), name: text})) == expected
 
 
+def test_the_registry_for_what_is_written_only() -> None:
+    """NONE decodes nothing; the schemas of the outputs still have their registry."""
+    config = _config(schema_registry_url=REGISTRY, schema_validation="NONE")
+    assert config.decode is None
+    assert config.write.registry and config.write.registry.url == REGISTRY
+    assert _config().write.registry is None
+
+
 def test_the_function_s_name_is_in_error_records() -> None:
     """The write step knows the function and the cluster too."""
     config = _config(function="orders:live")
@@ -179,7 +264,12 @@ BOUNDS = {
     "batch_size": (1, 10_000, None),
     "batch_bytes": (1, 6_291_455, None),
     "batch_window_secs": (0, 300, None),
+    "parallelization_factor": (1, 10, None),
     "max_concurrency": (1, 1000, None),
+    "min_concurrency": (1, 1000, None),
+    "breaker_failure_rate": (0, 1, None),
+    "breaker_invocations": (2, 1000, None),
+    "breaker_wait_secs": (1, 3600, None),
     "max_retries": (0, 10_000, -1),
     "max_transient_retries": (0, 10_000, -1),
     "max_record_age_secs": (60, 604_800, -1),
@@ -197,7 +287,7 @@ def test_a_number_within_its_bounds_is_taken(name: str) -> None:
     low, high, special = BOUNDS[name]
     find = CASES[name][0]
     for number in (low, high, *([special] if special is not None else [])):
-        found = find(_config(**{name: str(number)}))
+        found = find(_config(**BESIDE.get(name, {}), **{name: str(number)}))
         assert (found[0] if isinstance(found, tuple) else found) == number
 
 
@@ -243,11 +333,11 @@ def test_a_choice_takes_each_of_its_values_and_nothing_else(name: str) -> None:
     """All choices are taken as they are written; anything else names them all."""
     find = CASES[name][0]
     for choice in OPTIONS[name].choices:
-        beside = {"starting_timestamp": "2026-01-01"} if choice == "AT_TIMESTAMP" else {}
+        beside = {**BESIDE.get(name, {}), **BESIDE_CHOICE.get(choice, {})}
         found = find(_config(**{name: choice, **beside}))
         assert (found[-1] if isinstance(found, tuple) else found) == choice
     for wrong in ("", "other", OPTIONS[name].choices[0] + " "):
-        (problem,) = _problems(**{name: wrong})
+        (problem,) = _problems(**{**BESIDE.get(name, {}), name: wrong})
         assert problem.startswith(f"--{name}={wrong} is not allowed; give ")
         assert all(choice in problem for choice in OPTIONS[name].choices)
 
@@ -296,6 +386,11 @@ def test_what_has_to_be_given(name: str) -> None:
             ["a", "a:", ":1", "a:x", "a:1,", "a:1 b:2", "a:1,,b:2", "kafka://a:1", "a:1;b:2"],
         ),
         (
+            "event_source_arn",
+            [MSK, "arn:aws-cn:kafka:cn-north-1:123456789012:cluster/c/1"],
+            ["orders", "arn:aws:lambda:us-east-1:123456789012:function:f", MSK + " x"],
+        ),
+        (
             "function",
             [
                 "f",
@@ -335,6 +430,12 @@ def test_what_has_to_be_given(name: str) -> None:
             ],
             ["127.0.0.1:9200", "ftp://h", "http://", "http://h h"],
         ),
+        (
+            "schema_registry_url",
+            ["http://r:8081", "https://r", "https://r/apis/ccompat/v7", "http://a:1,http://b:2/p"],
+            ["r:8081", "ftp://r", "http://", "http://r r", "http://a,b", "http://a,"],
+        ),
+        ("schema_validation", ["KEY", "KEY,VALUE", " VALUE "], ["", ",", "key", "KEY,HEADER"]),
         ("response_topic", ["a.b-c_D9", "x" * 249], ["a b", "a/b", "x" * 250, "ä", "a,b"]),
         ("error_topic", ["a.b-c_D9"], ["a b", "a/b", "x" * 250]),
         ("topics", ["a", "a,b.c", "a, b"], ["a b", "orders-.*", "a,b/c"]),
@@ -384,7 +485,7 @@ def test_a_time_without_a_zone_is_utc(text: str, expected: datetime | None) -> N
 def test_a_time_before_kafka_s_first_is_its_first(text: str) -> None:
     """Numbers below 0 mean something else to Kafka, so no time comes to one."""
     config = _config(starting_position="AT_TIMESTAMP", starting_timestamp=text)
-    assert config.run.starting_timestamp_ms == 0
+    assert config.source.starting_timestamp_ms == 0
 
 
 # -- what does not go together ------------------------------------------------------------
@@ -416,9 +517,75 @@ def test_a_time_before_kafka_s_first_is_its_first(text: str) -> None:
             ["--batch_bytes=1048577", "async", "1048576"],
         ),
         (
+            {"invocation_type": "async", "reply": "batch_item_failures"},
+            ["--reply=batch_item_failures needs --invocation_type=sync"],
+        ),
+        (
+            {"invocation_type": "async", "reply": "any", "response_topic": "out"},
+            ["--reply=any needs --invocation_type=sync"],
+        ),
+        (
+            {"invocation_type": "async", "client_context": "true"},
+            ["--client_context needs --invocation_type=sync"],
+        ),
+        ({"reply": "any"}, ["--reply=any needs --response_topic"]),
+        ({"reply": "none", "response_topic": "out"}, ["--response_topic", "--reply=none"]),
+        (
+            {"reply": "batch_item_failures", "response_topic": "out"},
+            ["--response_topic", "--reply=batch_item_failures"],
+        ),
+        ({"partial_failure": "named"}, ["--partial_failure goes with --reply=batch_item"]),
+        ({"partial_failure": "checkpoint", "reply": "none"}, ["--partial_failure goes with"]),
+        (
+            {"event_source_arn": MSK},
+            ["--event_source_arn goes with --envelope=kafka_event or pipes, or with"],
+        ),
+        ({"error_record": "aws"}, ["--error_record=aws needs --error_topic"]),
+        (
+            {"error_record": "aws", "error_topic": "e", "error_format": "string"},
+            ["--error_format=string goes with --error_record=confluent only"],
+        ),
+        (
+            {"envelope": "kafka_event", "key_format": "json"},
+            ["--key_format=json goes with --envelope=confluent only", "kafka_event has base64"],
+        ),
+        ({"envelope": "pipes", "value_format": "string"}, ["--value_format=string", "pipes"]),
+        ({"schema_validation": "KEY"}, ["--schema_validation needs --schema_registry_url"]),
+        (
+            {"schema_registry_url": REGISTRY, "schema_validation": "KEY,KEY"},
+            ["--schema_validation=KEY,KEY names one twice"],
+        ),
+        (
+            {"schema_registry_url": REGISTRY, "schema_validation": "NONE,KEY"},
+            ["--schema_validation=NONE,KEY: NONE stands alone"],
+        ),
+        (
+            {"schema_registry_url": REGISTRY, "event_record_format": "SOURCE"},
+            ["--event_record_format goes with --envelope=kafka_event or pipes only"],
+        ),
+        (
+            {"envelope": "pipes", "event_record_format": "SOURCE"},
+            ["--event_record_format needs --schema_registry_url"],
+        ),
+        ({"response_format": "avro"}, ["--response_format=avro needs --schema_registry_url"]),
+        ({"error_format": "avro"}, ["--error_format=avro needs --schema_registry_url"]),
+        (
+            {"schema_registry_url": REGISTRY, "value_format": "json"},
+            ["--value_format=json has no effect", "--schema_validation has VALUE"],
+        ),
+        (
+            {"schema_registry_url": "http://user:hunter2@registry:8081"},
+            ["--schema_registry_url has a login in it", "schema.registry.basic.auth.user.info"],
+        ),
+        (
             {"starting_position": "AT_TIMESTAMP"},
             ["--starting_position=AT_TIMESTAMP needs --starting_timestamp"],
         ),
+        (
+            {"min_concurrency": "9", "max_concurrency": "8"},
+            ["--min_concurrency=9 is above --max_concurrency=8"],
+        ),
+        ({"min_concurrency": "101"}, ["--min_concurrency=101 is above --max_concurrency=100"]),
         ({"starting_timestamp": "2026-01-01"}, ["--starting_position=AT_TIMESTAMP only"]),
         (
             {"starting_timestamp": "2026-01-01", "starting_position": "LATEST"},
@@ -427,8 +594,9 @@ def test_a_time_before_kafka_s_first_is_its_first(text: str) -> None:
     ],
 )
 def test_options_that_do_not_go_together(given: dict, parts: list[str]) -> None:
-    """Each rule is one line that names the options."""
+    """Each rule is one line that names the options, and shows no secret."""
     (problem,) = _problems(**given)
+    assert "hunter2" not in problem
     for part in parts:
         assert part in problem
 
@@ -440,7 +608,18 @@ def test_options_that_do_not_go_together(given: dict, parts: list[str]) -> None:
         {"topics": None, "topics_regex": "orders", "response_topic": "orders-out"},
         {"invocation_type": "async", "batch_bytes": "1048576", "error_topic": "e"},
         {"on_error": "ignore", "error_topic": "e"},
+        {"min_concurrency": "8", "max_concurrency": "8"},
         {"starting_position": "AT_TIMESTAMP", "starting_timestamp": "2026-11-02"},
+        {"envelope": "pipes", "key_format": "base64", "include_headers": "true"},
+        {"error_record": "aws", "error_topic": "e", "event_source_arn": MSK},
+        {"error_record": "confluent"},
+        {"invocation_type": "async", "client_context": "false"},
+        {"envelope": "pipes", "reply": "batch_item_failures", "partial_failure": "checkpoint"},
+        {"schema_registry_url": REGISTRY, "key_format": "string"},
+        {"schema_registry_url": REGISTRY, "schema_validation": "KEY", "value_format": "json"},
+        {"schema_registry_url": REGISTRY, "response_format": "avro", "error_format": "avro"},
+        {"schema_registry_url": REGISTRY, "schema_validation": "NONE", "value_format": "json"},
+        {"envelope": "kafka_event", "event_source_arn": MSK, "invocation_type": "async"},
     ],
 )
 def test_options_that_go_together(given: dict) -> None:
@@ -455,24 +634,49 @@ def test_the_payload_limit_is_the_invocation_type_s(kind: str, limit: int) -> No
     assert config.batch.max_bytes == config.read.batch_bytes == limit
 
 
+def test_base64_is_due_earlier() -> None:
+    """Four bytes of payload are three bytes read: waiting for more would only wait."""
+    config = _config(envelope="kafka_event", batch_bytes="1000")
+    assert (config.batch.max_bytes, config.read.batch_bytes) == (1000, 750)
+
+
+def test_the_event_shows_the_brokers_as_they_were_given() -> None:
+    """The function sees what its configuration says, as with AWS."""
+    config = _config(envelope="kafka_event", kafka_bootstrap_servers="a:1,b:2")
+    assert config.batch.format.envelope.bootstrap_servers == "a:1,b:2"
+
+
 @pytest.mark.parametrize(
-    ("given", "check_reply", "log_tail"),
+    ("given", "reply", "log_tail"),
     [
-        ({}, False, False),
-        ({"response_topic": "r"}, True, False),
-        ({"on_error": "log", "error_topic": "e"}, False, True),
-        ({"on_error": "log"}, False, False),
-        ({"on_error": "fail", "error_topic": "e"}, False, False),
-        ({"on_error": "log", "error_topic": "e", "invocation_type": "async"}, False, False),
+        ({}, "none", False),
+        ({"response_topic": "r"}, "confluent", False),
+        ({"response_topic": "r", "envelope": "kafka_event"}, "any", False),
+        ({"response_topic": "r", "envelope": "pipes"}, "any", False),
+        ({"response_topic": "r", "envelope": "pipes", "reply": "confluent"}, "confluent", False),
+        ({"response_topic": "r", "reply": "any"}, "any", False),
+        ({"reply": "confluent"}, "confluent", False),
+        ({"envelope": "kafka_event"}, "none", False),
+        ({"on_error": "log", "error_topic": "e"}, "none", True),
+        ({"on_error": "log"}, "none", False),
+        ({"on_error": "fail", "error_topic": "e"}, "none", False),
+        ({"on_error": "log", "error_topic": "e", "invocation_type": "async"}, "none", False),
+        ({"invocation_type": "async", "reply": "none"}, "none", False),
     ],
 )
 def test_what_is_asked_of_the_function_follows_from_the_outputs(
-    given: dict, check_reply: bool, log_tail: bool
+    given: dict, reply: str, log_tail: bool
 ) -> None:
     """Replies are checked and logs fetched only where somebody gets them."""
     config = _config(**given)
-    assert config.invoke.check_reply is check_reply
+    assert config.invoke.reply == reply
     assert config.invoke.function.log_tail is log_tail
+
+
+@pytest.mark.parametrize(("kind", "told"), [("sync", True), ("async", False)])
+def test_only_a_sync_invocation_has_a_context(kind: str, told: bool) -> None:
+    """Lambda drops it from an event that it queues."""
+    assert _config(invocation_type=kind).invoke.client_context is told
 
 
 @pytest.mark.parametrize("on_error", ["fail", "log", "ignore"])
@@ -620,7 +824,7 @@ def test_unknown_options_are_reported_with_the_other_problems() -> None:
         (["--runner"], ["--runner: expected one argument"]),
         (["--max_num_workers=abc"], ["--max_num_workers: invalid int value"]),
         (["--no_preflight=false"], ["--no_preflight"]),
-        (["--runner=FlinkRunner"], ["--runner=FlinkRunner"]),
+        (["--runner=SparkRunner"], ["--runner=SparkRunner"]),
         (["--kafka_config_file=/no/such/file"], ["--kafka_config_file=/no/such/file cannot"]),
     ],
 )

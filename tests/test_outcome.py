@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.outcome import Fault, Kind, Reply, classify_fault, classify_reply
-from transforms.reply import InvalidReplyError
+from transforms.outcome import Fault, Kind, Outcome, Reply, classify_fault, classify_reply
+from transforms.reply import Answer, InvalidReplyError
 
 CONFIG, TRANSIENT, THROTTLED = Kind.CONFIG, Kind.TRANSIENT, Kind.THROTTLED
 
@@ -145,7 +145,7 @@ def test_a_function_error_is_known_by_its_header_alone(word, payload, error_type
     looked_at: list[bytes] = []
     reply = Reply(200, payload, word, "bG9n", "$LATEST", "r-1")
 
-    outcome = classify_reply(reply, lambda body: looked_at.append(body) or [b"1"])
+    outcome = classify_reply(reply, lambda body: looked_at.append(body) or Answer())
 
     assert outcome.kind is Kind.FUNCTION_ERROR
     assert outcome.error_type == error_type
@@ -163,10 +163,10 @@ def test_a_function_error_is_known_by_its_header_alone(word, payload, error_type
 def test_an_invalid_reply_is_a_function_error_of_its_own_type() -> None:
     """A reply that does not answer the batch fails it, and the error JSON says why."""
 
-    def parse(body: bytes) -> list[bytes]:
+    def read(body: bytes) -> Answer:
         raise InvalidReplyError("entry 0 of the reply is wrong")
 
-    outcome = classify_reply(Reply(200, b"[1]", None, "bG9n", "7", "r-1"), parse)
+    outcome = classify_reply(Reply(200, b"[1]", None, "bG9n", "7", "r-1"), read)
     assert outcome.kind is Kind.FUNCTION_ERROR
     assert outcome.error_type == outcome.function_error == "InvalidReply"
     assert outcome.message == "entry 0 of the reply is wrong"
@@ -179,13 +179,36 @@ def test_an_invalid_reply_is_a_function_error_of_its_own_type() -> None:
 
 
 def test_a_good_reply_is_a_success_with_its_results() -> None:
-    """What the parser returns is what the records are answered with."""
-    outcome = classify_reply(Reply(200, b"[]", None, None, "7", "r-1"), lambda body: [body, b"2"])
+    """What the reply says is what the records are answered with."""
+    reply = Reply(200, b"[]", None, None, "7", "r-1")
+    outcome = classify_reply(reply, lambda body: Answer([body, b"2"], b"body"))
     assert outcome.kind is Kind.SUCCESS
     assert outcome.results == [b"[]", b"2"]
+    assert outcome.body == b"body"
     assert outcome.error_type == ""
     assert (outcome.status_code, outcome.executed_version) == (200, "7")
     assert outcome.request_id == "r-1"
+
+
+def test_a_reply_that_names_failures_is_a_partial_one() -> None:
+    """It has all that an error of the function has, and says which records it is about."""
+    reply = Reply(200, b"{}", None, "bG9n", "7", "r-1")
+    outcome = classify_reply(reply, lambda body: Answer(failed=[0, 4]))
+    assert outcome.kind is Kind.PARTIAL
+    assert outcome.failed == [0, 4]
+    assert outcome.error_type == outcome.function_error == "BatchItemFailure"
+    assert json.loads(outcome.payload or "")["errorMessage"] == outcome.message
+    assert (outcome.status_code, outcome.log_result) == (200, "bG9n")
+    assert (outcome.executed_version, outcome.request_id) == ("7", "r-1")
+
+
+def test_a_function_that_failed_in_some_records_works() -> None:
+    """Only one that failed in all of them says no more than one that failed altogether."""
+    partial = Outcome(Kind.PARTIAL, failed=[0, 1])
+    assert partial.of_function(3) is Kind.SUCCESS
+    assert partial.of_function(2) is Kind.FUNCTION_ERROR
+    for kind in set(Kind) - {Kind.PARTIAL}:
+        assert Outcome(kind).of_function(2) is kind
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"not json"])

@@ -58,15 +58,16 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
-    """Every module of the checkout is in, and no test or template."""
+    """Every file of the packages is in, and no test or template."""
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    modules = {
+    files = {
         path.relative_to(_CHECKOUT).as_posix()
         for package in ("pipeline", "transforms")
-        for path in (_CHECKOUT / package).rglob("*.py")
+        for pattern in ("*.py", "*.pom.xml", "py.typed")
+        for path in (_CHECKOUT / package).rglob(pattern)
     }
-    assert names == modules | {"pipeline/py.typed", "transforms/py.typed"}
+    assert names == files
 
 
 def test_the_license_and_the_dependencies_are_in_the_wheel(wheel: Path) -> None:

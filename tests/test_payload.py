@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from transforms.payload import FORMATS, PayloadFormat, encode_records, join_entries
-from transforms.records import NO_TIMESTAMP, Records, payload_bytes
+from transforms.payload import FORMATS, PayloadFormat, encode_records
+from transforms.records import ARRAY, NO_TIMESTAMP, Records
 
 AUTO = PayloadFormat()
 
@@ -336,10 +336,10 @@ def test_any_records_make_a_payload_that_says_where_they_are_from(
     )
     format = PayloadFormat(key_format, value_format, with_headers)
     encoded = encode_records(topic, partition, records, format)
-    body = join_entries(encoded.entries)
+    body = ARRAY.join(encoded.entries)
     entries = _exact(body)
     assert len(entries) == len(rows)
-    assert len(body) == payload_bytes(sum(map(len, encoded.entries)), len(encoded.entries))
+    assert len(body) == ARRAY.payload_bytes(sum(map(len, encoded.entries)), len(encoded.entries))
     for index, entry in enumerate(entries):
         assert list(entry) == ["payload"]
         payload = entry["payload"]
@@ -363,7 +363,7 @@ def test_any_records_make_a_payload_that_says_where_they_are_from(
 @settings(deadline=None)
 def test_payload_bytes_is_the_exact_size(entries: list[bytes]) -> None:
     """The size that batches are closed by is the size that is sent."""
-    assert payload_bytes(sum(map(len, entries)), len(entries)) == len(join_entries(entries))
+    assert ARRAY.payload_bytes(sum(map(len, entries)), len(entries)) == len(ARRAY.join(entries))
 
 
 @given(json_values)

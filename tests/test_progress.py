@@ -59,6 +59,9 @@ def _status(**more) -> Status:
         "halted": [],
         "committed": {("orders", 10): 5, ("orders", 2): 70, ("a", 0): 1},
         "elapsed_secs": 2.00049,
+        "limit": 8,
+        "in_flight_max": 9,
+        "breaker_openings": 2,
     }
     return Status(**(fields | more))
 
@@ -72,6 +75,8 @@ FIELDS = [
     "retries",
     "bisections",
     "throttles",
+    "concurrency",
+    "breaker",
     "filtered",
     "halted",
     "committed",
@@ -92,6 +97,8 @@ def test_the_summary_has_exactly_these_fields() -> None:
         "retries": 3,
         "bisections": 4,
         "throttles": 5,
+        "concurrency": {"limit": 8, "in_flight_max": 9},
+        "breaker": {"open": False, "openings": 2},
         "filtered": 0,
         "halted": [
             {
@@ -107,6 +114,17 @@ def test_the_summary_has_exactly_these_fields() -> None:
         "elapsed_secs": 2.0,
     }
     assert list(facts["committed"]) == ["a-0", "orders-2", "orders-10"]
+
+
+def test_filtered_records_have_come_to_their_end() -> None:
+    """They count as records; lines name them where there are any."""
+    status = _status(totals=Totals(COUNTERS + Counter({"filter.filtered": 60}), rounds=2))
+    facts = summary(status)
+    assert (facts["records"], facts["filtered"]) == (1300, 60)
+    for text in (summary_text(status), progress_text(status)):
+        assert text.startswith("records: 1300")
+        assert text.endswith(", filtered: 60")
+    assert "filtered" not in summary_text(_status()) + progress_text(_status())
 
 
 def test_a_run_that_did_nothing_has_a_summary_too() -> None:
@@ -178,9 +196,25 @@ def test_the_progress_line() -> None:
     """What a log shows of a run that goes on; a lag not known yet counts as none."""
     text = progress_text(_status())
     assert "\n" not in text
-    for part in ("records: 1240", "batches: 12", "in flight: 7", "retries: 3"):
+    for part in ("records: 1240", "batches: 12", "in flight: 7 of 8,", "retries: 3"):
         assert part in text
     assert "lag: 111, partitions: 3" in text
+
+
+def test_a_limit_that_is_not_known_is_not_shown() -> None:
+    """Workers elsewhere have their own."""
+    status = _status(limit=None)
+    assert "in flight: 7," in progress_text(status)
+    assert next(iter(progress_table(status).columns[2].cells)) == "7"
+    assert summary(status)["concurrency"]["limit"] is None
+
+
+def test_an_open_breaker_is_shown() -> None:
+    """In the line and in the table, beside what runs in spite of it."""
+    status = _status(in_flight=1, breaker_open=True)
+    assert "in flight: 1 of 8 (breaker open)," in progress_text(status)
+    assert next(iter(progress_table(status).columns[2].cells)) == "1 of 8 (breaker open)"
+    assert summary(status)["breaker"] == {"open": True, "openings": 2}
 
 
 def test_the_live_table_shows_the_halted_partition() -> None:
@@ -198,7 +232,7 @@ def test_the_live_table_shows_the_halted_partition() -> None:
     assert [next(iter(column.cells)) for column in table.columns] == [
         "1,240",
         "12",
-        "7",
+        "7 of 8",
         "3",
         "6",
         "620",

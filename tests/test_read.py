@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException, Message, TopicPartition
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 
 from transforms.errors import KafkaError
 from transforms.kafka import KafkaConfig
+from transforms.key import Lanes
 from transforms.read import ReadConfig, Room, Round, RoundReader, releasable, to_records
-from transforms.records import NO_TIMESTAMP
+from transforms.read_beam import to_columns
+from transforms.records import NO_TIMESTAMP, Records
 
 KAFKA = KafkaConfig("broker:9092", "g")
 KEY = ("t", 0)
@@ -80,14 +84,19 @@ class Timer:
 class Reading:
     """A reader over a fake consumer, and the chunks it has handed out."""
 
-    def __init__(self, starts: dict[int, int] | None = None, **config) -> None:
+    def __init__(
+        self, starts: dict[int, int] | None = None, ahead: list[int] | None = None, **config
+    ) -> None:
         self.consumer = FakeConsumer()
         self.timer = Timer()
         self.settings: dict = {}
         config = {"batch_size": 10, "batch_window_secs": 1.0} | config
         self.reader = RoundReader(ReadConfig(KAFKA, **config), self._make, self.timer)
         self.starts = starts or {0: 0}
-        self.reader.assign({("t", p): offset for p, offset in self.starts.items()})
+        count = config.get("lanes", Lanes()).count
+        marks = {("t", p): ahead or [at] * count for p, at in self.starts.items()}
+        self.reader.assign(marks)
+        self.at = {(p, lane): at for (_, p), own in marks.items() for lane, at in enumerate(own)}
         self.chunks: list = []
 
     def _make(self, config: KafkaConfig, **settings) -> FakeConsumer:
@@ -100,19 +109,20 @@ class Reading:
             assert self.reader.fill(0) == len(messages)
 
     def take(self, rooms: dict[int, tuple[int, int]] | None = None, **limits) -> list:
-        """One round; its chunks. Checks that each partition goes on where it stood."""
+        """One round; its chunks. Checks that each lane goes on where it stood."""
         all_rooms = dict.fromkeys(self.starts, (PLENTY, PLENTY)) if rooms is None else rooms
         limits = {"records": PLENTY, "bytes": PLENTY} | limits
-        before = {p: self.reader.position(("t", p)) for p in self.starts}
         self.reader.begin(
             Round(tuple(Room("t", p, *room) for p, room in all_rooms.items()), **limits)
         )
         chunks = list(self.reader.take())
         for chunk in chunks:
-            assert chunk.start == before[chunk.partition]
-            before[chunk.partition] = chunk.next_offset
+            assert chunk.start == self.at[chunk.partition, chunk.lane]
+            self.at[chunk.partition, chunk.lane] = chunk.next_offset
             assert all(chunk.start <= o < chunk.next_offset for o in chunk.records.offsets)
-        assert before == {p: self.reader.position(("t", p)) for p in self.starts}
+        for p in self.starts:
+            lowest = min(at for (partition, _), at in self.at.items() if partition == p)
+            assert self.reader.position(("t", p)) == lowest
         self.chunks += chunks
         return chunks
 
@@ -170,6 +180,32 @@ def test_messages_become_columns() -> None:
     assert records.keys == [b"k", None, b""]
     assert records.values == [b"v", None, b""]
     assert records.headers == [[("a", b"1"), ("a", None)], None, None]
+    assert records.log_append == [False, False, True]
+
+
+def test_who_set_the_time_is_a_column_only_where_the_broker_did() -> None:
+    """Nothing is carried along for what nearly all topics have."""
+    records = to_records([_message(4), _message(7, timestamp=(0, 0))])
+    assert not records.log_append
+    assert to_records([]) == Records([], [], [], [], [], log_append=[])
+
+
+def _row(offset: int, type_id: int, **more) -> SimpleNamespace:
+    fields = {"timestamp": 1000 + offset, "key": None, "value": b"v", "headers": []}
+    return SimpleNamespace(offset=offset, timestampTypeId=type_id, **(fields | more))
+
+
+def test_rows_of_beam_s_reader_become_the_same_columns() -> None:
+    """As messages do; the numbers of timestamp types are Java's."""
+    header = SimpleNamespace(key="a", value=None)
+    rows = [_row(4, 0, key=b"k", headers=[header]), _row(7, -1, value=None), _row(8, 1)]
+    records = to_columns(rows)
+    assert records.offsets == [4, 7, 8]
+    assert records.timestamps == [1004, NO_TIMESTAMP, 1008]
+    assert (records.keys, records.values) == ([b"k", None, None], [b"v", None, b"v"])
+    assert records.headers == [[("a", None)], None, None]
+    assert records.log_append == [False, False, True]
+    assert not to_columns(rows[:2]).log_append
 
 
 # -- filling ------------------------------------------------------------------------------
@@ -406,7 +442,7 @@ def test_each_partition_s_first_chunk_of_a_round_is_marked() -> None:
     """Behind a round nothing is remembered, so its first chunk waits for no predecessor."""
     reading = Reading({0: 0, 1: 0}, batch_size=500)
     for partition in (0, 1):
-        reading.fill([_message(offset, partition) for offset in range(2000)])
+        reading.fill([_message(offset, partition) for offset in range(12_000)])
     chunks = reading.take()
     for partition in (0, 1):
         firsts = [chunk.first for chunk in chunks if chunk.partition == partition]
@@ -501,15 +537,139 @@ def test_partitions_take_turns_at_the_front() -> None:
     assert sorted(turns[:3]) == sorted(turns[3:]) == [0, 1, 2]
 
 
-def test_a_round_goes_on_with_what_comes_in_meanwhile() -> None:
-    """A round reads on as long as there is something and room for it."""
+def test_a_round_takes_what_has_been_fetched_and_waits_for_nothing_more() -> None:
+    """A fetch that is not full was the last of it: what comes later is for the next round.
+
+    Otherwise a source that gives a little all the time would keep a round from its end.
+    """
     reading = Reading()
     reading.fill([_message(offset) for offset in range(10)])
     reading.consumer.fetched += [
-        [_message(offset) for offset in range(10, 20)],
-        [_message(offset) for offset in range(20, 25)],
+        [_message(offset) for offset in range(10, 510)],
+        [_message(offset) for offset in range(510, 520)],
+        [_message(offset) for offset in range(520, 530)],
     ]
-    assert len(_offsets(reading.take())) == 20
+    assert len(_offsets(reading.take())) == 520
+    assert len(reading.consumer.fetched) == 1
+
+
+def test_a_round_fetches_no_more_than_it_has_room_for() -> None:
+    """What it could not hand out would only pile up."""
+    reading = Reading()
+    reading.consumer.fetched = [
+        [_message(offset) for offset in range(start, start + 500)] for start in range(0, 5000, 500)
+    ]
+    assert len(_offsets(reading.take({0: (1200, PLENTY)}))) == 1200
+    assert len(reading.consumer.fetched) == 7
+
+
+# -- lanes --------------------------------------------------------------------------------
+
+
+def _keyed(*lanes: int, start: int = 0) -> list[Message]:
+    """A record for each of the lanes given, of five."""
+    return [_message(start + index, key=_KEYS[lane], value=b"") for index, lane in enumerate(lanes)]
+
+
+FIVE = Lanes(5, run=2)
+_KEYS = {FIVE.of([b"%d" % number], [0])[0]: b"%d" % number for number in range(100)}
+
+
+def _by_lane(chunks: list) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for chunk in chunks:
+        found.setdefault(chunk.lane, []).extend(chunk.records.offsets)
+    return {lane: offsets for lane, offsets in found.items() if offsets}
+
+
+def test_without_lanes_everything_is_in_lane_0() -> None:
+    """Whatever the keys are."""
+    reading = Reading(batch_size=1)
+    reading.fill(_keyed(0, 1, 2, 3, 4))
+    assert [chunk.lane for chunk in reading.take()] == [0]
+
+
+def test_each_lane_hands_out_its_whole_batches() -> None:
+    """A lane that has a batch does not wait for one that has not, nor take it along."""
+    reading = Reading(batch_size=2, lanes=FIVE)
+    reading.fill(_keyed(1, 2, 1, 3, 3, 3))
+    assert reading.reader.ready(KEY, flush=False)
+    assert _by_lane(reading.take()) == {1: [0, 2], 3: [3, 4]}
+    assert not reading.reader.ready(KEY, flush=False)
+    # Lane 2 still has its first record.
+    assert reading.reader.position(KEY) == 0
+    reading.fill(_keyed(2, start=6))
+    assert _by_lane(reading.take()) == {2: [1, 6]}
+    # Lane 3 has one that is waiting; all before it is handed out.
+    assert reading.reader.position(KEY) == 5
+
+
+def test_a_lane_s_window_is_its_own() -> None:
+    """What has waited long enough goes, what came later waits on."""
+    reading = Reading(batch_size=2, lanes=FIVE)
+    reading.fill(_keyed(1))
+    reading.timer.secs = 0.5
+    reading.fill(_keyed(2, start=1))
+    reading.timer.secs = 1.0
+    assert _by_lane(reading.take()) == {1: [0]}
+    reading.timer.secs = 1.5
+    assert _by_lane(reading.take()) == {2: [1]}
+
+
+def test_lanes_without_records_say_so_with_the_others() -> None:
+    """Their offsets have to be committed too, but are worth no round of their own."""
+    reading = Reading(batch_size=2, lanes=FIVE)
+    reading.fill(_keyed(1, 1, 4))
+    chunks = reading.take()
+    assert [(c.lane, c.start, c.next_offset) for c in chunks if not c.records.offsets] == [
+        (0, 0, 3),
+        (2, 0, 3),
+        (3, 0, 3),
+    ]
+    assert all(chunk.first for chunk in chunks)
+    assert not reading.reader.ready(KEY, flush=False)
+    assert reading.take() == []
+
+
+def test_a_tail_without_records_is_every_lane_s() -> None:
+    """An end behind the last record is handed out in all lanes, once nothing waits."""
+    reading = Reading(batch_size=1, lanes=FIVE)
+    reading.fill([*_keyed(1), _end(7)])
+    reading.take()
+    assert reading.reader.position(KEY) == 7
+    reading.fill([_end(9)])
+    assert reading.reader.ready(KEY, flush=False)
+    assert sorted(chunk.lane for chunk in reading.take()) == [0, 1, 2, 3, 4]
+    assert reading.reader.position(KEY) == 9
+
+
+def test_a_lane_goes_on_where_an_earlier_run_left_it() -> None:
+    """What it has done already, ahead of the others, is passed over."""
+    reading = Reading(batch_size=2, lanes=FIVE, ahead=[10, 14, 12, 10, 99])
+    assert reading.consumer.assigned == [("t", 0, 10)]
+    reading.fill(_keyed(1, 2, 3, 1, 1, 2, 4, 1, start=10))
+    assert reading.reader.position(KEY) == 10
+    reading.timer.secs = 9
+    assert _by_lane(reading.take()) == {1: [14, 17], 2: [15], 3: [12]}
+    assert reading.reader.position(KEY) == 18
+    reading.fill([_end(120)])
+    reading.take()
+    assert reading.reader.position(KEY) == 120
+
+
+def test_lanes_take_turns_at_the_front() -> None:
+    """A round with room for one batch only goes to another lane each time."""
+    reading = Reading(batch_size=2, lanes=FIVE)
+    reading.fill(_keyed(*[0, 1, 2, 3, 4] * 10))
+    turns = [next(iter(_by_lane(reading.take(records=2)))) for _ in range(10)]
+    assert sorted(turns[:5]) == sorted(turns[5:]) == [0, 1, 2, 3, 4]
+
+
+def test_records_without_a_key_fill_one_lane_s_batch_after_the_other() -> None:
+    """Few records make one batch, not a little of each lane's."""
+    reading = Reading(batch_size=2, lanes=FIVE)
+    reading.fill([_message(offset) for offset in range(5)])
+    assert _by_lane(reading.take()) == {0: [0, 1], 1: [2, 3]}
 
 
 # -- everything together ------------------------------------------------------------------
@@ -528,10 +688,11 @@ def test_a_round_goes_on_with_what_comes_in_meanwhile() -> None:
         max_size=6,
     ),
     batch_size=st.integers(1, 12),
+    lanes=st.integers(1, 4),
     tail=st.integers(0, 3),
 )
 @settings(deadline=None, max_examples=200)
-def test_rounds_hand_out_every_record_once(gaps, fetches, rounds, batch_size, tail) -> None:
+def test_rounds_hand_out_every_record_once(gaps, fetches, rounds, batch_size, lanes, tail) -> None:
     """However records, ends and repeats come in, rounds give all of them, in order, once."""
     logs = []
     for steps in gaps:
@@ -540,7 +701,9 @@ def test_rounds_hand_out_every_record_once(gaps, fetches, rounds, batch_size, ta
             at += step
             offsets.append(at)
         logs.append(offsets)
-    reading = Reading(dict.fromkeys(range(len(logs)), 0), batch_size=batch_size)
+    divided = Lanes(lanes, run=2)
+    reading = Reading(dict.fromkeys(range(len(logs)), 0), batch_size=batch_size, lanes=divided)
+    keys = [None, b"a", b"b", b"c", b"d"]
     read = [0] * len(logs)
     # Two fetches in one consume, to have partitions and ends side by side.
     pending: list[Message] = []
@@ -550,7 +713,7 @@ def test_rounds_hand_out_every_record_once(gaps, fetches, rounds, batch_size, ta
         low = max(0, read[partition] - 2) if repeat else read[partition]
         read[partition] = min(len(logs[partition]), read[partition] + count)
         offsets = logs[partition][low : read[partition]]
-        pending.extend(_message(offset, partition) for offset in offsets)
+        pending.extend(_message(offset, partition, key=keys[offset % 5]) for offset in offsets)
         if read[partition] == len(logs[partition]):
             end = logs[partition][-1] + 1 if logs[partition] else 0
             pending.append(_end(end + tail, partition))
@@ -582,7 +745,11 @@ def test_rounds_hand_out_every_record_once(gaps, fetches, rounds, batch_size, ta
     reading.timer.secs += 100
     reading.take(flush=True)
     for partition, offsets in enumerate(logs):
-        assert _offsets(reading.chunks, partition) == offsets
+        homes = divided.of([keys[offset % 5] for offset in offsets], offsets)
+        for lane in range(lanes):
+            own = [chunk for chunk in reading.chunks if chunk.lane == lane]
+            expected = [offset for offset, home in zip(offsets, homes) if home == lane]
+            assert _offsets(own, partition) == expected
         end = offsets[-1] + 1 if offsets else 0
         assert reading.reader.position(("t", partition)) == end + tail
 

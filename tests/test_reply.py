@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.reply import InvalidReplyError, parse_reply
+from transforms.reply import (
+    Answer,
+    InvalidReplyError,
+    parse_failures,
+    parse_reply,
+    read_reply,
+)
 
 HEAD = b'"topic":"t","partition":3,"offset":7'
 
@@ -256,3 +262,121 @@ def test_any_result_comes_out_as_it_was_sent(results, topic, partition, start, g
         {"topic": topic, "partition": partition, "offset": offset, "result": _exact(result)}
         for offset, (result, _, _) in zip(offsets, results)
     ]
+
+
+# -- batchItemFailures --------------------------------------------------------------------
+
+OFFSETS = (7, 8, 12, 100)
+
+
+def _failure(offset, partition="t-3", **more) -> dict:
+    return {"itemIdentifier": {"partition": partition, "offset": offset}, **more}
+
+
+def _failures(reply) -> list[int]:
+    body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+    return parse_failures(body, "t", 3, OFFSETS)
+
+
+@pytest.mark.parametrize(
+    ("reply", "failed"),
+    [
+        # A reply without failures: all went well.
+        (None, []),
+        ({}, []),
+        ({"batchItemFailures": []}, []),
+        ({"batchItemFailures": None}, []),
+        ({"other": 1}, []),
+        ({"statusCode": 500, "body": "x"}, []),
+        # Records that were sent.
+        ({"batchItemFailures": [_failure(100)]}, [3]),
+        ({"batchItemFailures": [_failure(12), _failure(7)]}, [0, 2]),
+        ({"batchItemFailures": [_failure(8), _failure(8)]}, [1]),
+        ({"batchItemFailures": [_failure(o) for o in OFFSETS]}, [0, 1, 2, 3]),
+        ({"batchItemFailures": [_failure(8, reason="x")], "other": 1}, [1]),
+    ],
+)
+def test_which_records_failed(reply, failed: list[int]) -> None:
+    """Each named record once, in the order of the offsets, however they are named."""
+    assert _failures(reply) == failed
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        # A record that was not sent.
+        ({"batchItemFailures": [_failure(9)]}, "entry 0"),
+        ({"batchItemFailures": [_failure(7), _failure(9)]}, "entry 1"),
+        ({"batchItemFailures": [_failure(7, "t-4")]}, "entry 0"),
+        ({"batchItemFailures": [_failure(7, "u-3")]}, "t-3@7-100"),
+        ({"batchItemFailures": [_failure(7, "")]}, "entry 0"),
+        ({"batchItemFailures": [_failure(7, 3)]}, "entry 0"),
+        ({"batchItemFailures": [_failure("7")]}, "entry 0"),
+        ({"batchItemFailures": [_failure(7.0)]}, "entry 0"),
+        ({"batchItemFailures": [_failure(True)]}, "entry 0"),
+        ({"batchItemFailures": [_failure(None)]}, "entry 0"),
+        ({"batchItemFailures": [_failure([7])]}, "entry 0"),
+        ({"batchItemFailures": [_failure({})]}, "entry 0"),
+        # No identifier of a Kafka record.
+        ({"batchItemFailures": [{"itemIdentifier": "7"}]}, "lacks"),
+        ({"batchItemFailures": [{"itemIdentifier": "t-3-7"}]}, "lacks"),
+        ({"batchItemFailures": [{"itemIdentifier": ""}]}, "lacks"),
+        ({"batchItemFailures": [{"itemIdentifier": None}]}, "lacks"),
+        ({"batchItemFailures": [{"itemIdentifier": {"offset": 7}}]}, "lacks"),
+        ({"batchItemFailures": [{"itemIdentifier": {"partition": "t-3"}}]}, "lacks"),
+        ({"batchItemFailures": [{"itemidentifier": {"partition": "t-3", "offset": 7}}]}, "lacks"),
+        ({"batchItemFailures": [{}]}, "lacks"),
+        ({"batchItemFailures": [None]}, "lacks"),
+        ({"batchItemFailures": ["7"]}, "lacks"),
+        ({"batchItemFailures": [7]}, "lacks"),
+        ({"batchItemFailures": [[]]}, "lacks"),
+        # No such reply at all.
+        ({"batchItemFailures": "7"}, "batchItemFailures is a string"),
+        ({"batchItemFailures": {"itemIdentifier": "7"}}, "batchItemFailures is an object"),
+        ({"batchItemFailures": 0}, "batchItemFailures is a number"),
+        ({"batchItemFailures": False}, "batchItemFailures is a boolean"),
+        ([], "the reply is an array"),
+        ([_failure(7)], "the reply is an array"),
+        ("ok", "the reply is a string"),
+        ("", "the reply is a string"),
+        (True, "the reply is a boolean"),
+        (7, "the reply is a number"),
+        (b"", "not JSON"),
+        (b"ok", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b'{"batchItemFailures":[', "not JSON"),
+    ],
+)
+def test_what_says_nothing_that_fits_fails_the_batch(reply, says: str) -> None:
+    """A record that was not sent, or a reply of another form: nothing of it is believed."""
+    with pytest.raises(InvalidReplyError, match=says):
+        _failures(reply)
+
+
+@given(st.sets(st.sampled_from(OFFSETS)), st.randoms())
+def test_any_choice_of_records_is_read_back(offsets: set[int], random) -> None:
+    """Whatever records a function names, in whatever order, those failed and no others."""
+    named = sorted(offsets)
+    random.shuffle(named)
+    failed = _failures({"batchItemFailures": [_failure(offset) for offset in named]})
+    assert [OFFSETS[index] for index in failed] == sorted(offsets)
+
+
+@pytest.mark.parametrize(
+    ("mode", "body", "expected"),
+    [
+        ("confluent", b'[{"payload":{' + HEAD + b"}}]", Answer(results=[b"{" + HEAD + b"}"])),
+        ("batch_item_failures", b"null", Answer(failed=[])),
+        (
+            "batch_item_failures",
+            json.dumps({"batchItemFailures": [_failure(7)]}).encode(),
+            Answer(failed=[0]),
+        ),
+        ("any", b"not JSON \xff", Answer(body=b"not JSON \xff")),
+        ("any", b"", Answer(body=b"")),
+        ("none", b"not JSON", Answer()),
+    ],
+)
+def test_each_mode_reads_a_reply_its_own_way(mode: str, body: bytes, expected: Answer) -> None:
+    """Results, failures, the body, or nothing at all."""
+    assert read_reply(mode, body, "t", 3, (7,)) == expected

@@ -9,9 +9,9 @@ from itertools import pairwise
 import pytest
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 
+from pipeline.local.broker import KafkaBroker
 from pipeline.local.faults import slow
 from tests.conftest import Names
-from tests.kafka_broker import KafkaBroker
 from tests.sink import (
     Invocation,
     Partition,

@@ -8,8 +8,8 @@ from typing import Any
 
 from confluent_kafka import Producer
 
+from pipeline.local.broker import KafkaBroker, NewRecord
 from tests.conftest import Names
-from tests.kafka_broker import KafkaBroker, NewRecord
 from tests.sink import (
     Invocation,
     answered,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.local.broker import KafkaBroker, NewRecord
 from pipeline.local.faults import Fault, drop_connection, raw_reply, slow, throttle, unavailable
 from tests.conftest import Names
-from tests.kafka_broker import KafkaBroker, NewRecord
 from tests.sink import (
     FUNCTION,
     answer,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
+from pipeline.local.broker import KafkaBroker
 from pipeline.local.faults import drop_connection, function_error, slow, throttle, unavailable
 from tests.conftest import Names
-from tests.kafka_broker import KafkaBroker
 from tests.sink import (
     answered,
     assert_answers_match,

@@ -9,8 +9,8 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from pipeline.local.broker import KafkaBroker
 from tests.conftest import Names
-from tests.kafka_broker import KafkaBroker
 from tests.sink import (
     answered,
     assert_caught_up,

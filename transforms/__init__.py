@@ -11,7 +11,14 @@ Write     transforms/write.py     Finished -> Progress, once Kafka has acknowled
 Commit    transforms/commit.py    Progress -> committed offsets of the consumer group
 ========  ======================  =============================================================
 
-The rules are pure functions beside them: `payload` (records to JSON), `reply` (checking what came
-back), `outcome` (what an invocation means), `retry` (what to do next), `formats` (records to
-write). `invoker` runs those rules on threads, `aws` and `kafka` hold the clients.
+With `--schema_registry_url` there is one more step, Decode, behind Read: transforms/decode.py,
+RecordChunk -> RecordChunk with what schemas make of its records. With `--filter_criteria` there is
+one more step, Filter, before Key: transforms/filter.py, RecordChunk -> RecordChunk without the
+records that no filter matches.
+
+The rules are pure functions beside them: `schemas` and its formats (what a schema makes of a
+record), `filter_rules` (what filters can say), `payload` (records to JSON), `reply` (checking what
+came back), `outcome` (what an invocation means), `retry` (what to do next), `concurrency` and
+`breaker` (how many invocations at once, and when none), `formats` (records to write). `invoker`
+runs those rules on threads; `aws` (over `http`), `kafka` and `registry` hold the clients.
 """

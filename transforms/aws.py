@@ -1,26 +1,35 @@
 """AWS Lambda: one payload -> `Reply` or `Fault`. The only file that knows boto3.
 
-Retries are ours (`transforms.retry`), so botocore makes one attempt; a read timeout repeated by
-the client would run the function twice unseen.
+boto3 finds credentials, region and endpoint, and signs; the request itself goes out and comes back
+by `transforms.http`, at a third of boto3's price (docs/adr/0012-lean-invocations.md). There is one
+attempt: retries are ours (`transforms.retry`), and a read timeout repeated by the client would run
+the function twice unseen.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import threading
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions as aws_errors
+import urllib3.exceptions as http_errors
+from botocore.awsrequest import AWSRequest, HeadersDict
 from botocore.config import Config
 from botocore.credentials import AssumeRoleCredentialFetcher, DeferredRefreshableCredentials
+from botocore.httpsession import create_urllib3_context, get_cert_path, mask_proxy_url
+from botocore.parsers import create_parser
 from botocore.session import Session, get_session
+from botocore.utils import get_environ_proxies
 
 from transforms.errors import FunctionConfigError
+from transforms.http import Endpoint, Response
 from transforms.outcome import Fault, Kind, Reply, classify_fault
 
 MAX_SYNC_BYTES = 6_291_455
@@ -74,7 +83,7 @@ class FunctionConfig:
 
 
 def make_client(config: FunctionConfig) -> Any:
-    """A boto3 Lambda client; safe to share between threads.
+    """A boto3 Lambda client: it knows where to send an invocation, and how to sign it.
 
     Raises:
         FunctionConfigError: Region, profile or endpoint are missing or malformed.
@@ -82,16 +91,7 @@ def make_client(config: FunctionConfig) -> Any:
     match = FUNCTION.fullmatch(config.function)
     # botocore itself reads AWS_DEFAULT_REGION only; AWS's other SDKs, and so people, AWS_REGION.
     region = config.region or (match["region"] if match else None) or os.environ.get("AWS_REGION")
-    settings = Config(
-        max_pool_connections=config.max_concurrency,
-        # The default one is rebuilt for each request, at a tenth of the whole call's cost.
-        user_agent="beam-lambda-sink",
-        parameter_validation=False,
-        tcp_keepalive=True,
-        retries={"total_max_attempts": 1, "mode": "standard"},
-        connect_timeout=5,
-        read_timeout=config.timeout_secs + 5,
-    )
+    settings = Config(user_agent="beam-lambda-sink", parameter_validation=False)
     try:
         session = get_session()
         if config.role_arn:
@@ -122,8 +122,31 @@ def _assume(source: Session, role_arn: str, region: str | None) -> Session:
     return assumed
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An invocation that is signed and can be sent; a signature is good for five minutes.
+
+    Attributes:
+        headers: All of its headers.
+        payload: Its body.
+    """
+
+    headers: dict[str, str]
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """What all invocations of a function have in common, as boto3 makes them."""
+
+    url: str
+    headers: dict[str, str]
+    context: dict[str, Any]
+    signer: Any
+
+
 class _NotSent(Exception):
-    """A prepared request that was not to be sent after all."""
+    """Ends what boto3 does before it signs and sends."""
 
 
 class LambdaFunction:
@@ -138,46 +161,65 @@ class LambdaFunction:
         self, config: FunctionConfig, make: Callable[[FunctionConfig], Any] = make_client
     ) -> None:
         self._config = config
+        # Has to be kept: the signer does not.
         self._client = make(config)
         match = FUNCTION.fullmatch(config.function)
         qualifier = match["qualifier"] if match else None
         name = config.function.removesuffix(f":{qualifier}") if qualifier else config.function
-        self._arguments: dict[str, Any] = {"FunctionName": name}
+        arguments: dict[str, Any] = {"FunctionName": name}
         if qualifier:
-            self._arguments["Qualifier"] = qualifier
-        self._local = threading.local()
-        self._client.meta.events.register("before-send.lambda.Invoke", self._before_send)
-
-    def invoke(self, payload: bytes) -> Reply | Fault:
-        """One invocation, one attempt; the reply is read to its end."""
-        return self._invoke(**self._payload(payload))
-
-    def invoke_ahead(self, payload: bytes, hold: Callable[[], bool]) -> Reply | Fault | None:
-        """The same in two steps: made and signed at once, sent when `hold` returns True.
-
-        Returns:
-            The answer, or None if `hold` returned False, and then nothing was sent.
-        """
-        self._local.hold = hold
+            arguments["Qualifier"] = qualifier
+        if config.invocation_type == "async":
+            arguments["InvocationType"] = "Event"
+        elif config.log_tail:
+            arguments["LogType"] = "Tail"
         try:
-            return self._invoke(**self._payload(payload))
-        except _NotSent:
-            return None
-        finally:
-            self._local.hold = None
+            self._template = _template(self._client, arguments)
+            self._proxy = _proxy(self._template.url)
+            self._endpoint = Endpoint(
+                self._template.url,
+                connections=config.max_concurrency,
+                connect_secs=5,
+                read_secs=config.timeout_secs + 5,
+                tls=_tls(self._template.url),
+                proxy_url=self._proxy,
+            )
+        except (aws_errors.BotoCoreError, http_errors.HTTPError, OSError, ValueError) as error:
+            raise FunctionConfigError(advice(config, type(error).__name__, str(error))) from None
 
-    def _before_send(self, **_: Any) -> None:
-        """boto3's last event before a request leaves: the place to wait."""
-        hold = getattr(self._local, "hold", None)
-        if hold and not hold():
-            raise _NotSent
+    def invoke(self, payload: bytes, client_context: str | None = None) -> Reply | Fault:
+        """One invocation, one attempt; the reply is read to its end.
 
-    def _payload(self, payload: bytes) -> dict[str, Any]:
-        if self._config.invocation_type == "async":
-            return {"InvocationType": "Event", "Payload": payload}
-        if self._config.log_tail:
-            return {"LogType": "Tail", "Payload": payload}
-        return {"Payload": payload}
+        Args:
+            payload: The event, as JSON.
+            client_context: Base64 of a JSON object for the function's context, or None.
+        """
+        request = self.prepare(payload, client_context)
+        return request if isinstance(request, Fault) else self.send(request)
+
+    def prepare(self, payload: bytes, client_context: str | None = None) -> Request | Fault:
+        """The first half of `invoke`: make the request and sign it. Sends nothing to Lambda."""
+        more = {"X-Amz-Client-Context": client_context} if client_context else {}
+        return self._prepare(payload, more)
+
+    def send(self, request: Request, meanwhile: Callable[[], None] | None = None) -> Reply | Fault:
+        """The second half of `invoke`.
+
+        Args:
+            request: What to send.
+            meanwhile: Done once the request is on its way, before the reply is waited for.
+        """
+
+        def body() -> Iterator[bytes]:
+            yield request.payload
+            if meanwhile:
+                meanwhile()
+
+        try:
+            response = self._endpoint.post(request.headers, body())
+        except http_errors.HTTPError as error:
+            return self._no_reply(error)
+        return _answered(response)
 
     def check(self) -> None:
         """A DryRun: is there such a function, and may we invoke it? Runs nothing.
@@ -185,31 +227,113 @@ class LambdaFunction:
         Raises:
             FunctionConfigError: It cannot be invoked, or Lambda cannot be reached.
         """
-        result = self._invoke(InvocationType="DryRun")
+        request = self._prepare(b"", {"X-Amz-Invocation-Type": "DryRun"})
+        result = request if isinstance(request, Fault) else self.send(request)
         if isinstance(result, Fault) and classify_fault(result).kind is not Kind.THROTTLED:
             raise FunctionConfigError(advice(self._config, result.code, result.message))
 
-    def _invoke(self, **arguments: Any) -> Reply | Fault:
+    def _prepare(self, payload: bytes, more_headers: dict[str, str]) -> Request | Fault:
         try:
-            response = self._client.invoke(**self._arguments, **arguments)
-            body = response["Payload"].read()
+            template = self._template
+            request = AWSRequest("POST", template.url, template.headers | more_headers, payload)
+            request.context = dict(template.context)
+            template.signer.sign("Invoke", request)
         except aws_errors.ClientError as error:
-            return _fault(error)
+            # Of STS, when a role is assumed.
+            return _refused(error)
         except _CONFIG_ERRORS as error:
             return Fault(400, type(error).__name__, str(error))
         except aws_errors.BotoCoreError as error:
             return Fault(0, type(error).__name__, str(error))
-        return Reply(
-            status_code=response["StatusCode"],
-            payload=body,
-            function_error=response.get("FunctionError"),
-            log_result=response.get("LogResult"),
-            executed_version=response.get("ExecutedVersion"),
-            request_id=response["ResponseMetadata"].get("RequestId"),
-        )
+        headers = dict(request.headers.items())
+        # Not signed, as proxies may change them.
+        headers |= {"Accept-Encoding": "identity", "Content-Length": str(len(payload))}
+        return Request(headers, payload)
+
+    def _no_reply(self, error: http_errors.HTTPError) -> Fault:
+        """In the words of boto3, which are what people look for."""
+        url = self._template.url
+        named: aws_errors.BotoCoreError
+        match error:
+            case http_errors.SSLError():
+                named = aws_errors.SSLError(endpoint_url=url, error=error)
+            case http_errors.NewConnectionError():
+                named = aws_errors.EndpointConnectionError(endpoint_url=url)
+            case http_errors.ProxyError():
+                named = aws_errors.ProxyConnectionError(proxy_url=mask_proxy_url(self._proxy))
+            case http_errors.ConnectTimeoutError():
+                named = aws_errors.ConnectTimeoutError(endpoint_url=url)
+            case http_errors.ReadTimeoutError():
+                named = aws_errors.ReadTimeoutError(endpoint_url=url)
+            case http_errors.ProtocolError():
+                named = aws_errors.ConnectionClosedError(endpoint_url=url)
+            case _:
+                named = aws_errors.HTTPClientError(error=error)
+        return Fault(0, type(named).__name__, str(named))
 
 
-def _fault(error: aws_errors.ClientError) -> Fault:
+def _template(client: Any, arguments: dict[str, Any]) -> _Template:
+    """Let boto3 make an invocation, up to where it would sign it."""
+    made: list[_Template] = []
+
+    def keep(request: AWSRequest, request_signer: Any, **_: Any) -> None:
+        headers = dict(request.headers.items())
+        # Else it would be added on the way, and signed as the signer makes it out.
+        headers["Host"] = urlsplit(request.url).netloc
+        made.append(_Template(request.url, headers, request.context, request_signer))
+        raise _NotSent
+
+    client.meta.events.register_first("before-sign.lambda.Invoke", keep)
+    try:
+        client.invoke(**arguments)
+    except _NotSent:
+        pass
+    finally:
+        client.meta.events.unregister("before-sign.lambda.Invoke", keep)
+    return made[0]
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a URL."""
+    proxy = get_environ_proxies(url).get(urlsplit(url).scheme)
+    if not proxy or "://" in proxy:
+        return proxy
+    return "http:" + proxy if proxy.startswith("//") else "http://" + proxy
+
+
+def _tls(url: str) -> ssl.SSLContext | None:
+    """What to trust, from where boto3 would take it."""
+    if urlsplit(url).scheme != "https":
+        return None
+    bundle = get_session().get_config_variable("ca_bundle")
+    context = create_urllib3_context()
+    context.load_verify_locations(
+        get_cert_path(bundle or os.environ.get("REQUESTS_CA_BUNDLE") or True)
+    )
+    return context
+
+
+def _answered(response: Response) -> Reply | Fault:
+    headers = response.headers
+    if response.status > 300:
+        parts = {
+            "status_code": response.status,
+            "headers": HeadersDict(headers),
+            "body": response.body,
+        }
+        parsed = create_parser("rest-json").parse(parts, None)
+        return _refused(aws_errors.ClientError(parsed, "Invoke"))
+    return Reply(
+        status_code=response.status,
+        payload=response.body,
+        function_error=headers.get("X-Amz-Function-Error"),
+        log_result=headers.get("X-Amz-Log-Result"),
+        executed_version=headers.get("X-Amz-Executed-Version"),
+        request_id=headers.get("x-amzn-RequestId"),
+    )
+
+
+def _refused(error: aws_errors.ClientError) -> Fault:
     response: Any = error.response
     metadata = response.get("ResponseMetadata", {})
     details = response.get("Error", {})

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import apache_beam as beam
+from apache_beam import coders
+from apache_beam.transforms.userstate import ReadModifyWriteRuntimeState, ReadModifyWriteStateSpec
 from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException, TopicPartition
 
 from transforms.errors import KafkaError
 from transforms.kafka import KafkaConfig, describe, make_consumer, reason
+from transforms.key import Lanes
 from transforms.per_process import per_process
-from transforms.records import PartitionKey, Progress
+from transforms.records import LaneKey, PartitionKey, Progress
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -31,59 +36,98 @@ _FOREIGN_MEMBER = frozenset(
 )
 
 
-class ContiguousOffsets:
-    """The highest offset of a partition below which everything is done. Pure.
+@dataclass(frozen=True, slots=True)
+class CommitConfig:
+    """What is committed.
 
-    Ranges may arrive in any order (lanes of a partition finish out of order); a range whose
-    predecessor is missing is held back, so the mark never passes unfinished records.
+    Attributes:
+        kafka: The cluster and the group.
+        lanes: How a partition's records are divided.
     """
 
-    def __init__(self) -> None:
-        self._marks: dict[PartitionKey, int] = {}
-        self._held: dict[PartitionKey, dict[int, int]] = {}
+    kafka: KafkaConfig
+    lanes: Lanes = Lanes()
 
-    def add(self, progress: Progress, begin: int | None = None) -> int | None:
+
+class ContiguousOffsets:
+    """The offset of a partition below which everything is done, in all of its lanes. Pure.
+
+    Ranges may arrive in any order; one whose predecessor in its lane is missing is held back, so
+    the mark never passes unfinished records.
+
+    Args:
+        lanes: Lanes per partition; one of which nothing was heard is not done.
+    """
+
+    def __init__(self, lanes: int = 1) -> None:
+        self._lanes = lanes
+        self._marks: dict[PartitionKey, list[int]] = {}
+        self._held: dict[LaneKey, dict[int, int]] = {}
+
+    def begin(self, key: PartitionKey, marks: Sequence[int]) -> None:
+        """Say where each lane of a partition begins."""
+        self._marks[key] = list(marks)
+
+    def marks(self, key: PartitionKey) -> Sequence[int]:
+        """How far each lane of a partition is done; empty if nothing was heard of it."""
+        return self._marks.get(key, ())
+
+    def add(self, progress: Progress) -> int | None:
         """Take in a finished range; returns the partition's mark if it moved.
 
-        Args:
-            progress: The range.
-            begin: Where the partition's first range begins, looked at once per partition; None
-                if nothing tells, and then the first range to come is taken for the first one.
+        Of a partition that `begin` was not told of, the first range to come is taken for one
+        where all lanes begin.
         """
-        key = (progress.topic, progress.partition)
-        before = self._marks.setdefault(key, progress.start if begin is None else begin)
-        held = self._held.setdefault(key, {})
+        key, lane = (progress.topic, progress.partition), progress.lane
+        marks = self._marks.setdefault(key, [progress.start] * self._lanes)
+        held = self._held.setdefault((*key, lane), {})
         held[progress.start] = max(progress.next_offset, held.get(progress.start, 0))
-        mark = before
+        before, mark = min(marks), marks[lane]
         while ready := [start for start in held if start <= mark]:
             for start in ready:
                 mark = max(mark, held.pop(start))
-        self._marks[key] = mark
-        return mark if mark > before else None
+        marks[lane] = mark
+        return after if (after := min(marks)) > before else None
 
 
 class OffsetCommitter:
     """Commits next offsets for a group that no consumer of ours is subscribed to.
 
     Args:
-        config: The cluster and the group.
+        config: The cluster, the group and the lanes.
     """
 
-    def __init__(self, config: KafkaConfig) -> None:
-        self._config = config
-        self._consumer = make_consumer(config)
-        self.done = ContiguousOffsets()
+    def __init__(self, config: CommitConfig) -> None:
+        self._config = config.kafka
+        self._consumer = make_consumer(config.kafka)
+        self.done = ContiguousOffsets(config.lanes.count)
         self.committed: dict[PartitionKey, int] = {}
 
-    def commit(self, next_offsets: dict[PartitionKey, int]) -> None:
+    def begin(self, key: PartitionKey, marks: Sequence[int]) -> None:
+        """Say where each lane of a partition begins; nothing is committed by that."""
+        self.done.begin(key, marks)
+        self.committed[key] = min(marks)
+
+    def commit(
+        self,
+        next_offsets: Mapping[PartitionKey, int],
+        metadata: Mapping[PartitionKey, str] = MappingProxyType({}),
+    ) -> None:
         """Commit, and wait for the answer. Repeats while the broker is away, up to a minute.
+
+        Args:
+            next_offsets: By partition.
+            metadata: What to keep with the offsets, where there is anything.
 
         Raises:
             KafkaError: The group has members elsewhere, or the broker stays away.
         """
         if not next_offsets:
             return
-        offsets = [TopicPartition(*key, offset) for key, offset in next_offsets.items()]
+        offsets = [
+            TopicPartition(*key, offset, metadata=metadata.get(key, ""))
+            for key, offset in next_offsets.items()
+        ]
         deadline = time.monotonic() + _RETRY_SECS
         while True:
             try:
@@ -113,7 +157,7 @@ class OffsetCommitter:
         time.sleep(0.5)
 
 
-def shared_committer(config: KafkaConfig) -> OffsetCommitter:
+def shared_committer(config: CommitConfig) -> OffsetCommitter:
     """This process's committer for the config."""
     return per_process(OffsetCommitter, config)
 
@@ -123,37 +167,76 @@ class CommitOffsets(beam.PTransform):
 
     Comes after Write in the graph, so an offset is committed only when the responses and error
     records below it are acknowledged.
+
+    Args:
+        config: The cluster and the group.
+        streaming: Whether how far a partition is done is kept in state, since its progress may
+            come from several workers; else in this process, which sees all of it.
     """
 
-    def __init__(self, config: KafkaConfig) -> None:
+    def __init__(self, config: CommitConfig, streaming: bool = False) -> None:
         super().__init__()
         self._config = config
+        self._streaming = streaming
 
     def expand(self, progress: beam.PCollection[Progress]) -> beam.PCollection[Any]:
-        return progress | "CommitGroup" >> beam.ParDo(_CommitFn(self._config))
+        if not self._streaming:
+            return progress | "CommitGroup" >> beam.ParDo(_CommitFn(self._config))
+        keyed = progress | "ByPartition" >> beam.Map(_keyed).with_output_types(
+            tuple[PartitionKey, Progress]
+        )
+        return keyed | "CommitPartition" >> beam.ParDo(_CommitPartitionFn(self._config))
 
     def display_data(self) -> dict[str, Any]:
-        return {"consumer_group": self._config.group}
+        return {"consumer_group": self._config.kafka.group}
 
 
-class _CommitFn(beam.DoFn):
-    def __init__(self, config: KafkaConfig) -> None:
+class _CommitBundleFn(beam.DoFn):
+    """Commits what its bundle came to."""
+
+    def __init__(self, config: CommitConfig) -> None:
         self._config = config
         self._commits = beam.metrics.Metrics.counter("commit", "commits")
         self._next_offsets: dict[PartitionKey, int] = {}
+        self._notes: dict[PartitionKey, str] = {}
 
     def start_bundle(self) -> None:
-        self._next_offsets = {}
-
-    def process(self, progress: Progress) -> Iterable[Any]:
-        committer = shared_committer(self._config)
-        begin = committer.committed.get((progress.topic, progress.partition))
-        mark = committer.done.add(progress, begin)
-        if mark is not None:
-            self._next_offsets[progress.topic, progress.partition] = mark
-        return ()
+        self._next_offsets, self._notes = {}, {}
 
     def finish_bundle(self) -> Iterator[Any]:
-        shared_committer(self._config).commit(self._next_offsets)
+        shared_committer(self._config).commit(self._next_offsets, self._notes)
         self._commits.inc(len(self._next_offsets))
         yield from ()
+
+
+class _CommitFn(_CommitBundleFn):
+    def process(self, progress: Progress) -> Iterable[Any]:
+        key = (progress.topic, progress.partition)
+        done = shared_committer(self._config).done
+        done.add(progress)
+        # Also if it is where it was: another lane may be further.
+        marks = done.marks(key)
+        self._next_offsets[key] = min(marks)
+        self._notes[key] = self._config.lanes.note(marks)
+        return ()
+
+
+def _keyed(progress: Progress) -> tuple[PartitionKey, Progress]:
+    return (progress.topic, progress.partition), progress
+
+
+class _CommitPartitionFn(_CommitBundleFn):
+    DONE = ReadModifyWriteStateSpec("commit_done", coders.PickleCoder())
+
+    def process(
+        self,
+        element: tuple[PartitionKey, Progress],
+        done_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(DONE),  # type: ignore[assignment]
+    ) -> Iterable[Any]:
+        key, progress = element
+        done = done_state.read() or ContiguousOffsets(self._config.lanes.count)
+        mark = done.add(progress)
+        if mark is not None:
+            self._next_offsets[key] = mark
+        done_state.write(done)
+        return ()

@@ -6,7 +6,9 @@
     ├── UsageError            a wrong option or settings file            exit code 2
     ├── KafkaError            broker unreachable, topic missing, ...     exit code 1
     ├── WriteError            a response or error record not delivered   exit code 1
-    └── FunctionConfigError   no such function, access denied, ...       exit code 1
+    ├── FunctionConfigError   no such function, access denied, ...       exit code 1
+    ├── RegistryError         the schema registry refuses to answer      exit code 1
+    └── Stopped               told to stop while a step waited           exit code 0
 
 Errors of single invocations are no exceptions but values: see `transforms.outcome`.
 """
@@ -47,8 +49,21 @@ class FunctionConfigError(SinkError):
     """The function cannot be invoked as configured; trying again would not help."""
 
 
+class RegistryError(SinkError):
+    """The schema registry refuses to answer; trying again would not help."""
+
+
+class Stopped(SinkError):
+    """A step gave up waiting, since the run is to end. Nothing is lost: it was not committed."""
+
+    exit_code = 0
+
+
 _STEP = re.compile(r" \[while running .*", re.DOTALL)
-_RAISED = re.compile(r"transforms\.errors\.(KafkaError|WriteError|FunctionConfigError): (.*)")
+_RAISED = re.compile(
+    r"transforms\.errors\."
+    r"(KafkaError|WriteError|FunctionConfigError|RegistryError|Stopped): (.*)"
+)
 
 
 def from_runner(error: BaseException) -> BaseException:

@@ -7,10 +7,10 @@ headers, the original records among them, byte for byte (docs/error-records.md).
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypeAlias
 
 import fastavro
 import orjson
@@ -18,6 +18,7 @@ import orjson
 from transforms.records import NO_TIMESTAMP, Failure, Records
 
 FORMATS = ("json", "json_schema", "string")
+AVRO = "avro"
 
 _SHORT_PAYLOAD = 16_384
 
@@ -68,7 +69,7 @@ _RESPONSE_KEY = _struct(
     [_field("topic", "string"), _field("partition", "int32"), _field("offset", "int64")]
 )
 _RESPONSE_VALUE = orjson.dumps({"type": "string", "optional": False})
-_ERROR_KEY = _struct(
+_RANGE_KEY = _struct(
     [
         _field("topic", "string"),
         _field("partition", "int32"),
@@ -89,17 +90,58 @@ _ERROR_VALUE = _struct(
 )
 
 
+_AVRO_TYPES = {"string": "string", "int32": "int", "int64": "long"}
+
+
+def avro_schema(schema: bytes) -> str:
+    """What Connect's AvroConverter registers for a schema of Connect's."""
+    connect = orjson.loads(schema)
+    if connect["type"] != "struct":
+        return orjson.dumps(_AVRO_TYPES[connect["type"]]).decode()
+    fields: list[dict[str, Any]] = []
+    for field in connect["fields"]:
+        type = _AVRO_TYPES[field["type"]]
+        optional = {"type": ["null", type], "default": None}
+        fields.append(
+            {"name": field["field"], **(optional if field["optional"] else {"type": type})}
+        )
+    record = {"type": "record", "name": "ConnectDefault", "namespace": "io.confluent.connect.avro"}
+    return orjson.dumps({**record, "fields": fields}).decode()
+
+
+RESPONSE_SCHEMAS = avro_schema(_RESPONSE_KEY), avro_schema(_RESPONSE_VALUE)
+"""Avro schemas of a response record's key and value."""
+
+RANGE_RESPONSE_SCHEMAS = avro_schema(_RANGE_KEY), avro_schema(_RESPONSE_VALUE)
+"""The same where one response answers several records."""
+
+ERROR_SCHEMAS = avro_schema(_RANGE_KEY), avro_schema(_ERROR_VALUE)
+"""The same of an error record."""
+
+
+@dataclass(frozen=True, slots=True)
+class AvroEncoders:
+    """Make the keys and values of a topic's records, each with the id of its schema."""
+
+    key: Callable[[Any], bytes]
+    value: Callable[[Any], bytes]
+
+
+OutputFormat: TypeAlias = str | AvroEncoders
+"""One of `FORMATS`; for `AVRO` its encoders."""
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorRecord:
     """One Kafka record for the error topic.
 
     Attributes:
-        key: As bytes, in the format asked for.
+        key: As bytes, in the format asked for; in AWS's form the source record's, None without.
         value: As bytes, in the format asked for.
         headers: Facts and originals; names may repeat.
     """
 
-    key: bytes
+    key: bytes | None
     value: bytes
     headers: Sequence[tuple[str, bytes]]
 
@@ -107,11 +149,16 @@ class ErrorRecord:
     def size_bytes(self) -> int:
         """About what the record takes on the wire."""
         headers = sum(len(name) + len(value) + 10 for name, value in self.headers)
-        return len(self.key) + len(self.value) + headers + 100
+        return len(self.key or b"") + len(self.value) + headers + 100
 
 
-def response_keys(topic: str, partition: int, offsets: Sequence[int], format: str) -> list[bytes]:
+def response_keys(
+    topic: str, partition: int, offsets: Sequence[int], format: OutputFormat
+) -> list[bytes]:
     """Keys of response records: the coordinates of the record that is answered."""
+    if isinstance(format, AvroEncoders):
+        place = {"topic": topic, "partition": partition}
+        return [format.key({**place, "offset": offset}) for offset in offsets]
     name = orjson.dumps(topic).replace(b"%", b"%%")
     if format == "string":
         template = b"Struct{topic=%b,partition=%d,offset=%%d}" % (
@@ -125,26 +172,34 @@ def response_keys(topic: str, partition: int, offsets: Sequence[int], format: st
     return [template % offset for offset in offsets]
 
 
-def response_values(results: Sequence[bytes], format: str) -> Sequence[bytes]:
-    """Values of response records: the reply entry's payload, as text."""
+def response_values(results: Sequence[bytes], format: OutputFormat) -> Sequence[bytes]:
+    """Values of response records: the reply entry's payload, or the reply, as text."""
+    if isinstance(format, AvroEncoders):
+        return [format.value(result.decode(errors="replace")) for result in results]
     if format != "json_schema":
         return results
     head = b'{"schema":' + _RESPONSE_VALUE + b',"payload":'
-    return [head + orjson.dumps(result.decode()) + b"}" for result in results]
+    return [head + orjson.dumps(result.decode(errors="replace")) + b"}" for result in results]
 
 
-def error_key(topic: str, partition: int, start_offset: int, end_offset: int, format: str) -> bytes:
-    """Key of an error record: the range of offsets that failed, its end exclusive."""
+def range_key(
+    topic: str, partition: int, start_offset: int, end_offset: int, format: OutputFormat
+) -> bytes:
+    """Key of what stands for several records: their range of offsets, its end exclusive."""
     fields = {
         "topic": topic,
         "partition": partition,
         "startOffset": start_offset,
         "endOffset": end_offset,
     }
-    return _encode(fields, _ERROR_KEY, format)
+    if isinstance(format, AvroEncoders):
+        return format.key(fields)
+    return _encode(fields, _RANGE_KEY, format)
 
 
-def error_value(failure: Failure, function: str, input_payload: str | None, format: str) -> bytes:
+def error_value(
+    failure: Failure, function: str, input_payload: str | None, format: OutputFormat
+) -> bytes:
     """Value of an error record, with the Confluent connector's fields."""
     fields = {
         "functionName": function,
@@ -155,6 +210,8 @@ def error_value(failure: Failure, function: str, input_payload: str | None, form
         "payload": failure.payload,
         "executedVersion": failure.executed_version,
     }
+    if isinstance(format, AvroEncoders):
+        return format.value(fields)
     return _encode(fields, _ERROR_VALUE, format)
 
 
@@ -180,14 +237,19 @@ def error_facts(failure: Failure, function: str) -> dict[str, str]:
         "function": function,
         "executed.version": failure.executed_version,
         "request.id": failure.request_id,
-        "first.timestamp": _iso(timestamps[0]) if timestamps else None,
-        "last.timestamp": _iso(timestamps[-1]) if timestamps else None,
+        "first.timestamp": iso(timestamps[0]) if timestamps else None,
+        "last.timestamp": iso(timestamps[-1]) if timestamps else None,
     }
     return {name: value for name, value in facts.items() if value is not None}
 
 
 def error_records(
-    topic: str, partition: int, failure: Failure, function: str, format: str, max_bytes: int
+    topic: str,
+    partition: int,
+    failure: Failure,
+    function: str,
+    format: OutputFormat,
+    max_bytes: int,
 ) -> Iterator[tuple[Failure, ErrorRecord]]:
     """Error records for one failure: one, or as many as it takes to stay below a size.
 
@@ -196,7 +258,7 @@ def error_records(
         partition: Where the records came from.
         failure: The records and the facts.
         function: The function's name.
-        format: One of `FORMATS`.
+        format: One of `FORMATS`; for `AVRO` its encoders.
         max_bytes: Size above which a failure of several records is divided, and that of a
             single record goes without its `inputPayload` (its original is kept all the same)
             and with no more than the beginning of what the function returned.
@@ -223,11 +285,24 @@ def error_records(
 
 
 def _error_record(
-    topic: str, partition: int, failure: Failure, function: str, format: str, with_input: bool
+    topic: str,
+    partition: int,
+    failure: Failure,
+    function: str,
+    format: OutputFormat,
+    with_input: bool,
 ) -> ErrorRecord:
     offsets = failure.records.offsets
-    key = error_key(topic, partition, offsets[0], offsets[-1] + 1, format)
-    payload = (b"[" + b",".join(failure.entries) + b"]").decode() if with_input else None
+    key = range_key(topic, partition, offsets[0], offsets[-1] + 1, format)
+    payload = failure.frame.join(failure.entries).decode() if with_input else None
+    headers = error_headers(topic, partition, failure, function, with_input)
+    return ErrorRecord(key, error_value(failure, function, payload, format), headers)
+
+
+def error_headers(
+    topic: str, partition: int, failure: Failure, function: str, with_input: bool
+) -> list[tuple[str, bytes]]:
+    """Headers of an error record: the facts, then the originals."""
     headers = [
         (HEADER_PREFIX + name, value.encode())
         for name, value in error_facts(failure, function).items()
@@ -235,8 +310,7 @@ def _error_record(
     if not with_input:
         headers.append((HEADER_PREFIX + "input.payload.omitted", b"true"))
     originals = encode_originals(topic, partition, failure.records)
-    headers += [(ORIGINAL_HEADER, original) for original in originals]
-    return ErrorRecord(key, error_value(failure, function, payload, format), headers)
+    return headers + [(ORIGINAL_HEADER, original) for original in originals]
 
 
 def encode_originals(topic: str, partition: int, records: Records) -> list[bytes]:
@@ -268,7 +342,8 @@ def decode_original(data: bytes) -> dict[str, Any]:
     return fastavro.schemaless_reader(io.BytesIO(data), ORIGINAL_SCHEMA, None)  # type: ignore
 
 
-def _iso(ms: int) -> str:
+def iso(ms: int) -> str:
+    """A time as ISO 8601 in UTC, to the millisecond."""
     try:
         moment = datetime.fromtimestamp(ms / 1000, tz=timezone.utc)
     except (OverflowError, OSError, ValueError):

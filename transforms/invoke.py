@@ -1,30 +1,60 @@
 """Invoke: Batch -> Finished, through the process's one ordered `Invoker`.
 
-The DoFn only hands over and collects; nothing in a bundle waits for the function.
+The DoFns only hand over and collect; nothing in a bundle waits for the function. In rounds the
+invoker outlives them and the committed offsets are the truth; in a streaming run every batch that
+is not finished is kept in state, and a timer collects (`transforms.handover`).
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import apache_beam as beam
 from apache_beam import coders
+from apache_beam.transforms.userstate import (
+    BagRuntimeState,
+    BagStateSpec,
+    ReadModifyWriteRuntimeState,
+    ReadModifyWriteStateSpec,
+    RuntimeTimer,
+    TimerSpec,
+    on_timer,
+)
 from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.timestamp import Timestamp
 from apache_beam.utils.windowed_value import WindowedValue
 
-from transforms.aws import FunctionConfig, LambdaFunction
-from transforms.invoker import Hold, Invoker
+from transforms.aws import FunctionConfig, LambdaFunction, Request, advice
+from transforms.breaker import BreakerPolicy
+from transforms.client_context import client_context
+from transforms.errors import FunctionConfigError
+from transforms.handover import Handover
+from transforms.invoker import Invoker, always
 from transforms.outcome import Fault, Outcome, Reply, classify_fault, classify_reply
-from transforms.payload import join_entries
-from transforms.per_process import per_process
-from transforms.records import Batch, Finished
-from transforms.reply import parse_reply
+from transforms.per_process import forget, per_process
+from transforms.records import NO_TIMESTAMP, Batch, Failure, Finished, LaneKey, Records
+from transforms.reply import CONFLUENT, NONE, Answer, read_reply
 from transforms.retry import Call, RetryPolicy
+
+_LOGGER = logging.getLogger(__name__)
+
+_STATS = ("invocations", "retries", "bisections", "throttles", "invoke_ms")
+
+# How often what has finished is looked for. Each look is a bundle of its own.
+_COLLECT_SECS = 0.1
+# Payload bytes of one key that may wait in memory; above it the input has to wait too. The native
+# reader stops long before, so that a stuck partition does not stop the others.
+_KEY_BYTES = 64 * 2**20
+# Batches that may be done with and still be in the bag: to take them out, all are written anew.
+_KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +64,20 @@ class InvokeConfig:
     Attributes:
         function: Which function.
         policy: When to repeat, split and give up.
-        check_reply: Whether the reply must answer each record; else it is read and dropped.
+        reply: What the reply has to be, one of `transforms.reply.REPLIES`.
+        streaming: Whether pending batches are kept in state, for input without an end.
+        min_concurrency: Calls at once that are allowed however often they are throttled.
+        breaker: When to stop calling for a while instead of giving records up.
+        client_context: Whether the function is told which call this is; for sync only.
     """
 
     function: FunctionConfig
     policy: RetryPolicy = RetryPolicy()
-    check_reply: bool = True
+    reply: str = CONFLUENT
+    streaming: bool = False
+    min_concurrency: int = 1
+    breaker: BreakerPolicy = BreakerPolicy()
+    client_context: bool = True
 
 
 def shared_function(config: FunctionConfig) -> LambdaFunction:
@@ -47,33 +85,48 @@ def shared_function(config: FunctionConfig) -> LambdaFunction:
     return per_process(LambdaFunction, config)
 
 
-def make_invoker(config: InvokeConfig) -> Invoker:
+def make_invoker(config: InvokeConfig, may_begin: Callable[[LaneKey], bool] = always) -> Invoker:
     """An invoker over boto3; made once per process through `shared_invoker`."""
     function = shared_function(config.function)
 
     def outcome(batch: Batch, step: Call, result: Reply | Fault) -> Outcome:
         if isinstance(result, Fault):
             return classify_fault(result)
-        offsets = batch.records.offsets[step.low : step.high]
-        parse = partial(parse_reply, topic=batch.topic, partition=batch.partition, offsets=offsets)
-        return classify_reply(result, parse if config.check_reply else None)
+        if config.reply == NONE:
+            return classify_reply(result, None)
+        offsets = step.pick(batch.records.offsets)
 
-    def call(batch: Batch, step: Call) -> Outcome:
-        result = function.invoke(join_entries(batch.entries[step.low : step.high]))
+        def read(body: bytes) -> Answer:
+            return read_reply(config.reply, body, batch.topic, batch.partition, offsets)
+
+        return classify_reply(result, read)
+
+    def prepare(batch: Batch, step: Call) -> Request | Fault:
+        context = client_context(batch, step) if config.client_context else None
+        return function.prepare(batch.frame.join(step.pick(batch.entries)), context)
+
+    def prepare_ahead(batch: Batch, step: Call) -> Request | None:
+        request = prepare(batch, step)
+        # What is wrong is found out, and counts, when the call is made.
+        return None if isinstance(request, Fault) else request
+
+    def call(
+        batch: Batch, step: Call, request: Request | None, meanwhile: Callable[[], None]
+    ) -> Outcome:
+        made = request or prepare(batch, step)
+        result = made if isinstance(made, Fault) else function.send(made, meanwhile)
         return outcome(batch, step, result)
 
-    def ahead(batch: Batch, step: Call, hold: Hold) -> Outcome | None:
-        payload = join_entries(batch.entries[step.low : step.high])
-        result = function.invoke_ahead(payload, hold)
-        return None if result is None else outcome(batch, step, result)
-
     return Invoker(
+        prepare_ahead,
         call,
         config.policy,
         config.function.max_concurrency,
         clock=time.time,
         random=random.random,
-        ahead=ahead,
+        may_begin=may_begin,
+        min_concurrency=config.min_concurrency,
+        breaker=config.breaker,
     )
 
 
@@ -82,13 +135,31 @@ def shared_invoker(config: InvokeConfig) -> Invoker:
     return per_process(make_invoker, config)
 
 
+def _make_handover(config: InvokeConfig) -> Handover:
+    return Handover(partial(make_invoker, config))
+
+
+def shared_handover(config: InvokeConfig) -> Handover:
+    """This process's handover for the config, in a streaming run."""
+    return per_process(_make_handover, config)
+
+
+def why_broken(invoker: Invoker, function: FunctionConfig) -> BaseException | None:
+    """The error that stopped all work, if one did."""
+    broken = invoker.broken
+    if isinstance(broken, Outcome):
+        return FunctionConfigError(advice(function, broken.error_type, broken.message))
+    return broken
+
+
 class InvokeLambda(beam.PTransform):
     """Invoke the function with each batch and emit what became of it.
 
-    For bounded rounds in one process: a batch handed over in one round may come out in a later
-    one, since the invoker outlives them. Order: results of a partition come out in the order
-    of its batches. At least once: a batch is invoked again if the process ends before its
-    offsets are committed. Retries, splits and errors: `transforms.retry`.
+    In bounded rounds of one process a batch handed over in one round may come out in a later
+    one, since the invoker outlives them. In a streaming run batches are kept in state until
+    they are finished; a drain waits for all of them. Order: results of a partition come out in
+    the order of its batches. At least once: a batch is invoked again if its outcome was not
+    durable when the process ended. Retries, splits and errors: `transforms.retry`.
     """
 
     def __init__(self, config: InvokeConfig) -> None:
@@ -96,32 +167,268 @@ class InvokeLambda(beam.PTransform):
         self._config = config
 
     def expand(self, batches: beam.PCollection[Batch]) -> beam.PCollection[Finished]:
-        return batches | "HandOver" >> beam.ParDo(_HandOverFn(self._config)).with_output_types(
-            Finished
-        )
+        if not self._config.streaming:
+            hand_over = beam.ParDo(_HandOverFn(self._config)).with_output_types(Finished)
+            return batches | "HandOver" >> hand_over
+        keyed = batches | "ByLane" >> beam.Map(_keyed).with_output_types(tuple[LaneKey, Batch])
+        pending = beam.ParDo(_PendingFn(self._config)).with_output_types(Finished)
+        return keyed | "Pending" >> pending
 
     def display_data(self) -> dict[str, Any]:
         return {"function": self._config.function.function}
 
 
+class _Gauges:
+    """What holds calls back, as it is now."""
+
+    def __init__(self) -> None:
+        gauge = beam.metrics.Metrics.gauge
+        self._limit = gauge("invoke", "concurrency_limit")
+        self._breaker_open = gauge("invoke", "breaker_open")
+
+    def set(self, invoker: Invoker) -> None:
+        self._limit.set(invoker.limit)
+        self._breaker_open.set(int(invoker.breaker_open))
+
+
 class _HandOverFn(beam.DoFn):
     def __init__(self, config: InvokeConfig) -> None:
         self._config = config
+        self._gauges = _Gauges()
         counter = beam.metrics.Metrics.counter
-        self._counters = {
-            name: counter("invoke", name)
-            for name in ("invocations", "retries", "bisections", "throttles", "invoke_ms")
-        }
+        self._counters = {name: counter("invoke", name) for name in _STATS}
 
-    def process(self, batch: Batch) -> None:
+    def process(self, batch: Batch) -> Iterator[Finished]:
         shared_invoker(self._config).submit([batch])
+        # Not only at the end, so that Kafka gets results while further batches are made.
+        yield from self._collect()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         window = GlobalWindow()
+        self._gauges.set(shared_invoker(self._config))
+        for finished in self._collect():
+            yield WindowedValue(finished, window.max_timestamp(), (window,))
+
+    def _collect(self) -> Iterator[Finished]:
         for finished in shared_invoker(self._config).collect():
             for name, counter in self._counters.items():
                 counter.inc(getattr(finished.stats, name))
-            yield WindowedValue(finished, window.max_timestamp(), (window,))
+            yield finished
+
+
+HALTS = "halted"
+"""Namespace of the counters whose names say where a partition was halted."""
+
+
+def halt_name(key: LaneKey, failure: Failure) -> str:
+    """A counter's name for a halt: which partition, where, and why. See `halt_of`."""
+    facts = (key[0], key[1], failure.records.offsets[0], failure.condition, failure.error_type)
+    return "|".join(map(str, facts))
+
+
+def halt_of(name: str) -> Finished:
+    """The halt that a counter's name tells of."""
+    topic, partition, offset, condition, error_type = name.split("|", 4)
+    records = Records([int(offset)], [NO_TIMESTAMP], [None], [None], [None])
+    message = "the workers' log says more"
+    failure = Failure(records, (), condition, error_type, message, 0, 0, error_type)
+    return Finished(topic, int(partition), int(offset), int(offset), halted=failure)
+
+
+def _keyed(batch: Batch) -> tuple[LaneKey, Batch]:
+    return batch.lane_key, batch
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far a key has come. Batches are numbered in the order in which they came.
+
+    Attributes:
+        token: Which handing over to a process this is; see `transforms.handover`.
+        kept: Number of the first batch in the bag; those before `head` are done with.
+        head: Number of the first batch whose outcome has not been emitted.
+        tail: Number of the next batch to come.
+        halted: Whether a failure stopped the partition.
+        collecting: Whether the timer is set.
+    """
+
+    token: str = ""
+    kept: int = 0
+    head: int = 0
+    tail: int = 0
+    halted: bool = False
+    collecting: bool = False
+
+
+class _PendingFn(beam.DoFn):
+    PLACE = ReadModifyWriteStateSpec("invoke_place", coders.PickleCoder())
+    PENDING = BagStateSpec("invoke_pending", coders.PickleCoder())
+    COLLECT = TimerSpec("invoke_collect", beam.TimeDomain.REAL_TIME)
+    # Fires at a drain and when a bounded run has read all, so that nothing pending is left behind.
+    WINDOW_END = TimerSpec("invoke_window_end", beam.TimeDomain.WATERMARK)
+
+    def __init__(
+        self,
+        config: InvokeConfig,
+        share: Callable[[InvokeConfig], Handover] = shared_handover,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._share = share
+        self._clock = clock
+        metrics = beam.metrics.Metrics
+        self._gauges = _Gauges()
+        self._counters = {name: metrics.counter("invoke", name) for name in _STATS}
+        self._dropped = metrics.counter("invoke", "behind_a_halt")
+        self._handed_over_again = metrics.counter("invoke", "handed_over_again")
+        self._iterator_age_ms = metrics.distribution("invoke", "iterator_age_ms")
+
+    def process(
+        self,
+        element: tuple[LaneKey, Batch],
+        place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
+        pending: BagRuntimeState = beam.DoFn.StateParam(PENDING),  # type: ignore[assignment]
+        collect: RuntimeTimer = beam.DoFn.TimerParam(COLLECT),  # type: ignore[assignment]
+        window_end: RuntimeTimer = beam.DoFn.TimerParam(WINDOW_END),  # type: ignore[assignment]
+        window: Any = beam.DoFn.WindowParam,
+    ) -> Iterator[Finished]:
+        key, batch = element
+        place: Place | None = place_state.read()
+        if place is None:
+            window_end.set(window.end)
+            place = Place()
+        if place.halted:
+            # Not committed, so a new run reads it again.
+            self._dropped.inc(len(batch))
+            return
+        place = self._agree(key, place, pending)
+        handover = self._share(self._config)
+        pending.add((place.tail, batch))
+        handover.submit(key, batch)
+        self._observe_age(batch)
+        place = replace(place, tail=place.tail + 1)
+        place = yield from self._emit(key, place, pending)
+        while handover.invoker.queue(key[:2]).bytes > _KEY_BYTES and not place.halted:
+            handover.invoker.wait(lambda invoker: invoker.has_finished, 1.0)
+            handover.renew(key)
+            place = yield from self._emit(key, place, pending)
+        self._set(collect, place, place_state)
+
+    @on_timer(COLLECT)
+    def collect(
+        self,
+        key: LaneKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
+        place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
+        pending: BagRuntimeState = beam.DoFn.StateParam(PENDING),  # type: ignore[assignment]
+        collect: RuntimeTimer = beam.DoFn.TimerParam(COLLECT),  # type: ignore[assignment]
+    ) -> Iterator[Finished]:
+        place: Place | None = place_state.read()
+        if place is None or place.halted:
+            return
+        place = self._agree(key, place, pending)
+        place = yield from self._emit(key, place, pending)
+        self._set(collect, replace(place, collecting=False), place_state)
+
+    @on_timer(WINDOW_END)
+    def collect_all(
+        self,
+        key: LaneKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
+        place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
+        pending: BagRuntimeState = beam.DoFn.StateParam(PENDING),  # type: ignore[assignment]
+        collect: RuntimeTimer = beam.DoFn.TimerParam(COLLECT),  # type: ignore[assignment]
+    ) -> Iterator[Finished]:
+        # Flink's drain waits for every timer that is set, and fires none of real time any more.
+        collect.clear()
+        place: Place | None = place_state.read()
+        if place is None:
+            return
+        if not place.halted:
+            place = self._agree(key, place, pending)
+        handover = self._share(self._config)
+        while not place.halted and place.head < place.tail:
+            place = yield from self._emit(key, place, pending)
+            handover.renew(key)
+            handover.invoker.wait(lambda invoker: invoker.has_finished, 0.1)
+        place_state.write(place)
+
+    def _agree(self, key: LaneKey, place: Place, pending: BagRuntimeState) -> Place:
+        """See to it that this process holds what the state says is pending."""
+        handover = self._share(self._config)
+        if handover.agree(key, place.token, place.head, place.tail):
+            return place
+        numbered = sorted(pending.read(), key=itemgetter(0)) if place.head < place.tail else []
+        batches = [batch for number, batch in numbered if number >= place.head]
+        self._handed_over_again.inc(len(batches))
+        place = replace(place, token=uuid.uuid4().hex)
+        handover.begin(key, place.token, place.head, batches)
+        return place
+
+    def _emit(
+        self, key: LaneKey, place: Place, pending: BagRuntimeState
+    ) -> Generator[Finished, None, Place]:
+        """Emit what has finished, and let go of it in the state."""
+        handover = self._share(self._config)
+        self._gauges.set(handover.invoker)
+        for finished in handover.finished(key, place.head):
+            for name, counter in self._counters.items():
+                counter.inc(getattr(finished.stats, name))
+            yield finished
+            place = replace(place, head=place.head + 1)
+            if finished.halted:
+                self._halt(key, finished.halted)
+                pending.clear()
+                return replace(place, head=place.tail, kept=place.tail, halted=True)
+        if handover.invoker.queue(key[:2]).halted:
+            # Another lane's failure; what is not finished here will be read again.
+            pending.clear()
+            return replace(place, head=place.tail, kept=place.tail, halted=True)
+        if error := why_broken(handover.invoker, self._config.function):
+            # The next attempt in this process begins with an invoker that is whole.
+            forget(_make_handover, self._config)
+            raise error
+        return self._shrink(place, pending)
+
+    def _shrink(self, place: Place, pending: BagRuntimeState) -> Place:
+        """Take what is done with out of the bag: at once if that is all, else when it is most."""
+        if place.head == place.tail:
+            if place.kept < place.tail:
+                pending.clear()
+        elif place.head - place.kept > max(_KEPT, place.tail - place.head):
+            rest = [numbered for numbered in pending.read() if numbered[0] >= place.head]
+            pending.clear()
+            for numbered in rest:
+                pending.add(numbered)
+        else:
+            return place
+        return replace(place, kept=place.head)
+
+    def _set(
+        self, collect: RuntimeTimer, place: Place, place_state: ReadModifyWriteRuntimeState
+    ) -> None:
+        """Come back while anything is pending, and once more, to let go of what was emitted."""
+        if not place.collecting and not place.halted and place.head < place.tail:
+            collect.set(Timestamp.of(self._clock() + _COLLECT_SECS))
+            place = replace(place, collecting=True)
+        place_state.write(place)
+
+    def _observe_age(self, batch: Batch) -> None:
+        """Lambda's IteratorAge: how old the last record of a batch is when it is handed over."""
+        timestamps = batch.records.timestamps
+        if timestamps and timestamps[-1] != NO_TIMESTAMP:
+            age_ms = round(self._clock() * 1000) - timestamps[-1]
+            self._iterator_age_ms.update(max(0, age_ms))
+
+    def _halt(self, key: LaneKey, failure: Failure) -> None:
+        beam.metrics.Metrics.counter(HALTS, halt_name(key, failure)).inc()
+        _LOGGER.error(
+            "halted: %s-%d at offset %d: %s, %s; nothing from there on is committed, the other "
+            "partitions go on; mend the function and start again from the group's offsets",
+            key[0],
+            key[1],
+            failure.records.offsets[0],
+            failure.condition,
+            failure.error_type,
+        )
 
 
 coders.registry.register_coder(Finished, coders.PickleCoder)

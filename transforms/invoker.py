@@ -1,10 +1,11 @@
 """Invoker: an ordered asynchronous call. One per worker process, shared by all DoFn instances.
 
-Each partition has a queue that is worked strictly in order, one call at a time; different
-partitions run side by side up to `max_concurrency` calls. A partition that waits (backoff,
-throttle) holds no thread. While a partition's call runs, its next one is prepared as far as that
-goes without sending it (docs/adr/0002-ordered-asynchronous-call.md). Knows neither Beam nor boto3:
-the call is injected.
+Each lane of a partition has a queue that is worked strictly in order, one call at a time; different
+lanes and partitions run side by side, as many as `transforms.concurrency` allows, and take turns if
+there are more. A lane that waits (backoff, throttle, open breaker) holds no thread. While a lane's
+call runs, the thread that made it prepares the next one, and sends that as soon as the reply is
+dealt with (docs/adr/0002-ordered-asynchronous-call.md). Knows neither Beam nor boto3: the call is
+injected.
 """
 
 from __future__ import annotations
@@ -12,70 +13,85 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from time import monotonic, sleep
+from time import monotonic
+from typing import Any
 
+from transforms.breaker import Begun, Breaker, BreakerPolicy
+from transforms.concurrency import ConcurrencyLimit
 from transforms.outcome import Outcome
-from transforms.records import Batch, Finished, PartitionKey
+from transforms.records import Batch, Finished, LaneKey, PartitionKey
 from transforms.retry import Call, Delivery, RetryPolicy, Step, Wait
 
 _LOGGER = logging.getLogger(__name__)
 
-CallFunction = Callable[[Batch, Call], Outcome]
+Request = Any
+"""A call that is ready to be sent, as the function that prepares it makes it."""
 
-Hold = Callable[[], bool]
-"""Blocks until it is decided whether a prepared call may be sent."""
+PrepareFunction = Callable[[Batch, Call], Request | None]
+"""Gets a call ready to be sent; None if it cannot be. Calls may be prepared and never made."""
 
-AheadFunction = Callable[[Batch, Call, Hold], Outcome | None]
-"""Prepares a call, then sends it if the `Hold` says so; None if it does not."""
+CallFunction = Callable[[Batch, Call, Request | None, Callable[[], None]], Outcome]
+"""Makes a call, by what was prepared for it if there is something. What it is given last it runs
+once, if it can, between sending and waiting for the reply."""
+
+_Begun = tuple[int, Begun]
+"""What limit and breaker need to know of a call when it has ended."""
 
 # A prepared request is signed, and a signature is good for some minutes only.
-_AHEAD_SECS = 60.0
-# What the thread of the call that was just let go needs to get its bytes out.
-_YIELD_SECS = 0.001
+_PREPARED_SECS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """The first call of a batch, ready to be sent."""
+
+    batch: Batch
+    request: Request
+    since: float
 
 
 @dataclass(slots=True, eq=False)
-class _Ahead:
-    """A call that is prepared while the one before it still runs."""
+class _Partition:
+    """The lanes of a partition, which stop together."""
 
-    batch: Batch
-    begun: bool = False
-    decided: threading.Event = field(default_factory=threading.Event)
-    go: bool = False
+    lanes: dict[int, _Queue] = field(default_factory=dict)
+    halted: Finished | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Queue:
-    """One partition: what is waiting, what is being worked on, and where it stands."""
+    """One lane: what is waiting, what is being worked on, and where it stands."""
 
-    key: PartitionKey
+    key: LaneKey
+    partition: _Partition
     batches: deque[Batch] = field(default_factory=deque)
     delivery: Delivery | None = None
-    steps: Generator[Step, Outcome, None] | None = None
-    step: Step | None = None
-    ahead: _Ahead | None = None
+    steps: Generator[Step, Outcome | None, None] | None = None
+    prepared: _Prepared | None = None
     scheduled: bool = False
-    halted: Finished | None = None
+    abandoned: bool = False
     records: int = 0
     bytes: int = 0
-    waiting: Wait | None = None
+    waiting: bool = False
+    called: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """A partition's queue as the outside may see it.
+    """A partition's queues, taken together, as the outside may see them.
 
     Attributes:
-        batches: Batches not yet finished, the one being worked on included.
+        batches: Batches not yet finished, those being worked on included.
         records: Records in them.
         bytes: Bytes of their payloads.
         halted: Whether a failure stopped the partition.
-        waiting: Whether it is backing off right now.
+        waiting: Whether one of its lanes is backing off right now, or waits for the breaker.
     """
 
     batches: int = 0
@@ -85,80 +101,122 @@ class QueueView:
     waiting: bool = False
 
 
+def always(_: LaneKey) -> bool:
+    """Every key belongs to a process that has all of them."""
+    return True
+
+
 class Invoker:
     """Works the queues of all partitions of a process.
 
     Args:
+        prepare: Gets a call ready to be sent.
         call: Invokes the function with a part of a batch and classifies what came back; any
-            exception it raises is taken for a bug and ends the run.
+            exception that this or `prepare` raises is taken for a bug and ends the run.
         policy: When to repeat, split and give up.
-        max_concurrency: Calls at once.
+        max_concurrency: Calls at once, at most.
         clock: Seconds since the epoch, for record age.
         random: Uniform in [0, 1), for jitter.
         timer: Monotonic seconds, for waits.
-        ahead: Prepares a call; None if calls cannot be prepared.
-        sleep: Blocks a thread for some seconds.
+        min_concurrency: Calls at once that are allowed however often they are throttled.
+        breaker: When to stop calling for a while instead of giving records up.
+        may_begin: Asked before each call whether its lane still belongs to this process;
+            if not, its queue is abandoned.
     """
 
     def __init__(
         self,
+        prepare: PrepareFunction,
         call: CallFunction,
         policy: RetryPolicy,
         max_concurrency: int,
         clock: Callable[[], float],
         random: Callable[[], float],
         timer: Callable[[], float] = monotonic,
-        ahead: AheadFunction | None = None,
-        sleep: Callable[[float], None] = sleep,
+        min_concurrency: int = 1,
+        breaker: BreakerPolicy = BreakerPolicy(),
+        may_begin: Callable[[LaneKey], bool] = always,
     ) -> None:
         self._call = call
-        self._call_ahead = ahead
+        self._prepare = prepare
         self._policy = policy
         self._max_concurrency = max_concurrency
+        self._limit = ConcurrencyLimit(min_concurrency, max_concurrency)
+        self._breaker_policy = breaker
+        self._breaker = Breaker(breaker, policy.halt)
         self._clock = clock
         self._random = random
         self._timer = timer
-        self._sleep = sleep
+        self._may_begin = may_begin
         lock = threading.RLock()
         self._changed = threading.Condition(lock)
         # The same lock, for the threads: one of them is woken for one task, not all.
         self._task = threading.Condition(lock)
-        self._queues: dict[PartitionKey, _Queue] = {}
+        self._partitions: dict[PartitionKey, _Partition] = {}
         self._ready: deque[_Queue] = deque()
         self._waits: list[tuple[float, int, _Queue]] = []
+        self._held: list[_Queue] = []
         self._order = itertools.count()
         self._finished: list[Finished] = []
         self._finished_records = 0
         self._finished_since: float | None = None
         self._threads: list[threading.Thread] = []
-        self._to_prepare: deque[_Queue] = deque()
         self._idle = 0
         self._working = 0
         self._in_flight = 0
+        self._in_flight_max = 0
         self._stopping = False
         self._broken: BaseException | Outcome | None = None
 
     # -- handing over and collecting ------------------------------------------------------
 
     def submit(self, batches: Iterable[Batch]) -> None:
-        """Append batches to their partitions' queues. Never blocks; see `queue` for room."""
+        """Append batches to their lanes' queues. Never blocks; see `queue` for room."""
         with self._changed:
             for batch in batches:
-                queue = self._queues.setdefault(batch.key, _Queue(batch.key))
-                if queue.halted or self._stopping:
+                partition = self._partitions.setdefault(batch.key, _Partition())
+                if partition.halted or self._stopping:
                     continue
+                queue = partition.lanes.setdefault(batch.lane, _Queue(batch.lane_key, partition))
                 queue.batches.append(batch)
-                queue.records += len(batch)
-                queue.bytes += batch.payload_bytes
+                records, size = _size(batch)
+                queue.records += records
+                queue.bytes += size
                 self._schedule(queue)
 
     def collect(self) -> list[Finished]:
-        """Take everything that has finished since the last call, in order per partition."""
+        """Take everything that has finished since the last call, in order per lane."""
         with self._changed:
             finished, self._finished = self._finished, []
             self._finished_records = 0
             self._finished_since = None
             return finished
+
+    def abandon(self, key: LaneKey) -> None:
+        """Forget a lane: what has not begun never does, what is running counts for nothing.
+
+        What is submitted for it afterwards begins once the call that is running has ended. A
+        halt of its partition is forgotten too.
+        """
+        topic, partition_number, lane = key
+        with self._changed:
+            partition = self._partitions.get((topic, partition_number))
+            if partition:
+                partition.halted = None
+                if lane in partition.lanes:
+                    self._abandon(partition.lanes[lane])
+            self._finished = [finished for finished in self._finished if finished.lane_key != key]
+
+    def _abandon(self, queue: _Queue) -> None:
+        queue.batches.clear()
+        queue.records = queue.bytes = 0
+        if queue.delivery:
+            queue.abandoned = True
+            queue.records, queue.bytes = _size(queue.delivery.batch)
+        elif queue in self._ready:
+            self._ready.remove(queue)
+            queue.scheduled = False
+        queue.prepared = None
 
     def wait(self, done: Callable[[Invoker], bool], timeout_secs: float) -> bool:
         """Block until `done`, asked after every change, or the time is over; says which."""
@@ -170,14 +228,14 @@ class Invoker:
     def queue(self, key: PartitionKey) -> QueueView:
         """How one partition stands."""
         with self._changed:
-            queue = self._queues.get(key)
-            return _view(queue) if queue else QueueView()
+            partition = self._partitions.get(key)
+            return _view(partition) if partition else QueueView()
 
     @property
     def pending_batches(self) -> int:
-        """Batches handed over and not finished, those of halted partitions left out."""
+        """Batches handed over and not finished, those that a halt dropped left out."""
         with self._changed:
-            return sum(_view(queue).batches for queue in self._queues.values())
+            return sum(_view(partition).batches for partition in self._partitions.values())
 
     @property
     def finished_records(self) -> int:
@@ -197,14 +255,34 @@ class Invoker:
 
     @property
     def halted(self) -> list[Finished]:
-        """The batches that stopped their partitions."""
+        """The batches that stopped their partitions, one of each."""
         with self._changed:
-            return [queue.halted for queue in self._queues.values() if queue.halted]
+            return [each.halted for each in self._partitions.values() if each.halted]
 
     @property
     def in_flight(self) -> int:
         """Calls that are running right now."""
         return self._in_flight
+
+    @property
+    def in_flight_max(self) -> int:
+        """The most calls that have been running at once."""
+        return self._in_flight_max
+
+    @property
+    def limit(self) -> int:
+        """Calls that may run at once, as things are now."""
+        return self._limit.allowed
+
+    @property
+    def breaker_open(self) -> bool:
+        """Whether no calls are made, but for a probe now and then."""
+        return self._breaker.is_open
+
+    @property
+    def breaker_openings(self) -> int:
+        """How often the breaker has opened."""
+        return self._breaker.openings
 
     @property
     def broken(self) -> BaseException | Outcome | None:
@@ -217,7 +295,6 @@ class Invoker:
         """Begin no further call. Running calls end; what they finish can be collected."""
         with self._changed:
             self._stopping = True
-            self._drop_prepared()
             self._task.notify_all()
             self._changed.notify_all()
 
@@ -227,10 +304,10 @@ class Invoker:
         for thread in self._threads:
             thread.join(max(0.0, deadline - self._timer()))
         with self._changed:
-            # What was backing off is left where it stands, with the records it has done.
-            for queue in self._queues.values():
-                if queue.waiting and queue.delivery:
-                    queue.waiting = None
+            # What was waiting is left where it stands, with the records it has done.
+            for queue in [*self._ready, *self._held, *(wait[2] for wait in self._waits)]:
+                if queue.delivery:
+                    queue.waiting = False
                     self._finish(queue, queue.delivery)
         return not any(thread.is_alive() for thread in self._threads)
 
@@ -239,89 +316,80 @@ class Invoker:
         """Whether no further call may begin."""
         return self._stopping or self._broken is not None
 
+    def _queues(self) -> list[_Queue]:
+        return [queue for each in self._partitions.values() for queue in each.lanes.values()]
+
     # -- the threads ----------------------------------------------------------------------
 
     def _schedule(self, queue: _Queue) -> None:
         """Put a queue that has work in line, once. Holds the lock."""
-        if queue.scheduled:
-            self._prepare(queue)
-        elif queue.batches:
+        if queue.batches and not queue.scheduled:
             queue.scheduled = True
             self._ready.append(queue)
             self._wake()
 
-    def _prepare(self, queue: _Queue, wake: bool = True) -> None:
-        """Have the next call of a queue that is being worked on prepared. Holds the lock."""
-        if queue.ahead or queue.waiting or not (queue.delivery and queue.batches):
-            return
-        if self._call_ahead:
-            queue.ahead = _Ahead(queue.batches[0])
-            self._to_prepare.append(queue)
-            if wake:
-                self._wake()
-
     def _wake(self) -> None:
         """See to it that somebody takes what was put in line. Holds the lock."""
-        most = self._max_concurrency * (2 if self._call_ahead else 1)
         if self._idle:
             self._task.notify()
-        elif len(self._threads) < most and not self._stopping:
+        elif len(self._threads) < self._max_concurrency and not self._stopping:
             name = f"invoke-{len(self._threads)}"
             thread = threading.Thread(target=self._work, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def _work(self) -> None:
-        while task := self._next():
-            try:
-                task()
-            except BaseException as error:
-                _LOGGER.debug("invoke thread failed", exc_info=True)
-                with self._changed:
-                    self._break(error)
-                return
-
-    def _next(self) -> Callable[[], None] | None:
-        """Wait for something to do; None when no more work may begin."""
-        with self._changed:
-            while True:
-                if self._ending:
-                    return None
-                now = self._timer()
-                while self._waits and self._waits[0][0] <= now:
-                    queue = heapq.heappop(self._waits)[2]
-                    queue.waiting = None
-                    self._ready.append(queue)
-                task = self._take()
-                if task:
-                    # Who put it in line may have woken one thread only, for more than one task.
-                    if self._ready or self._to_prepare:
-                        self._wake()
-                    return task
-                self._idle += 1
-                self._task.wait(self._waits[0][0] - now if self._waits else None)
-                self._idle -= 1
-
-    def _take(self) -> Callable[[], None] | None:
-        """What is first in line and may begin, if there is anything. Holds the lock."""
-        if self._ready and self._working < self._max_concurrency:
-            self._working += 1
-            return partial(self._advance, self._ready.popleft())
-        while self._to_prepare:
-            queue = self._to_prepare.popleft()
-            if queue.ahead and not queue.ahead.begun:
-                queue.ahead.begun = True
-                return partial(self._run_ahead, queue, queue.ahead)
-        return None
-
-    def _advance(self, queue: _Queue) -> None:
-        """Take up the head of a queue, where it was left or anew."""
-        if queue.delivery is None:
+        try:
+            queue = self._next()
+            while queue:
+                queue = self._advance(queue) or self._next()
+        except BaseException as error:
+            _LOGGER.debug("invoke thread failed", exc_info=True)
             with self._changed:
-                self._start(queue)
-        assert queue.delivery and queue.steps
-        step, queue.step = queue.step or next(queue.steps, None), None
-        self._follow(queue, queue.delivery, queue.steps, step)
+                self._break(error)
+
+    def _next(self, wait: bool = True) -> _Queue | None:
+        """A queue to work on, waited for; None when no more work may begin."""
+        with self._changed:
+            while not self._ending:
+                now = self._timer()
+                due = self._line_up(now)
+                if self._ready and self._working < self._limit.allowed:
+                    queue = self._ready.popleft()
+                    if queue.delivery is None and not queue.batches:
+                        # It was abandoned while it stood in line.
+                        queue.scheduled = False
+                        continue
+                    self._working += 1
+                    if queue.delivery is None:
+                        self._start(queue)
+                    # Who put it in line may have woken one thread only, for more than one queue;
+                    # and somebody else has to be there now when the next wait is over.
+                    more = self._ready and self._working < self._limit.allowed
+                    if more or due < math.inf:
+                        self._wake()
+                    return queue
+                if not wait:
+                    break
+                self._idle += 1
+                self._task.wait(due - now if due < math.inf else None)
+                self._idle -= 1
+            return None
+
+    def _line_up(self, now: float) -> float:
+        """Put what need not wait any longer in line; when to look again. Holds the lock."""
+        while self._waits and self._waits[0][0] <= now:
+            queue = heapq.heappop(self._waits)[2]
+            queue.waiting = False
+            self._ready.append(queue)
+        if self._breaker.lets_through(now):
+            # Who has called least recently is first, so that not only the same one probes.
+            for queue in sorted(self._held, key=lambda queue: queue.called):
+                queue.waiting = False
+                self._ready.append(queue)
+            self._held.clear()
+        due = self._waits[0][0] if self._waits else math.inf
+        return min(due, self._breaker.probe_at) if self._held else due
 
     def _start(self, queue: _Queue) -> None:
         """Begin with a queue's next batch. Holds the lock."""
@@ -329,156 +397,225 @@ class Invoker:
         queue.delivery = Delivery(batch, self._policy, self._clock, self._random)
         queue.steps = queue.delivery.steps()
 
-    def _follow(
-        self,
-        queue: _Queue,
-        delivery: Delivery,
-        steps: Generator[Step, Outcome, None],
-        step: Step | None,
-    ) -> None:
-        """Do what the steps of a batch say until it is finished or has to wait."""
-        while isinstance(step, Call) and not self._ending:
-            with self._changed:
-                self._prepare(queue)
-            step = _send(steps, self._invoke(delivery, step))
-        with self._changed:
-            self._working -= 1
-            if isinstance(step, Wait) and not self._ending:
-                # A call prepared behind one that is repeated would wait too long.
-                self._decide(queue, go=False)
-                queue.waiting = step
-                due = self._timer() + step.secs
-                heapq.heappush(self._waits, (due, next(self._order), queue))
-                # Somebody has to wait no longer than until then.
-                self._task.notify()
-                self._changed.notify_all()
-                return
-            steps.close()
-            self._finish(queue, delivery)
+    def _advance(self, queue: _Queue) -> _Queue | None:
+        """Do what the steps of a queue's head say until it is finished or has to wait.
 
-    def _run_ahead(self, queue: _Queue, ahead: _Ahead) -> None:
-        """Prepare a call; once the one before it has ended well, send it and go on from there."""
-        assert self._call_ahead
-        call = Call(0, len(ahead.batch), 1, "")
-        # The call before it was let go just now; its thread must get to send first.
-        if not ahead.decided.is_set():
-            self._sleep(_YIELD_SECS)
-        started = self._timer()
-
-        def hold() -> bool:
-            nonlocal started
-            if not ahead.decided.wait(_AHEAD_SECS):
-                with self._changed:
-                    if queue.ahead is ahead:
-                        self._decide(queue, go=False)
-            started = self._timer()
-            return ahead.go
-
-        try:
-            outcome = self._call_ahead(ahead.batch, call, hold)
-        finally:
-            with self._changed:
-                if queue.ahead is ahead:
-                    # It failed before there was anything to send: to be found out in its turn.
-                    self._decide(queue, go=False)
-                self._in_flight -= ahead.go
-        if not ahead.go:
-            return
+        Returns the queue to go on with, if there is one: mostly the same, without anybody else
+        having been woken for it.
+        """
         delivery, steps = queue.delivery, queue.steps
         assert delivery and steps
-        if outcome is None:
-            outcome = self._invoke(delivery, call)
-        else:
-            delivery.finished.stats.invoke_ms += round((self._timer() - started) * 1000)
-        self._follow(queue, delivery, steps, _send(steps, outcome))
-
-    def _drop_prepared(self) -> None:
-        for queue in self._queues.values():
-            self._decide(queue, go=False)
-
-    def _decide(self, queue: _Queue, go: bool) -> None:
-        """Let a prepared call go, or drop it. Holds the lock."""
-        ahead, queue.ahead = queue.ahead, None
-        if ahead:
-            ahead.go = go
-            ahead.decided.set()
-
-    def _pass_on(self, queue: _Queue) -> None:
-        """Go on with the next batch, by its prepared call if there is one. Holds the lock."""
-        ahead = queue.ahead
-        if ahead and ahead.begun and not self._ending:
-            self._start(queue)
-            assert queue.steps
-            queue.step = next(queue.steps, None)
-            queue.scheduled = True
-            if queue.step == Call(0, len(ahead.batch), 1, ""):
-                queue.step = None
-                self._working += 1
-                self._in_flight += 1
-                self._decide(queue, go=True)
-                self._prepare(queue, wake=False)
-            else:
-                self._decide(queue, go=False)
-                self._ready.append(queue)
-                self._wake()
-            return
-        # Nobody has come to prepare it yet: the usual way is as quick.
-        self._decide(queue, go=False)
-        self._schedule(queue)
-
-    def _invoke(self, delivery: Delivery, call: Call) -> Outcome:
+        # A call that it was put aside with was not made: it may be too late for it by now.
+        step = next(steps, None)
+        while isinstance(step, Call) and self._goes_on(queue):
+            with self._changed:
+                if not self._may_begin(queue.key):
+                    self._abandon(queue)
+                    break
+                if self._put_aside(queue):
+                    return None
+                begun = self._begin()
+                queue.called = next(self._order)
+            step = _send(steps, self._invoke(queue, delivery, step, begun))
         with self._changed:
-            self._in_flight += 1
+            self._working -= 1
+            if isinstance(step, Wait) and self._goes_on(queue):
+                self._put_off(queue, step.secs)
+                return None
+            steps.close()
+            self._finish(queue, delivery)
+            return self._next(wait=False)
+
+    def _goes_on(self, queue: _Queue) -> bool:
+        return not (self._ending or queue.partition.halted or queue.abandoned)
+
+    def _put_aside(self, queue: _Queue) -> bool:
+        """Whether a queue's next call must not begin now; then somebody takes it up later."""
+        if not self._breaker.lets_through(self._timer()):
+            self._working -= 1
+            self._put_off(queue)
+            return True
+        if self._working > self._limit.allowed:
+            self._working -= 1
+            self._ready.append(queue)
+            return True
+        return False
+
+    def _put_off(self, queue: _Queue, secs: float = 0.0) -> None:
+        """Have a queue wait, for so long or for the breaker. Holds the lock."""
+        # What is behind a call that is repeated would wait too long.
+        queue.prepared = None
+        queue.waiting = True
+        now = self._timer()
+        if self._breaker.lets_through(now):
+            heapq.heappush(self._waits, (now + secs, next(self._order), queue))
+        else:
+            self._held.append(queue)
+        # Somebody has to wait no longer than until then.
+        self._task.notify()
+        self._changed.notify_all()
+
+    def _begin(self) -> _Begun:
+        """A call begins. Holds the lock."""
+        self._in_flight += 1
+        self._in_flight_max = max(self._in_flight_max, self._in_flight)
+        return self._limit.begin(), self._breaker.begin()
+
+    def _invoke(self, queue: _Queue, delivery: Delivery, call: Call, begun: _Begun) -> Outcome:
+        batch = delivery.batch
         started = self._timer()
+        prepared, queue.prepared = queue.prepared, None
+        fits = prepared and prepared.batch is batch and call == _first_call(batch)
+        request = prepared.request if prepared and fits else None
+        if prepared and started - prepared.since > _PREPARED_SECS:
+            request = None
         try:
-            return self._call(delivery.batch, call)
-        finally:
-            delivery.finished.stats.invoke_ms += round((self._timer() - started) * 1000)
+            outcome = self._call(batch, call, request, partial(self._prepare_next, queue))
+        except BaseException:
             with self._changed:
                 self._in_flight -= 1
+            raise
+        delivery.finished.stats.invoke_ms += round((self._timer() - started) * 1000)
+        return self._ended(batch, call, outcome, begun)
+
+    def _prepare_next(self, queue: _Queue) -> None:
+        """While the call for a queue's head is under way, prepare the one behind it."""
+        with self._changed:
+            # In a crowd others have their turn first, and it would be too old by then.
+            crowd = self._working + len(self._ready) > self._limit.allowed
+            if crowd or self._ending or not queue.batches:
+                return
+            batch = queue.batches[0]
+        since = self._timer()
+        request = self._prepare(batch, _first_call(batch))
+        if request is not None:
+            queue.prepared = _Prepared(batch, request, since)
+
+    def _ended(self, batch: Batch, call: Call, outcome: Outcome, begun: _Begun) -> Outcome:
+        """A call has ended. Its outcome, with what the breaker makes of it."""
+        limit, breaker = begun
+        # Lanes of one partition may have batches over the same range, but not with the same record.
+        which = (batch.key, batch.records.offsets[0])
+        kind = outcome.of_function(len(call))
+        with self._changed:
+            now = self._timer()
+            held_back = bool(self._ready) and self._working >= self._limit.allowed
+            self._limit.end(limit, kind, self._in_flight, held_back)
+            self._in_flight -= 1
+            was_open = self._breaker.is_open
+            spared = self._breaker.end(breaker, which, kind, now)
+            if was_open and not self._breaker.is_open:
+                self._line_up(now)
+            if self._ready and self._working < self._limit.allowed:
+                self._wake()
+            turned = was_open != self._breaker.is_open
+        if turned:
+            self._tell(outcome, opened=not was_open)
+        return replace(outcome, spared=True) if spared else outcome
+
+    def _tell(self, outcome: Outcome, opened: bool) -> None:
+        """Say that the breaker has opened or closed."""
+        policy = self._breaker_policy
+        if not opened:
+            _LOGGER.info("breaker closed: an invocation succeeded")
+            return
+        _LOGGER.warning(
+            "breaker open: %g %% or more of the last %d invocations failed, now with %s; no "
+            "records are given up, and one invocation each %g s tries whether it is over",
+            policy.failure_rate * 100,
+            policy.invocations,
+            outcome.error_type,
+            policy.wait_secs,
+        )
 
     def _finish(self, queue: _Queue, delivery: Delivery) -> None:
         """The head is done, halted, or abandoned. Holds the lock."""
         batch, finished = delivery.batch, delivery.finished
         queue.delivery = queue.steps = None
         queue.scheduled = False
-        queue.records -= len(batch)
-        queue.bytes -= batch.payload_bytes
+        records, size = _size(batch)
+        queue.records -= records
+        queue.bytes -= size
+        if queue.abandoned:
+            queue.abandoned = False
+            self._pass_on(queue)
+            self._changed.notify_all()
+            return
         self._finished.append(finished)
         self._finished_records += sum(map(len, finished.parts))
         if self._finished_since is None:
             self._finished_since = self._timer()
         if delivery.config_error:
             self._break(delivery.config_error)
-        elif finished.halted:
-            queue.halted = finished
-            queue.batches.clear()
-            queue.records = queue.bytes = 0
-            self._decide(queue, go=False)
+        elif finished.halted or queue.partition.halted:
+            self._halt(queue.partition, finished)
         else:
             self._pass_on(queue)
         self._changed.notify_all()
 
+    def _pass_on(self, queue: _Queue) -> None:
+        """Put a queue in line again; who was at it takes what is first, so nobody is woken."""
+        if queue.batches:
+            queue.scheduled = True
+            self._ready.append(queue)
+
+    def _halt(self, partition: _Partition, finished: Finished) -> None:
+        """Begin no further call in any lane; what runs ends. Holds the lock."""
+        if partition.halted:
+            # Of failures that ended side by side, the first one in the log is what stands there.
+            if finished.halted and _failed_at(finished) < _failed_at(partition.halted):
+                partition.halted = finished
+            return
+        partition.halted = finished
+        queues = partition.lanes.values()
+        idle = [queue for queue in self._ready if queue in queues]
+        idle += [queue for queue in queues if queue.waiting]
+        self._ready = deque(queue for queue in self._ready if queue not in idle)
+        self._held = [queue for queue in self._held if queue not in idle]
+        self._waits = [wait for wait in self._waits if wait[2] not in idle]
+        heapq.heapify(self._waits)
+        for queue in queues:
+            queue.batches.clear()
+            queue.prepared = None
+            queue.records, queue.bytes = _size(queue.delivery.batch) if queue.delivery else (0, 0)
+        for queue in idle:
+            queue.scheduled = queue.waiting = False
+            if queue.delivery:
+                self._finish(queue, queue.delivery)
+
     def _break(self, why: BaseException | Outcome) -> None:
         """Stop everything; the lock is held."""
         self._broken = self._broken or why
-        self._drop_prepared()
         self._task.notify_all()
         self._changed.notify_all()
 
 
-def _send(steps: Generator[Step, Outcome, None], outcome: Outcome) -> Step | None:
+def _first_call(batch: Batch) -> Call:
+    return Call(0, len(batch), 1, "")
+
+
+def _send(steps: Generator[Step, Outcome | None, None], outcome: Outcome) -> Step | None:
     try:
         return steps.send(outcome)
     except StopIteration:
         return None
 
 
-def _view(queue: _Queue) -> QueueView:
+def _failed_at(finished: Finished) -> int:
+    assert finished.halted
+    return finished.halted.records.offsets[0]
+
+
+def _size(batch: Batch) -> tuple[int, int]:
+    return len(batch), batch.payload_bytes
+
+
+def _view(partition: _Partition) -> QueueView:
+    lanes = partition.lanes.values()
     return QueueView(
-        batches=len(queue.batches) + (queue.delivery is not None),
-        records=queue.records,
-        bytes=queue.bytes,
-        halted=queue.halted is not None,
-        waiting=queue.waiting is not None,
+        batches=sum(len(queue.batches) + (queue.delivery is not None) for queue in lanes),
+        records=sum(queue.records for queue in lanes),
+        bytes=sum(queue.bytes for queue in lanes),
+        halted=partition.halted is not None,
+        waiting=any(queue.waiting for queue in lanes),
     )

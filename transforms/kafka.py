@@ -23,7 +23,8 @@ from transforms.errors import KafkaError, UsageError
 
 _LOGGER = logging.getLogger(__name__)
 
-PREFIXES = ("response.", "error.", "schema.registry.")
+SCHEMA_REGISTRY_PREFIX = "schema.registry."
+PREFIXES = ("response.", "error.", SCHEMA_REGISTRY_PREFIX)
 
 _WARN_SECS = 30.0
 _QUOTED_VALUE = re.compile(r'Invalid value "([^"]*)"')
@@ -46,7 +47,7 @@ _OURS = {
     "enable.partition.eof": "the reader needs it on",
 }
 
-_JAVA_NAMES = {
+JAVA_NAMES = {
     "sasl.jaas.config": "sasl.username and sasl.password",
     "ssl.truststore.location": "ssl.ca.location (PEM)",
     "ssl.keystore.location": "ssl.certificate.location and ssl.key.location (PEM), "
@@ -91,10 +92,11 @@ def parse_properties(text: str, environ: Mapping[str, str]) -> dict[str, str]:
         bare = next((name[len(p) :] for p in PREFIXES[:2] if name.startswith(p)), name)
         if bare in _OURS and not (bare == "bootstrap.servers" and bare != name):
             problems.append(f"line {number} sets {name}, which the pipeline owns: {_OURS[bare]}")
-        if bare in _JAVA_NAMES and not (bare == "ssl.keystore.location" and value.endswith("p12")):
+        bare = bare.removeprefix(SCHEMA_REGISTRY_PREFIX)
+        if bare in JAVA_NAMES and not (bare == "ssl.keystore.location" and value.endswith("p12")):
             problems.append(
-                f"line {number} sets {name}, a setting of Java clients; librdkafka's is "
-                f"{_JAVA_NAMES[bare]}"
+                f"line {number} sets {name}, a setting of Java clients; here it is "
+                f"{JAVA_NAMES[bare]}"
             )
         missing = [key for key in _ENVIRONMENT.findall(value) if key not in environ]
         for key in missing:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import orjson
 
-from transforms.reply import InvalidReplyError
+from transforms.reply import Answer, InvalidReplyError
 
 
 class Kind(enum.Enum):
     """The classes that differ in what has to be done next (`transforms.retry`)."""
 
     SUCCESS = "success"
+    PARTIAL = "partial failure"
+    """The function ran, and names the records that it failed in."""
     FUNCTION_ERROR = "function error"
     """The function ran and failed, or its reply does not answer the batch."""
     POISON = "poison"
@@ -76,7 +78,10 @@ class Outcome:
         executed_version: Version of the function that ran.
         request_id: AWS request id.
         retry_after_secs: What a throttle asked for.
-        results: Per record its result as JSON text; None where replies are not kept.
+        results: Per record its result as JSON text; None where replies are not kept so.
+        body: The reply as it came, where it is kept as a whole.
+        failed: With PARTIAL, the failed ones among the records that were sent, by index, rising.
+        spared: Whether no record may be given up because of it (`transforms.breaker`).
     """
 
     kind: Kind
@@ -90,6 +95,18 @@ class Outcome:
     request_id: str | None = None
     retry_after_secs: float | None = None
     results: Sequence[bytes] | None = None
+    body: bytes | None = None
+    failed: Sequence[int] = ()
+    spared: bool = False
+
+    def of_function(self, sent: int) -> Kind:
+        """What a call of so many records says about the function itself.
+
+        After a partial failure it works, unless it failed in all of them.
+        """
+        if self.kind is not Kind.PARTIAL:
+            return self.kind
+        return Kind.SUCCESS if len(self.failed) < sent else Kind.FUNCTION_ERROR
 
 
 _TRANSIENT_STATUS = frozenset({408, 410, 500, 502, 503, 504})
@@ -169,13 +186,13 @@ def _kind_of(fault: Fault) -> Kind:
     return Kind.CONFIG
 
 
-def classify_reply(reply: Reply, parse: Callable[[bytes], list[bytes]] | None) -> Outcome:
+def classify_reply(reply: Reply, read: Callable[[bytes], Answer] | None) -> Outcome:
     """What an answered invocation means.
 
     Args:
         reply: The answer.
-        parse: Checks the body against the batch and returns a result per record, or raises
-            `InvalidReplyError`. None if the body is not looked at.
+        read: Says what the body says about the batch, or raises `InvalidReplyError`. None if
+            the body is not looked at.
     """
     if reply.function_error is not None:
         error_type, message = _function_error(reply.payload)
@@ -191,26 +208,36 @@ def classify_reply(reply: Reply, parse: Callable[[bytes], list[bytes]] | None) -
             request_id=reply.request_id,
         )
     try:
-        results = parse(reply.payload) if parse else None
+        answer = read(reply.payload) if read else Answer()
     except InvalidReplyError as error:
-        facts = {"errorMessage": str(error), "errorType": "InvalidReply"}
-        return Outcome(
-            Kind.FUNCTION_ERROR,
-            error_type="InvalidReply",
-            message=str(error),
-            status_code=reply.status_code,
-            function_error="InvalidReply",
-            log_result=reply.log_result,
-            payload=orjson.dumps(facts).decode(),
-            executed_version=reply.executed_version,
-            request_id=reply.request_id,
-        )
+        return _failed(Kind.FUNCTION_ERROR, reply, "InvalidReply", str(error))
+    if answer.failed:
+        message = "the function returned the record's offset in batchItemFailures"
+        outcome = _failed(Kind.PARTIAL, reply, "BatchItemFailure", message)
+        return replace(outcome, failed=answer.failed)
     return Outcome(
         Kind.SUCCESS,
         status_code=reply.status_code,
         executed_version=reply.executed_version,
         request_id=reply.request_id,
-        results=results,
+        results=answer.results,
+        body=answer.body,
+    )
+
+
+def _failed(kind: Kind, reply: Reply, error_type: str, message: str) -> Outcome:
+    """The outcome of a reply that is no error to Lambda, but one to us."""
+    facts = {"errorMessage": message, "errorType": error_type}
+    return Outcome(
+        kind,
+        error_type=error_type,
+        message=message,
+        status_code=reply.status_code,
+        function_error=error_type,
+        log_result=reply.log_result,
+        payload=orjson.dumps(facts).decode(),
+        executed_version=reply.executed_version,
+        request_id=reply.request_id,
     )
 
 

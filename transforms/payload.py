@@ -1,8 +1,9 @@
-"""Payload: Records -> JSON entries, one each, as the Confluent Lambda connector has them. Pure.
+"""Payload: Records -> JSON entries, one each, as the chosen envelope has them. Pure.
 
-An entry is ``{"payload":{"timestamp","topic","partition","offset","key","value"}}``; a payload is
-the array of the entries of one batch. A value that is JSON already is put in as the bytes it is:
-no number loses a digit, and nothing is serialized twice.
+Here is the Confluent Lambda connector's, the default: an entry is
+``{"payload":{"timestamp","topic","partition","offset","key","value"}}``, a payload the array of
+the entries of one batch. A value that is JSON already is put in as the bytes it is: no number
+loses a digit, and nothing is serialized twice. AWS's own are in `transforms.envelope`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from dataclasses import dataclass, field
 
 import orjson
 
+from transforms.envelope import CONFLUENT, Envelope, encode_event_records
 from transforms.records import NO_TIMESTAMP, Header, Records, Rejection
 
 FORMATS = ("auto", "json", "string", "base64")
 
-_JSON_STARTS = frozenset(b'{["-0123456789tfn \t\r\n')
+JSON_STARTS = frozenset(b'{["-0123456789tfn \t\r\n')
 """Bytes a JSON text can begin with; all else is text without asking the parser."""
 
 
 @dataclass(frozen=True, slots=True)
 class PayloadFormat:
-    """How keys and values become JSON.
+    """How records become entries. All but the envelope is for the connector's entries only.
 
     Attributes:
         key: ``auto`` (JSON as JSON, other UTF-8 as a string, the rest as base64), ``json`` (as
@@ -35,6 +37,7 @@ class PayloadFormat:
     key: str = "auto"
     value: str = "auto"
     headers: bool = False
+    envelope: Envelope = Envelope()
 
 
 @dataclass(slots=True)
@@ -89,7 +92,7 @@ class _Encoder:
 
 
 def _is_json(data: bytes) -> bool:
-    if not data or data[0] not in _JSON_STARTS:
+    if not data or data[0] not in JSON_STARTS:
         return False
     try:
         orjson.loads(data)
@@ -134,9 +137,21 @@ def encode_records(
         Entries by index, and which of them must not be sent. A rejected record has an entry
         too, with its key and value as ``auto`` has them, for its error record.
     """
+    if format.envelope.name != CONFLUENT:
+        return EncodedRecords(encode_event_records(topic, partition, records, format.envelope))
     key_encoder, value_encoder = _Encoder(format.key), _Encoder(format.value)
-    keys = list(map(key_encoder.encode, records.keys))
-    values = list(map(value_encoder.encode, records.values))
+    if any(records.decoded):
+        keys = [
+            key_encoder.encode(data) if made is None or made.key is None else made.key
+            for data, made in zip(records.keys, records.decoded)
+        ]
+        values = [
+            value_encoder.encode(data) if made is None or made.value is None else made.value
+            for data, made in zip(records.values, records.decoded)
+        ]
+    else:
+        keys = list(map(key_encoder.encode, records.keys))
+        values = list(map(value_encoder.encode, records.values))
     auto = _Encoder("auto")
     rejections: dict[int, Rejection] = {}
     for part, encoded, originals in (
@@ -176,8 +191,3 @@ def encode_records(
         rejections,
         key_encoder.base64_fields + value_encoder.base64_fields + auto.base64_fields,
     )
-
-
-def join_entries(entries: Sequence[bytes]) -> bytes:
-    """The payload: a compact JSON array of the entries."""
-    return b"[" + b",".join(entries) + b"]"

@@ -8,25 +8,37 @@ a batch that is not due yet) stays with it, unread as far as the pipeline is con
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import apache_beam as beam
 from apache_beam import coders
-from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import (
+    TIMESTAMP_LOG_APPEND_TIME,
+    TIMESTAMP_NOT_AVAILABLE,
+    Consumer,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
 from confluent_kafka import KafkaError as ErrorCode
 
 from transforms.errors import KafkaError
 from transforms.kafka import KafkaConfig, describe, make_consumer, reason
+from transforms.key import Lanes
 from transforms.per_process import per_process
-from transforms.records import NO_TIMESTAMP, PartitionKey, RecordChunk, Records
+from transforms.records import NO_TIMESTAMP, LaneKey, PartitionKey, RecordChunk, Records
 
 _LOGGER = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _POLL_RECORDS = 500
-_CHUNK_RECORDS = 1_000
+# Large, since what Beam does for an element costs as much as a hundred records do.
+_CHUNK_RECORDS = 10_000
 
 # Fetched ahead, for all partitions together. The backoff is what librdkafka waits after that
 # is full; its default of a second would leave a fast pipeline with nothing to do.
@@ -53,12 +65,14 @@ class ReadConfig:
         batch_size: Records per batch: chunks are cut so that batches come out whole.
         batch_bytes: Bytes at which records are due without a full batch.
         batch_window_secs: How long a record may wait for its batch to fill.
+        lanes: How a partition's records are divided; each lane's batches are to come out whole.
     """
 
     kafka: KafkaConfig
     batch_size: int = 100
     batch_bytes: int = 6_291_455
     batch_window_secs: float = 0.5
+    lanes: Lanes = Lanes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +108,7 @@ _NOTHING = Round((), 0, 0)
 def releasable(
     records: int, bytes: int, waited_secs: float, ended: bool, config: ReadConfig
 ) -> int:
-    """How many of a partition's waiting records may be batched now.
+    """How many of a lane's waiting records may be batched now.
 
     Whole batches always; the rest when it is due (window over, enough bytes) or nothing more
     will come (`ended`).
@@ -104,17 +118,35 @@ def releasable(
 
 
 @dataclass(slots=True)
+class _Lane:
+    """What the reader holds of one lane of a partition."""
+
+    number: int
+    start: int
+    messages: list[Message] = field(default_factory=list)
+    bytes: int = 0
+    since: float = 0.0
+
+
+@dataclass(slots=True)
 class _Partition:
     """What the reader holds of one partition."""
 
     key: PartitionKey
-    start: int
+    lanes: list[_Lane]
     next_offset: int
-    messages: list[Message] = field(default_factory=list)
-    bytes: int = 0
-    since: float = 0.0
     at_end: bool = False
     paused: bool = False
+
+    @property
+    def start(self) -> int:
+        """Everything below it was handed out, in every lane."""
+        return min(lane.start for lane in self.lanes)
+
+    @property
+    def waiting(self) -> int:
+        """Records that were not handed out yet."""
+        return sum(len(lane.messages) for lane in self.lanes)
 
 
 class RoundReader:
@@ -145,12 +177,13 @@ class RoundReader:
     def partitions(self) -> list[PartitionKey]:
         return list(self._partitions)
 
-    def assign(self, offsets: dict[PartitionKey, int]) -> None:
-        """Begin to read partitions at the given offsets, besides those already read."""
-        for key, offset in offsets.items():
-            self._partitions[key] = _Partition(key, offset, offset)
+    def assign(self, marks: dict[PartitionKey, list[int]]) -> None:
+        """Begin to read partitions, each lane at its offset, besides those already read."""
+        for key, offsets in marks.items():
+            lanes = [_Lane(number, offset) for number, offset in enumerate(offsets)]
+            self._partitions[key] = _Partition(key, lanes, min(offsets))
         self.consumer.incremental_assign(
-            [TopicPartition(*key, offset) for key, offset in offsets.items()]
+            [TopicPartition(*key, min(offsets)) for key, offsets in marks.items()]
         )
 
     def position(self, key: PartitionKey) -> int:
@@ -168,10 +201,10 @@ class RoundReader:
     def ready(self, key: PartitionKey, flush: bool) -> bool:
         """Whether a round would get something of this partition now."""
         partition = self._partitions[key]
-        if not partition.messages:
+        if not partition.waiting:
             # A tail of offsets without records still has to be committed.
             return partition.start < partition.next_offset
-        return self._releasable(partition, flush) > 0
+        return self._releasable(partition, flush)
 
     def set_wanted(self, keys: Iterable[PartitionKey]) -> None:
         """Fetch for these partitions only; the others' records would only pile up here."""
@@ -222,70 +255,73 @@ class RoundReader:
     def take(self) -> Iterator[RecordChunk]:
         """Hand out chunks, in order per partition, until the round is full or nothing is due."""
         round, self._round = self._round, _NOTHING
-        records, size = round.records, round.bytes
-        rooms = {(room.topic, room.partition): [room.records, room.bytes] for room in round.rooms}
-        first = set(rooms)
-        while rooms and records > 0 and size > 0:
-            # Partitions take turns at the front, so that a short round favours none.
-            order = list(rooms)
-            self._turn += 1
-            order = order[self._turn % len(order) :] + order[: self._turn % len(order)]
-            for key in order:
-                partition, room = self._partitions[key], rooms[key]
-                limit = min(records, room[0]), min(size, room[1])
-                for chunk, chunk_bytes in self._hand_out(partition, *limit, round.flush):
-                    count = len(chunk.records)
-                    room[0], room[1] = room[0] - count, room[1] - chunk_bytes
-                    records, size = records - count, size - chunk_bytes
-                    yield _first(chunk, first)
-                if self._releasable(partition, round.flush):
-                    # What is still due found no room; the next round begins with it.
-                    del rooms[key]
-            piled = sum(len(self._partitions[key].messages) for key in rooms)
-            if piled > round.records or not self.fill(0.01):
+        partitions = [self._partitions[room.topic, room.partition] for room in round.rooms]
+        room_for = min(round.records, sum(room.records for room in round.rooms))
+        # On with what has been fetched meanwhile; what is still to come must not be waited for.
+        while sum(partition.waiting for partition in partitions) < room_for:
+            if self.fill(0.01) < _POLL_RECORDS:
                 break
+        records, size = round.records, round.bytes
+        begun: set[LaneKey] = set()
+        # Partitions, and lanes in them, take turns at the front: a short round favours none.
+        self._turn += 1
+        for room in _turned(round.rooms, self._turn):
+            partition = self._partitions[room.topic, room.partition]
+            room_records, room_bytes = room.records, room.bytes
+            for lane in _turned(partition.lanes, self._turn):
+                limit = min(records, room_records), min(size, room_bytes)
+                for chunk, chunk_bytes in self._hand_out(partition, lane, *limit, round.flush):
+                    count = len(chunk.records)
+                    room_records, room_bytes = room_records - count, room_bytes - chunk_bytes
+                    records, size = records - count, size - chunk_bytes
+                    yield _first(chunk, begun)
+            for lane in partition.lanes:
+                if not lane.messages and lane.start < partition.next_offset:
+                    # No record of this lane, and yet its offsets have to be committed.
+                    yield _first(self._chunk(partition, lane, partition.next_offset, []), begun)
 
     def _hand_out(
-        self, partition: _Partition, records: int, size: int, flush: bool
+        self, partition: _Partition, lane: _Lane, records: int, size: int, flush: bool
     ) -> Iterator[tuple[RecordChunk, int]]:
         config = self._config
         step = max(1, _CHUNK_RECORDS // config.batch_size) * config.batch_size
-        due = self._releasable(partition, flush)
+        due = self._due(partition, lane, flush)
         if due > records:
             # A batch is better begun in the next round than cut in two.
             due = records - records % config.batch_size
         taken = taken_bytes = 0
         while taken < due and taken_bytes < size:
-            messages = partition.messages[taken : min(taken + step, due)]
-            sizes = list(map(_size, messages))
-            count, chunk_bytes = _within(sizes, size - taken_bytes, config.batch_size)
+            messages = lane.messages[taken : min(taken + step, due)]
+            count, chunk_bytes = _within(messages, size - taken_bytes, config.batch_size)
             cut_short = count < len(messages)
             if cut_short and taken and count < config.batch_size:
                 break
             taken, taken_bytes = taken + count, taken_bytes + chunk_bytes
-            is_last = taken == len(partition.messages)
-            next_offset = partition.next_offset if is_last else partition.messages[taken].offset()
-            yield self._chunk(partition, next_offset, messages[:count]), chunk_bytes
+            is_last = taken == len(lane.messages)
+            next_offset = partition.next_offset if is_last else lane.messages[taken].offset()
+            yield self._chunk(partition, lane, next_offset, messages[:count]), chunk_bytes
             if cut_short:
                 break
         if taken:
-            del partition.messages[:taken]
-            partition.bytes -= taken_bytes
-            partition.since = self._timer()
-        elif not partition.messages and partition.start < partition.next_offset:
-            yield self._chunk(partition, partition.next_offset, []), 0
+            del lane.messages[:taken]
+            lane.bytes -= taken_bytes
+            lane.since = self._timer()
 
     def _chunk(
-        self, partition: _Partition, next_offset: int, messages: list[Message]
+        self, partition: _Partition, lane: _Lane, next_offset: int, messages: list[Message]
     ) -> RecordChunk:
-        start, partition.start = partition.start, next_offset
-        return RecordChunk(*partition.key, start, next_offset, to_records(messages))
+        start, lane.start = lane.start, next_offset
+        records = to_records(messages)
+        return RecordChunk(*partition.key, start, next_offset, records, lane=lane.number)
 
-    def _releasable(self, partition: _Partition, flush: bool) -> int:
+    def _releasable(self, partition: _Partition, flush: bool) -> bool:
+        return any(self._due(partition, lane, flush) for lane in partition.lanes)
+
+    def _due(self, partition: _Partition, lane: _Lane, flush: bool) -> int:
         return releasable(
-            len(partition.messages),
-            partition.bytes,
-            self._timer() - partition.since,
+            len(lane.messages),
+            lane.bytes,
+            self._timer() - lane.since,
             flush and partition.at_end,
             self._config,
         )
@@ -303,70 +339,100 @@ class RoundReader:
             messages = [m for m in messages if m.offset() >= partition.next_offset]
             if not messages:
                 return
-        if not partition.messages:
-            partition.since = self._timer()
-        partition.messages += messages
-        partition.bytes += sum(map(_size, messages))
+        for lane, own in zip(partition.lanes, self._divide(messages)):
+            if own and own[0].offset() < lane.start:
+                # This lane is ahead of the others by what an earlier run has done.
+                own = [m for m in own if m.offset() >= lane.start]
+            if own and not lane.messages:
+                lane.since = self._timer()
+            lane.messages += own
+            lane.bytes += bytes_of(own)
         partition.next_offset = messages[-1].offset() + 1
         partition.at_end = False
 
-    def _event(self, message: Message) -> None:
-        """Handle what is no record.
+    def _divide(self, messages: list[Message]) -> list[list[Message]]:
+        """By lane."""
+        lanes = self._config.lanes
+        if lanes.count == 1:
+            return [messages]
+        divided: list[list[Message]] = [[] for _ in range(lanes.count)]
+        keys, offsets = map(Message.key, messages), map(Message.offset, messages)
+        for message, lane in zip(messages, lanes.of(keys, offsets)):
+            divided[lane].append(message)
+        return divided
 
-        Raises:
-            KafkaError: The partition cannot be read any more.
-        """
-        error = message.error()
-        key = (message.topic(), message.partition())
-        partition = self._partitions.get(key)
-        if error.code() == ErrorCode._PARTITION_EOF:
-            if partition and message.offset() >= partition.next_offset:
-                partition.next_offset = message.offset()
-                partition.at_end = True
-            return
-        if error.code() in (ErrorCode._AUTO_OFFSET_RESET, ErrorCode.OFFSET_OUT_OF_RANGE):
-            raise KafkaError(
-                f"{key[0]}-{key[1]} cannot be read at the offset it had reached: {error.str()}; "
-                f"the topic's retention is shorter than the pipeline's lag, or it was deleted. "
-                f"Run again to go on at the first offset that still exists"
-            )
-        if error.code() in _FATAL:
-            what = _FATAL[error.code()]
-            raise KafkaError(f"topic {key[0]} cannot be read: {what} ({error.str()})")
-        if error.fatal():
-            raise KafkaError(f"{describe(self._config.kafka)}: {error.str()}")
-        _LOGGER.warning("%s: %s", describe(self._config.kafka), error.str())
+    def _event(self, message: Message) -> None:
+        end = end_of_partition(message, self._config.kafka)
+        partition = self._partitions.get((message.topic(), message.partition()))
+        if end is not None and partition and end >= partition.next_offset:
+            partition.next_offset = end
+            partition.at_end = True
+
+
+def end_of_partition(message: Message, kafka: KafkaConfig) -> int | None:
+    """What a message that is no record says: where the partition ends for now, or nothing.
+
+    Raises:
+        KafkaError: The partition cannot be read any more.
+    """
+    error = message.error()
+    name = f"{message.topic()}-{message.partition()}"
+    if error.code() == ErrorCode._PARTITION_EOF:
+        return int(message.offset())
+    if error.code() in (ErrorCode._AUTO_OFFSET_RESET, ErrorCode.OFFSET_OUT_OF_RANGE):
+        raise KafkaError(
+            f"{name} cannot be read at the offset it had reached: {error.str()}; "
+            f"the topic's retention is shorter than the pipeline's lag, or it was deleted. "
+            f"Run again to go on at the first offset that still exists"
+        )
+    if error.code() in _FATAL:
+        what = _FATAL[error.code()]
+        raise KafkaError(f"topic {message.topic()} cannot be read: {what} ({error.str()})")
+    if error.fatal():
+        raise KafkaError(f"{describe(kafka)}: {error.str()}")
+    _LOGGER.warning("%s: %s", describe(kafka), error.str())
+    return None
 
 
 def to_records(messages: list[Message]) -> Records:
     """Messages as columns; each column is one pass in C."""
+    stamps = list(map(Message.timestamp, messages))
+    kinds = {kind for kind, _ in stamps}
+    timestamps = [ms for _, ms in stamps]
+    if TIMESTAMP_NOT_AVAILABLE in kinds:
+        timestamps = [ms if kind else NO_TIMESTAMP for kind, ms in stamps]
+    by_broker: list[bool] = []
+    if TIMESTAMP_LOG_APPEND_TIME in kinds:
+        by_broker = [kind == TIMESTAMP_LOG_APPEND_TIME for kind, _ in stamps]
     return Records(
         list(map(Message.offset, messages)),
-        [ms if kind else NO_TIMESTAMP for kind, ms in map(Message.timestamp, messages)],
+        timestamps,
         list(map(Message.key, messages)),
         list(map(Message.value, messages)),
         list(map(Message.headers, messages)),
+        log_append=by_broker,
     )
 
 
-def _size(message: Message) -> int:
-    """About what a record holds, in bytes: value and key."""
-    return len(message) + len(message.key() or b"")
+def bytes_of(messages: list[Message]) -> int:
+    """About what records hold, in bytes: values and keys."""
+    return sum(map(len, messages)) + sum(map(len, filter(None, map(Message.key, messages))))
 
 
-def _within(sizes: list[int], limit_bytes: int, batch_size: int) -> tuple[int, int]:
+def _within(messages: list[Message], limit_bytes: int, batch_size: int) -> tuple[int, int]:
     """How many records fit into a limit, at least one, in whole batches if there is one."""
-    total = sum(sizes)
+    total = bytes_of(messages)
     if total <= limit_bytes:
-        return len(sizes), total
+        return len(messages), total
     count = total = 0
-    for size in sizes:
+    for message in messages:
+        size = bytes_of([message])
         if count and total + size > limit_bytes:
             break
         count, total = count + 1, total + size
     if count > batch_size and count % batch_size:
         count -= count % batch_size
-        total = sum(sizes[:count])
+        total = bytes_of(messages[:count])
     return count, total
 
 
@@ -385,15 +451,18 @@ def _by_partition(messages: list[Message]) -> Iterator[tuple[PartitionKey, list[
             low = high
 
 
-def _first(chunk: RecordChunk, first: set[PartitionKey]) -> RecordChunk:
-    """Mark a partition's first chunk of the round: the state before it is gone."""
-    key = (chunk.topic, chunk.partition)
-    if key not in first:
+def _turned(items: Sequence[T], turn: int) -> Iterator[T]:
+    """The same, beginning with another one at each turn."""
+    begin = turn % len(items) if items else 0
+    return chain(items[begin:], items[:begin])
+
+
+def _first(chunk: RecordChunk, begun: set[LaneKey]) -> RecordChunk:
+    """Mark a lane's first chunk of the round: the state before it is gone."""
+    if chunk.lane_key in begun:
         return chunk
-    first.discard(key)
-    return RecordChunk(
-        chunk.topic, chunk.partition, chunk.start, chunk.next_offset, chunk.records, first=True
-    )
+    begun.add(chunk.lane_key)
+    return replace(chunk, first=True)
 
 
 def shared_reader(config: ReadConfig) -> RoundReader:
@@ -442,7 +511,7 @@ class _TakeFn(beam.DoFn):
         if chunk is None:
             # The steps behind it run only if something reaches them, and a round without new
             # records still has to collect what earlier ones began.
-            yield RecordChunk("", 0, 0, 0, Records())
+            yield RecordChunk("", 0, 0, 0, Records(), lane=0)
 
 
 coders.registry.register_coder(RecordChunk, coders.PickleCoder)

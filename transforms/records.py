@@ -8,80 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from typing import NamedTuple
 
 PartitionKey = tuple[str, int]
-"""(topic, partition). A plain tuple, since Beam needs a state key whose coder is deterministic."""
+"""(topic, partition)."""
+
+LaneKey = tuple[str, int, int]
+"""(topic, partition, lane): what order is kept by. A plain tuple, since Beam needs a state key
+whose coder is deterministic. Without `--parallelization_factor` a partition has lane 0 only."""
 
 Header = tuple[str, bytes | None]
 
 NO_TIMESTAMP = -1
 """What Kafka clients report for a record that has no timestamp."""
-
-
-@dataclass(frozen=True, slots=True)
-class Records:
-    """Consecutive records of one partition, as columns of equal length, offsets rising.
-
-    Attributes:
-        offsets: Kafka offsets. Gaps are normal (compaction, transactions).
-        timestamps: Milliseconds since the epoch, or `NO_TIMESTAMP`.
-        keys: Key bytes, or None.
-        values: Value bytes, or None for a tombstone.
-        headers: Per record its headers in order (names may repeat), or None if it has none.
-    """
-
-    offsets: Sequence[int] = ()
-    timestamps: Sequence[int] = ()
-    keys: Sequence[bytes | None] = ()
-    values: Sequence[bytes | None] = ()
-    headers: Sequence[Sequence[Header] | None] = ()
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def slice(self, low: int, high: int) -> Records:
-        """The records from index `low` up to, but without, index `high`."""
-        return Records(
-            self.offsets[low:high],
-            self.timestamps[low:high],
-            self.keys[low:high],
-            self.values[low:high],
-            self.headers[low:high],
-        )
-
-    @staticmethod
-    def join(parts: Iterable[Records]) -> Records:
-        """One `Records` of all parts, in the order given."""
-        columns: tuple[list, ...] = ([], [], [], [], [])
-        for part in parts:
-            columns[0].extend(part.offsets)
-            columns[1].extend(part.timestamps)
-            columns[2].extend(part.keys)
-            columns[3].extend(part.values)
-            columns[4].extend(part.headers)
-        return Records(*columns)
-
-
-@dataclass(frozen=True, slots=True)
-class RecordChunk:
-    """What Read emits: everything that partition holds in `[start, next_offset)`.
-
-    Attributes:
-        topic: Topic name.
-        partition: Partition number.
-        start: Where the range begins; the `next_offset` of the chunk before it.
-        next_offset: Where the range ends, exclusive. Above the last record's offset + 1 where
-            the log goes on with offsets that hold no record (transaction markers).
-        records: The records of the range; may be empty.
-        first: True if nothing before `start` has to be waited for.
-    """
-
-    topic: str
-    partition: int
-    start: int
-    next_offset: int
-    records: Records
-    first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +39,144 @@ class Rejection:
     message: str
 
 
+class Decoded(NamedTuple):
+    """What the schemas of a record made of its key and value.
+
+    Attributes:
+        key: The key as JSON text; None if it has no schema or was left as it is.
+        value: The same of the value.
+        key_schema: ``(format, id)`` of the key's schema, e.g. ``("AVRO", "7")``; None without one.
+        value_schema: The same of the value.
+    """
+
+    key: bytes | None = None
+    value: bytes | None = None
+    key_schema: tuple[str, str] | None = None
+    value_schema: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Consecutive records of one partition, as columns of equal length, offsets rising.
+
+    Attributes:
+        offsets: Kafka offsets. Gaps are normal (compaction, transactions).
+        timestamps: Milliseconds since the epoch, or `NO_TIMESTAMP`.
+        keys: Key bytes, or None.
+        values: Value bytes, or None for a tombstone.
+        headers: Per record its headers in order (names may repeat), or None if it has none.
+        decoded: Per record what a schema made of it, or empty if no schemas are used.
+        rejections: Per record why it must not be sent, or None; empty if all may be.
+        log_append: Per record whether its timestamp is the broker's (LogAppendTime) and not the
+            producer's; empty if none is.
+    """
+
+    offsets: Sequence[int] = ()
+    timestamps: Sequence[int] = ()
+    keys: Sequence[bytes | None] = ()
+    values: Sequence[bytes | None] = ()
+    headers: Sequence[Sequence[Header] | None] = ()
+    decoded: Sequence[Decoded | None] = ()
+    rejections: Sequence[Rejection | None] = ()
+    log_append: Sequence[bool | None] = ()
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def slice(self, low: int, high: int) -> Records:
+        """The records from index `low` up to, but without, index `high`."""
+        return Records(*(column[low:high] for column in self._columns()))
+
+    def where(self, chosen: Sequence[bool]) -> Records:
+        """The records whose place in `chosen` is true."""
+        return Records(*(list(compress(column, chosen)) for column in self._columns()))
+
+    @staticmethod
+    def join(parts: Iterable[Records]) -> Records:
+        """One `Records` of all parts, in the order given."""
+        parts = list(parts)
+        columns: list[list] = []
+        for column in zip(*(part._columns() for part in parts)):
+            # A column that is left out by some parts only is one of Nones there.
+            left_out = any(column) and not all(
+                len(rows) == len(part) for rows, part in zip(column, parts)
+            )
+            joined: list = []
+            for rows, part in zip(column, parts):
+                joined.extend([None] * len(part) if left_out and not rows else rows)
+            columns.append(joined)
+        return Records(*columns)
+
+    def _columns(self) -> tuple[Sequence, ...]:
+        return (
+            self.offsets,
+            self.timestamps,
+            self.keys,
+            self.values,
+            self.headers,
+            self.decoded,
+            self.rejections,
+            self.log_append,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RecordChunk:
+    """What Read emits: everything that partition, or a lane of it, holds in `[start, next_offset)`.
+
+    Attributes:
+        topic: Topic name.
+        partition: Partition number.
+        start: Where the range begins; the `next_offset` of the chunk before it.
+        next_offset: Where the range ends, exclusive. Above the last record's offset + 1 where
+            the log goes on with offsets that hold no record (transaction markers), or none of
+            this lane.
+        records: The records of the range; may be empty.
+        first: True if nothing before `start` has to be waited for.
+        lane: The lane whose records these are; None if they are not divided into lanes yet.
+    """
+
+    topic: str
+    partition: int
+    start: int
+    next_offset: int
+    records: Records
+    first: bool = False
+    lane: int | None = None
+
+    @property
+    def lane_key(self) -> LaneKey:
+        return (self.topic, self.partition, self.lane or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands around the entries of a payload.
+
+    Attributes:
+        head: Everything up to the first entry.
+        tail: Everything behind the last one.
+    """
+
+    head: bytes = b"["
+    tail: bytes = b"]"
+
+    def join(self, entries: Sequence[bytes]) -> bytes:
+        """The payload: head, entries with commas between them, tail."""
+        return self.head + b",".join(entries) + self.tail
+
+    def payload_bytes(self, entry_bytes: int, entries: int) -> int:
+        """Size of a payload with so many entries of so many bytes together."""
+        return len(self.head) + entry_bytes + max(entries - 1, 0) + len(self.tail)
+
+
+ARRAY = Frame()
+"""A plain JSON array."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Records of one partition that go to the function in one invocation.
+    """Records of one lane of a partition that go to the function in one invocation.
 
     Attributes:
         topic: Topic name.
@@ -111,6 +186,8 @@ class Batch:
         records: The records as Kafka had them, kept byte for byte for error records.
         entries: Each record already encoded as its JSON entry of the payload.
         rejection: Set if the batch is a single record that must not be sent.
+        frame: What stands around the entries in a payload, be it of all of them or of some.
+        lane: The partition's lane; 0 if it has only one.
     """
 
     topic: str
@@ -120,36 +197,40 @@ class Batch:
     records: Records
     entries: Sequence[bytes]
     rejection: Rejection | None = None
+    frame: Frame = ARRAY
+    lane: int = 0
 
     @property
     def key(self) -> PartitionKey:
         return (self.topic, self.partition)
 
     @property
+    def lane_key(self) -> LaneKey:
+        return (self.topic, self.partition, self.lane)
+
+    @property
     def payload_bytes(self) -> int:
         """Size of the whole batch as a payload, in bytes."""
-        return payload_bytes(sum(map(len, self.entries)), len(self.entries))
+        return self.frame.payload_bytes(sum(map(len, self.entries)), len(self.entries))
 
     def __len__(self) -> int:
         return len(self.entries)
 
 
-def payload_bytes(entry_bytes: int, entries: int) -> int:
-    """Size of a compact JSON array: its brackets, its entries, and the commas between them."""
-    return 2 + entry_bytes + max(entries - 1, 0)
-
-
 @dataclass(frozen=True, slots=True)
 class Responses:
-    """The function's answer to some records of a batch: one JSON text per record, in order.
+    """The function's answer to some records of a batch, in order.
 
     Attributes:
         offsets: The answered records' offsets.
-        results: Per record the reply entry's `payload` as JSON text; None if replies are not kept.
+        results: Per record the reply entry's `payload` as JSON text; None if replies are not
+            kept so.
+        body: The reply to all of them as it came, where it is kept as a whole.
     """
 
     offsets: Sequence[int]
     results: Sequence[bytes] | None
+    body: bytes | None = None
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -172,6 +253,7 @@ class Failure:
         payload: The error's JSON text as the function returned it, or one made of our facts.
         executed_version: Version of the function that ran, if known.
         request_id: AWS request id of the last invocation, if known.
+        frame: What stood around the entries.
     """
 
     records: Records
@@ -186,6 +268,7 @@ class Failure:
     payload: str | None = None
     executed_version: str | None = None
     request_id: str | None = None
+    frame: Frame = ARRAY
 
     def __len__(self) -> int:
         return len(self.records)
@@ -204,7 +287,7 @@ class CallStats:
 
 @dataclass(slots=True)
 class Finished:
-    """What Invoke emits, once per batch, in order per partition.
+    """What Invoke emits, once per batch, in order per lane.
 
     Attributes:
         topic: Topic name.
@@ -215,6 +298,7 @@ class Finished:
         parts: Outcomes of the batch's records, in offset order; each record in exactly one.
         stats: What it took.
         halted: Set if this failure stops the partition.
+        lane: The partition's lane.
     """
 
     topic: str
@@ -224,17 +308,23 @@ class Finished:
     parts: list[Responses | Failure] = field(default_factory=list)
     stats: CallStats = field(default_factory=CallStats)
     halted: Failure | None = None
+    lane: int = 0
 
     @property
     def key(self) -> PartitionKey:
         return (self.topic, self.partition)
 
+    @property
+    def lane_key(self) -> LaneKey:
+        return (self.topic, self.partition, self.lane)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What Write emits once all records of `[start, next_offset)` are acknowledged by Kafka."""
+    """What Write emits once a lane's records of `[start, next_offset)` are acknowledged."""
 
     topic: str
     partition: int
     start: int
     next_offset: int
+    lane: int = 0

@@ -1,7 +1,9 @@
-"""Reply: the body a function returned -> one result per record, or what is wrong with it. Pure.
+"""Reply: the body a function returned -> what it says about the records, or what is wrong. Pure.
 
-The function must return a JSON array as long as the batch, each entry with the topic, partition
-and offset of the record it answers, in the same order.
+``confluent``: a JSON array as long as the batch, each entry with the topic, partition and offset
+of the record it answers, in the same order. ``batch_item_failures``: an object that names the
+records the function failed in. ``any``: the body stands for all records. ``none``: it is not
+looked at.
 """
 
 from __future__ import annotations
@@ -9,9 +11,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
+
+CONFLUENT, BATCH_ITEM_FAILURES, ANY, NONE = REPLIES = (
+    "confluent",
+    "batch_item_failures",
+    "any",
+    "none",
+)
 
 # A 64-bit parser is exact for 15 digits; what has more could come out as another number. To look
 # for such runs all digits are made one character: a hundred times faster than a regex.
@@ -23,6 +33,81 @@ _DECODER = json.JSONDecoder()
 
 class InvalidReplyError(ValueError):
     """The function ran, but its reply does not answer the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a reply says about the records that were sent.
+
+    Attributes:
+        results: Per record its result as JSON text; None if the reply has none.
+        body: The reply as it came, where it is kept as a whole.
+        failed: Of the records that were sent, by index and rising, those that failed.
+    """
+
+    results: Sequence[bytes] | None = None
+    body: bytes | None = None
+    failed: Sequence[int] = ()
+
+
+def read_reply(
+    mode: str, body: bytes, topic: str, partition: int, offsets: Sequence[int]
+) -> Answer:
+    """What a reply says, read as one of `REPLIES`; the other arguments are `parse_reply`'s.
+
+    Raises:
+        InvalidReplyError: It says nothing that fits the records.
+    """
+    if mode == CONFLUENT:
+        return Answer(results=parse_reply(body, topic, partition, offsets))
+    if mode == BATCH_ITEM_FAILURES:
+        return Answer(failed=parse_failures(body, topic, partition, offsets))
+    return Answer(body=body if mode == ANY else None)
+
+
+def parse_failures(body: bytes, topic: str, partition: int, offsets: Sequence[int]) -> list[int]:
+    """Which records of a batch the function says it failed in, as Lambda reads it for Kafka.
+
+    Returns:
+        Their indexes, rising; empty if all went well: for an empty list, for a reply without
+        one, and for null.
+
+    Raises:
+        InvalidReplyError: It is not JSON, or no object, or names a record that was not sent.
+    """
+    try:
+        reply = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidReplyError(f"the reply is not JSON: {error}") from None
+    if reply is None:
+        return []
+    if type(reply) is not dict:
+        raise InvalidReplyError(f"the reply is {_name(reply)}, not an object")
+    failures = reply.get("batchItemFailures")
+    if failures is None:
+        return []
+    if type(failures) is not list:
+        raise InvalidReplyError(f"batchItemFailures is {_name(failures)}, not an array")
+    places = {offset: index for index, offset in enumerate(offsets)}
+    here = f"{topic}-{partition}"
+    failed = set()
+    for number, failure in enumerate(failures):
+        try:
+            identifier = failure["itemIdentifier"]
+            offset = identifier["offset"]
+            known = identifier["partition"] == here and type(offset) is int and offset in places
+        except (TypeError, KeyError, IndexError):
+            raise InvalidReplyError(
+                f"entry {number} of batchItemFailures lacks itemIdentifier.partition or "
+                f"itemIdentifier.offset"
+            ) from None
+        if not known:
+            raise InvalidReplyError(
+                f"entry {number} of batchItemFailures names a record that was not sent; sent "
+                f"were {here}@{offsets[0]}-{offsets[-1]}"
+            )
+        failed.add(places[offset])
+    return sorted(failed)
 
 
 def parse_reply(body: bytes, topic: str, partition: int, offsets: Sequence[int]) -> list[bytes]:
@@ -122,5 +207,11 @@ def _skip(text: str, at: int) -> int:
 def _name(value: Any) -> str:
     if value is None:
         return "null"
-    names = {dict: "an object", str: "a string", bool: "a boolean", int: "a number"}
+    names = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+    }
     return names.get(type(value), "a number")

@@ -2,7 +2,7 @@
 
 It is librdkafka's mock cluster: it speaks the real protocol to any client, in this process or
 another one, for as long as this process lives. It keeps only the newest 5 MiB of a partition, and
-it imitates neither transactions nor access control. A real broker is in `tests.kafka_broker`.
+it imitates neither transactions nor access control. A real broker is in `pipeline.local.broker`.
 """
 
 from __future__ import annotations

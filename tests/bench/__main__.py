@@ -33,17 +33,23 @@ from typing import Any
 
 from tests.bench import stub
 from tests.bench.topics import Topics, WrongResult
+from transforms.key import Lanes
 
 WARM_UP_RECORDS = 2000
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What the competitors are given to do: records per call, and the function's latency."""
+    """What the competitors are given to do: records per call, and the function's latency.
+
+    With more than one lane (invocations at once inside a partition) only the pipeline competes,
+    with itself: the loop by hand has no such thing.
+    """
 
     name: str
     batch_size: int
     latency_ms: float = 0.0
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Job:
     group: str
     endpoint: str
     batch_size: int
+    lanes: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ SCENARIOS = (
     Scenario("batch 1000", 1000),
     Scenario("batch 100", 100),
     Scenario("batch 100, 20 ms", 100, latency_ms=20),
+    Scenario("batch 100, 20 ms, 10 lanes", 100, latency_ms=20, lanes=10),
 )
 
 AIMS = (
@@ -117,11 +125,18 @@ AIMS = (
         "percent_of_limit",
         at_least=85,
     ),
+    Aim(
+        "batch 100, 20 ms, 10 lanes: >= 5 x 1 lane",
+        "batch 100, 20 ms, 10 lanes",
+        "of_one_lane",
+        at_least=5,
+    ),
     Aim("peak < 500 MB in every scenario", None, "peak_mb", at_most=500),
 )
 
 PIPELINE = "pipeline"
 HAND_WRITTEN = "hand-written"
+_ONE_LANE = ("batch 100, 20 ms", PIPELINE)
 
 
 def pipeline_command(job: Job) -> list[str]:
@@ -136,6 +151,7 @@ def pipeline_command(job: Job) -> list[str]:
         f"--lambda_endpoint_url={job.endpoint}",
         "--aws_region=us-east-1",
         f"--batch_size={job.batch_size}",
+        f"--parallelization_factor={job.lanes}",
         f"--response_topic={job.response_topic}",
         "--summary=json",
     ]
@@ -204,13 +220,21 @@ def measure(topics: Topics, source: Source, scenario: Scenario, who: str, url: s
     """Let one competitor do one scenario; return its figures after the results are checked."""
     fresh = f"bench-{uuid.uuid4().hex[:12]}"
     responses = f"{fresh}-out"
-    job = Job(topics.bootstrap_servers, source.topic, responses, fresh, url, scenario.batch_size)
+    job = Job(
+        topics.bootstrap_servers,
+        source.topic,
+        responses,
+        fresh,
+        url,
+        scenario.batch_size,
+        scenario.lanes,
+    )
     topics.create(responses, source.partitions)
     urllib.request.urlopen(urllib.request.Request(f"{url}/reset", method="POST")).close()
     secs, usage = execute(COMPETITORS[who](job))
     with urllib.request.urlopen(f"{url}/stats") as reply:
         stats = stub.Stats(**json.load(reply))
-    topics.check(source.topic, responses, job.group)
+    topics.check(source.topic, responses, job.group, Lanes(scenario.lanes, scenario.batch_size))
     topics.delete(responses)
     return Run(
         scenario=scenario.name,
@@ -228,10 +252,12 @@ def measure(topics: Topics, source: Source, scenario: Scenario, who: str, url: s
 def summarize(runs: list[Run], scenarios: list[Scenario], partitions: int) -> list[dict[str, Any]]:
     """One row per scenario and competitor: the medians over its runs, and the peak's maximum."""
     rows: list[dict[str, Any]] = []
+    one_lane = [run.records / run.secs for run in runs if (run.scenario, run.who) == _ONE_LANE]
     for scenario in scenarios:
         limit = None
         if scenario.latency_ms:
-            limit = partitions * scenario.batch_size / (scenario.latency_ms / 1000)
+            at_once = partitions * scenario.lanes
+            limit = at_once * scenario.batch_size / (scenario.latency_ms / 1000)
         by_who: dict[str, list[Run]] = {}
         for run in runs:
             if run.scenario == scenario.name:
@@ -254,6 +280,11 @@ def summarize(runs: list[Run], scenarios: list[Scenario], partitions: int) -> li
                     ],
                     "calling_records_per_sec": round(calling),
                     "ratio": round(rate / peer, 3) if peer else None,
+                    "of_one_lane": (
+                        round(rate / statistics.median(one_lane), 2)
+                        if one_lane and scenario.lanes > 1
+                        else None
+                    ),
                     "percent_of_limit": round(100 * rate / limit, 1) if limit else None,
                     "calling_percent_of_limit": round(100 * calling / limit, 1) if limit else None,
                     "peak_mb": max(run.peak_mb for run in own),
@@ -291,7 +322,7 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows as a table."""
     titles = (
-        *("scenario", "who", "records/s", "range", "of hand-written", "while calling"),
+        *("scenario", "who", "records/s", "range", "of hand-written", "of 1 lane", "while calling"),
         *("% of limit", "peak MB", "CPU us/record"),
     )
     lines = []
@@ -304,6 +335,7 @@ def show(rows: list[dict[str, Any]]) -> None:
                 f"{row['records_per_sec']:,}",
                 "{:,}-{:,}".format(*row["records_per_sec_range"]),
                 "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+                "" if row["of_one_lane"] is None else f"{row['of_one_lane']:.2f}",
                 f"{row['calling_records_per_sec']:,}",
                 "" if percent is None else f"{percent} ({row['calling_percent_of_limit']})",
                 f"{row['peak_mb']:.0f}",
@@ -349,6 +381,8 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
                     # Each time another one begins, so that none is always the one after a pause.
                     first = turn % len(competitors)
                     for who in competitors[first:] + competitors[:first]:
+                        if scenario.lanes > 1 and who != PIPELINE:
+                            continue
                         run = measure(topics, source, scenario, who, url)
                         runs.append(run)
                         print(
@@ -423,7 +457,7 @@ def main() -> int:
     if options.bootstrap_servers:
         broker: Any = nullcontext()
     else:
-        from tests.kafka_broker import KafkaBroker
+        from pipeline.local.broker import KafkaBroker
 
         broker = KafkaBroker()
     try:

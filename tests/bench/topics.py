@@ -10,6 +10,8 @@ import orjson
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from transforms.key import Lanes
+
 
 class WrongResult(Exception):
     """A run left something else than it should."""
@@ -48,9 +50,7 @@ class Topics:
             value = _record(number, padding)
             while True:
                 try:
-                    producer.produce(
-                        topic, value, key=f"key-{number}", partition=number % partitions
-                    )
+                    producer.produce(topic, value, key=_key(number), partition=number % partitions)
                     break
                 except BufferError:
                     producer.poll(0.1)
@@ -62,17 +62,17 @@ class Topics:
         if sum(ends) != records:
             raise RuntimeError(f"{topic} has {sum(ends)} records, not {records}")
 
-    def check(self, topic: str, response_topic: str, group: str) -> None:
+    def check(self, topic: str, response_topic: str, group: str, lanes: Lanes) -> None:
         """Raise WrongResult unless every record has one response and the group is at the end.
 
-        Within a partition of the response topic the offsets of each source partition must rise:
-        that is what strict order promises, whichever way responses are spread over partitions.
+        Within a partition of the response topic the offsets of each lane of a source partition
+        must rise: that is what order promises, whichever way responses are spread over partitions.
         """
         ends = self._ends(topic)
         seen = [bytearray(end) for end in ends]
         responses = 0
         for partition, end in enumerate(self._ends(response_topic)):
-            latest = [-1] * len(ends)
+            latest: dict[tuple[int, int], int] = {}
             for message in self._read(response_topic, partition, end):
                 key = orjson.loads(message.key())
                 value = orjson.loads(message.value())
@@ -83,10 +83,12 @@ class Topics:
                     raise WrongResult(f"the response to {key} is {value}")
                 if seen[source][offset]:
                     raise WrongResult(f"more than one response to {key}")
-                if offset <= latest[source]:
-                    raise WrongResult(f"the response to {key} comes after {latest[source]}'s")
+                (lane,) = lanes.of([_key(offset * len(ends) + source)], [offset])
+                before = latest.get((source, lane), -1)
+                if offset <= before:
+                    raise WrongResult(f"the response to {key} comes after {before}'s")
                 seen[source][offset] = 1
-                latest[source] = offset
+                latest[source, lane] = offset
                 responses += 1
         if responses != sum(ends):
             raise WrongResult(f"{responses} responses to {sum(ends)} records")
@@ -141,6 +143,11 @@ class Topics:
                         raise KafkaException(error)
         finally:
             consumer.close()
+
+
+def _key(number: int) -> bytes:
+    """A record's key; the records take turns over the partitions."""
+    return b"key-%d" % number
 
 
 def _record(number: int, padding: str) -> bytes:

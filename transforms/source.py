@@ -1,16 +1,17 @@
-"""Offsets: which partitions there are, where to begin with each, and where they end."""
+"""Source: which partitions there are, where to begin with each, and where they end. No Beam."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from time import monotonic, sleep
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
-from pipeline.options import AT_TIMESTAMP, LATEST, RunConfig
 from transforms.errors import KafkaError
 from transforms.kafka import ErrorLog, KafkaConfig, client_settings, describe, partitions_of, reason
 from transforms.records import PartitionKey
@@ -19,16 +20,53 @@ _LOGGER = logging.getLogger(__name__)
 
 _TIMEOUT_SECS = 15.0
 LOOK_SECS = 3.0
+TRIM_HORIZON, LATEST, AT_TIMESTAMP = "TRIM_HORIZON", "LATEST", "AT_TIMESTAMP"
+
 _NO_OFFSET = -1001  # what librdkafka reports for a group without a committed offset
 _INTERNAL = "__"
+_NO_COORDINATOR = frozenset(
+    {
+        ErrorCode.NOT_COORDINATOR,
+        ErrorCode.COORDINATOR_NOT_AVAILABLE,
+        ErrorCode.COORDINATOR_LOAD_IN_PROGRESS,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceConfig:
+    """What to read.
+
+    Attributes:
+        kafka: The cluster and the group.
+        topics: Topics by name, or empty with a regex.
+        topics_regex: Regex for whole topic names, or None.
+        starting_position: For partitions without a committed offset.
+        starting_timestamp_ms: With AT_TIMESTAMP.
+    """
+
+    kafka: KafkaConfig
+    topics: tuple[str, ...]
+    topics_regex: str | None = None
+    starting_position: str = TRIM_HORIZON
+    starting_timestamp_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where to begin with a partition; `resolved` if it came from the starting position."""
+    """Where to begin with a partition.
+
+    Attributes:
+        offset: Its first offset to read.
+        resolved: Whether it came from the starting position.
+        note: What was committed together with the offset.
+        end: The partition's next offset.
+    """
 
     offset: int
     resolved: bool
+    note: str = ""
+    end: int = 0
 
 
 def choose_start(
@@ -57,16 +95,15 @@ class SourceOffsets:
     """Asks Kafka about the source's partitions.
 
     Args:
-        kafka: The cluster and the group.
-        run: Topics and the starting position.
+        config: The group, the topics and the starting position.
         consumer: A consumer of the group that is not subscribed.
     """
 
-    def __init__(self, kafka: KafkaConfig, run: RunConfig, consumer: Consumer) -> None:
-        self._kafka = kafka
-        self._run = run
+    def __init__(self, config: SourceConfig, consumer: Consumer) -> None:
+        self._config = config
+        self._kafka = config.kafka
         self._consumer = consumer
-        self._pattern = re.compile(run.topics_regex) if run.topics_regex else None
+        self._pattern = re.compile(config.topics_regex) if config.topics_regex else None
 
     def partitions(self, timeout_secs: float = _TIMEOUT_SECS) -> list[PartitionKey]:
         """All partitions of the topics that exist.
@@ -87,7 +124,7 @@ class SourceOffsets:
                 f"{describe(self._kafka)} cannot be reached: {ErrorLog.last or reason(error)}; "
                 f"check --kafka_bootstrap_servers and --kafka_config_file"
             ) from None
-        topics: Iterable[str] = self._run.topics
+        topics: Iterable[str] = self._config.topics
         if self._pattern:
             topics = sorted(
                 name
@@ -104,12 +141,13 @@ class SourceOffsets:
             at_start: False for partitions found later: all their records came after the
                 start, so they begin at their first one whatever the starting position.
         """
-        committed = self._committed(keys)
+        known = self.committed(keys)
+        committed = {key: offset for key, (offset, _) in known.items()}
         ranges = {key: self.range(key) for key in keys}
         wanted = {key: low for key, (low, _) in ranges.items()}
-        if at_start and self._run.starting_position == LATEST:
+        if at_start and self._config.starting_position == LATEST:
             wanted = {key: high for key, (_, high) in ranges.items()}
-        elif at_start and self._run.starting_position == AT_TIMESTAMP:
+        elif at_start and self._config.starting_position == AT_TIMESTAMP:
             wanted = self._at_timestamp(ranges)
         starts = {}
         for key in keys:
@@ -120,6 +158,8 @@ class SourceOffsets:
             start, warning = choose_start(committed.get(key), low, high, wanted[key])
             if warning:
                 _LOGGER.warning("%s-%d: %s", *key, warning)
+            if start.offset == committed.get(key):
+                start = replace(start, note=known[key][1], end=high)
             starts[key] = start
         return starts
 
@@ -143,18 +183,28 @@ class SourceOffsets:
         except KafkaException as error:
             raise self._failed("offsets of " + "-".join(map(str, key)), error) from None
 
-    def _committed(self, keys: list[PartitionKey]) -> dict[PartitionKey, int]:
-        try:
-            offsets = self._consumer.committed(
-                [TopicPartition(*key) for key in keys], timeout=_TIMEOUT_SECS
-            )
-        except KafkaException as error:
-            group = f"committed offsets of group {self._kafka.group}"
-            raise self._failed(group, error) from None
-        return {(o.topic, o.partition): o.offset for o in offsets if o.offset > _NO_OFFSET}
+    def committed(self, keys: list[PartitionKey]) -> dict[PartitionKey, tuple[int, str]]:
+        """The group's committed offsets, where there are any, and the metadata kept with them."""
+        partitions = [TopicPartition(*key) for key in keys]
+        deadline = monotonic() + _TIMEOUT_SECS
+        while True:
+            try:
+                offsets = self._consumer.committed(partitions, timeout=_TIMEOUT_SECS)
+                break
+            except KafkaException as error:
+                # A broker that has just begun knows no coordinator for the group yet.
+                if error.args[0].code() not in _NO_COORDINATOR or monotonic() > deadline:
+                    group = f"committed offsets of group {self._kafka.group}"
+                    raise self._failed(group, error) from None
+                sleep(0.2)
+        return {
+            (o.topic, o.partition): (o.offset, o.metadata or "")
+            for o in offsets
+            if o.offset > _NO_OFFSET
+        }
 
     def _at_timestamp(self, ranges: dict[PartitionKey, tuple[int, int]]) -> dict[PartitionKey, int]:
-        timestamp = self._run.starting_timestamp_ms
+        timestamp = self._config.starting_timestamp_ms
         assert timestamp is not None
         try:
             found = self._consumer.offsets_for_times(

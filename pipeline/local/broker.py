@@ -1,30 +1,23 @@
-"""A real Kafka broker for tests: one node, in its own Java process, on 127.0.0.1.
+"""A real Kafka broker: one node, in its own Java process, on 127.0.0.1.
 
     with KafkaBroker() as broker:
         broker.create_topic("orders", partitions=2)
         broker.produce("orders", [NewRecord(partition=0, key=b"k", value=b"v")])
         assert [record.value for record in broker.read_all("orders")] == [b"v"]
 
-It needs Java 17 or newer and, once, Maven to fetch the jars:
-``python -m tests.kafka_broker --fetch``. The jars are kept outside the checkout, in
-``$BEAM_LAMBDA_SINK_CACHE`` (default ``~/.cache/beam-lambda-sink``).
+It needs Java 17 or newer and, once, Maven to fetch the jars (`pipeline.local.jars`).
 """
 
 from __future__ import annotations
 
 import base64
-import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,7 +32,14 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic, OffsetSpec
 
-_POM = Path(__file__).parent / "kafka" / "pom.xml"
+from pipeline.local.jars import classpath
+from pipeline.local.processes import (
+    ServerError,
+    ServerProcess,
+    free_ports,
+    java_command,
+    wait_until,
+)
 
 # Records in one call of the consumer: large enough that the call itself costs nothing.
 _READ_CHUNK = 10_000
@@ -50,8 +50,6 @@ _POLL_EVERY = 10_000
 _JVM_FLAGS = (
     "-Xmx512m",
     "-XX:TieredStopAtLevel=1",
-    "-XX:+UseSerialGC",
-    "-XX:+ExitOnOutOfMemoryError",
     "-Xshare:auto",
     "-Dlog4j2.level=WARN",
     "-Dlog4j2.disableJmx=true",
@@ -83,10 +81,6 @@ _BROKER_CONFIG = {
 }
 
 
-class BrokerError(Exception):
-    """The broker cannot be fetched, started, or did not do in time what it was asked."""
-
-
 class NewRecord(NamedTuple):
     """One record to write. A plain tuple in this order does as well."""
 
@@ -112,57 +106,6 @@ class StoredRecord:
     headers: tuple[tuple[str, bytes | None], ...]
 
 
-def kafka_version() -> str:
-    """The broker's version, from ``tests/kafka/pom.xml``."""
-    maven = "{http://maven.apache.org/POM/4.0.0}"
-    for dependency in ElementTree.parse(_POM).iter(f"{maven}dependency"):
-        if (dependency.findtext(f"{maven}artifactId") or "").startswith("kafka_"):
-            return dependency.findtext(f"{maven}version") or ""
-    raise BrokerError(f"{_POM} names no Kafka version")
-
-
-def jar_folder() -> Path:
-    """The folder the jars are kept in; it exists only when it is complete."""
-    cache = os.environ.get("BEAM_LAMBDA_SINK_CACHE") or Path.home() / ".cache/beam-lambda-sink"
-    return Path(cache).absolute() / f"kafka-{kafka_version()}"
-
-
-def fetch_jars() -> Path:
-    """Return the folder with the jars; fetch them with Maven if it is not there yet.
-
-    Raises:
-        BrokerError: Maven is missing or failed; its output is in the message.
-    """
-    folder = jar_folder()
-    if folder.is_dir():
-        return folder
-    if shutil.which("mvn") is None:
-        raise BrokerError("Maven (mvn) is needed to fetch the Kafka jars and is not on the PATH")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        options = ["-DincludeScope=runtime", f"-DoutputDirectory={partial}"]
-        maven = subprocess.run(
-            ["mvn", "-q", "-B", "-f", str(_POM), "dependency:copy-dependencies", *options],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if maven.returncode != 0:
-            raise BrokerError(f"Maven could not fetch the Kafka jars:\n{maven.stdout[-4000:]}")
-        partial.chmod(0o755)
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Somebody else was faster; what they fetched is the same.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
 class KafkaBroker:
     """One broker process, its ports and its data; a context manager.
 
@@ -179,7 +122,7 @@ class KafkaBroker:
         self, config: Mapping[str, str] | None = None, *, start_timeout: float = 60
     ) -> None:
         self._start_timeout = start_timeout
-        self._port, self._controller_port = _free_ports(2)
+        self._port, self._controller_port = free_ports(2)
         self._config = {
             **_BROKER_CONFIG,
             "listeners": f"BROKER://127.0.0.1:{self._port}"
@@ -189,8 +132,7 @@ class KafkaBroker:
             **(config or {}),
         }
         self._folder: Path | None = None
-        self._server: subprocess.Popen[bytes] | None = None
-        self._watchdog: subprocess.Popen[bytes] | None = None
+        self._server: ServerProcess | None = None
         self._admin: AdminClient | None = None
 
     def __enter__(self) -> KafkaBroker:
@@ -219,35 +161,25 @@ class KafkaBroker:
     @property
     def log_path(self) -> Path:
         """The server's log, of all its starts."""
-        if self._folder is None:
-            raise BrokerError("the broker was never started")
-        return self._folder / "server.log"
+        if self._server is None:
+            raise ServerError("the broker was never started")
+        return self._server.log_path
 
     def start(self) -> None:
         """Start the broker and return when it answers and every partition has a leader.
 
         Raises:
-            BrokerError: It runs already, or did not come up; the log's end is in the message.
+            ServerError: It runs already, or did not come up; the log's end is in the message.
         """
-        if self._server is not None:
-            raise BrokerError("the broker runs already")
-        classpath = f"{fetch_jars()}/*"
-        if self._folder is None:
+        if self._server is None:
+            java = java_command(classpath("kafka"), *_JVM_FLAGS)
             self._folder = Path(tempfile.mkdtemp(prefix="kafka-broker-"))
-            self._format(classpath)
-        with self.log_path.open("ab") as log:
-            self._server = subprocess.Popen(
-                [*_java(classpath), "kafka.Kafka", str(self._folder / "server.properties")],
-                cwd=self._folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Ctrl-C is for the tests: they end the broker when they are done with it.
-                start_new_session=True,
-            )
-        self._watchdog = _watch(self._server.pid, self._folder)
+            self._format(java)
+            properties = str(self._folder / "server.properties")
+            self._server = ServerProcess("broker", [*java, "kafka.Kafka", properties], self._folder)
+        self._server.start()
         try:
-            self._wait_until_up()
+            self._server.wait_until_up(self._is_up, self._start_timeout)
         except BaseException:
             self.kill()
             raise
@@ -256,7 +188,7 @@ class KafkaBroker:
         """End the process with SIGTERM, as an orderly shutdown does. Nothing if it is not up.
 
         Raises:
-            BrokerError: It was still there after 30 seconds, and was killed.
+            ServerError: It was still there after 30 seconds, and was killed.
         """
         self._end(signal.SIGTERM)
 
@@ -269,9 +201,9 @@ class KafkaBroker:
         self.kill()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+            self._folder = self._server = None
 
-    def _format(self, classpath: str) -> None:
+    def _format(self, java: Sequence[str]) -> None:
         """Write the settings and prepare the data folder, as a new cluster of one node."""
         assert self._folder is not None
         properties = self._folder / "server.properties"
@@ -281,54 +213,28 @@ class KafkaBroker:
         # With "=", because an id may begin with a dash.
         options = [f"--cluster-id={cluster_id}", f"--config={properties}"]
         done = subprocess.run(
-            [*_java(classpath), "kafka.tools.StorageTool", "format", *options],
+            [*java, "kafka.tools.StorageTool", "format", *options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         if done.returncode != 0:
-            raise BrokerError(f"the broker's data folder cannot be made:\n{done.stdout[-4000:]}")
+            raise ServerError(f"the broker's data folder cannot be made:\n{done.stdout[-4000:]}")
 
-    def _wait_until_up(self) -> None:
-        assert self._server is not None
-        deadline = time.monotonic() + self._start_timeout
-        while True:
-            if self._server.poll() is not None:
-                problem = f"the broker ended with exit code {self._server.returncode}"
-                break
-            if time.monotonic() > deadline:
-                problem = f"the broker did not answer within {self._start_timeout:g} s"
-                break
-            try:
-                metadata = self._client().list_topics(timeout=1)
-            except KafkaException:
-                continue
-            partitions = (p for t in metadata.topics.values() for p in t.partitions.values())
-            if metadata.brokers and all(partition.leader >= 0 for partition in partitions):
-                return
-            time.sleep(0.02)
-        log = self.log_path.read_text(errors="replace")[-6000:]
-        raise BrokerError(f"{problem}; the end of its log:\n{log}")
+    def _is_up(self) -> bool:
+        try:
+            metadata = self._client().list_topics(timeout=1)
+        except KafkaException:
+            return False
+        partitions = (p for t in metadata.topics.values() for p in t.partitions.values())
+        return bool(metadata.brokers) and all(partition.leader >= 0 for partition in partitions)
 
     def _end(self, how: signal.Signals) -> None:
-        server, self._server = self._server, None
-        watchdog, self._watchdog = self._watchdog, None
         # The next start gets a new client: this one would wait longer and longer to reconnect.
         self._admin = None
-        if watchdog is not None:
-            # First, so that it never sees a process id that is somebody else's by then.
-            watchdog.kill()
-            watchdog.communicate()
-        if server is None:
-            return
-        server.send_signal(how)
-        try:
-            server.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-            raise BrokerError("the broker did not stop within 30 s and was killed") from None
+        if self._server is not None:
+            self._server.end(how)
 
     # Topics
 
@@ -343,7 +249,7 @@ class KafkaBroker:
 
         Raises:
             KafkaException: The broker refused, for instance because the topic exists.
-            BrokerError: The partitions have no leader after 30 seconds.
+            ServerError: The partitions have no leader after 30 seconds.
         """
         settings = {key.replace("_", "."): str(value) for key, value in config.items()}
         topic = NewTopic(name, num_partitions=partitions, replication_factor=1, config=settings)
@@ -355,7 +261,7 @@ class KafkaBroker:
 
         Raises:
             KafkaException: The broker refused, for instance because there is no such topic.
-            BrokerError: It is still listed after 30 seconds.
+            ServerError: It is still listed after 30 seconds.
         """
         self._client().delete_topics([name])[name].result()
         wait_until(lambda: not self._leaders(name), f"topic {name} was deleted and is still listed")
@@ -365,7 +271,7 @@ class KafkaBroker:
 
         Raises:
             KafkaException: The broker refused, for instance because it has as many already.
-            BrokerError: The partitions have no leader after 30 seconds.
+            ServerError: The partitions have no leader after 30 seconds.
         """
         self._client().create_partitions([NewPartitions(name, total)])[name].result()
         self._wait_for_partitions(name, total)
@@ -408,7 +314,7 @@ class KafkaBroker:
 
         Raises:
             KafkaException: A record was refused.
-            BrokerError: Not all were written in time.
+            ServerError: Not all were written in time.
         """
         failures: list[KafkaError] = []
 
@@ -458,7 +364,7 @@ class KafkaBroker:
         if failures:
             raise KafkaException(failures[0])
         if left:
-            raise BrokerError(f"{left} of {count} records were not written within {timeout:g} s")
+            raise ServerError(f"{left} of {count} records were not written within {timeout:g} s")
         if transaction == "commit":
             producer.commit_transaction(timeout)
         elif transaction == "abort":
@@ -472,14 +378,14 @@ class KafkaBroker:
 
         Raises:
             KafkaException: The broker answered with an error.
-            BrokerError: There is no such topic, or the ends were not reached within
+            ServerError: There is no such topic, or the ends were not reached within
                 ``timeout`` seconds.
         """
         # Stays open till every partition's end was seen: the end-of-partition event comes also
         # for an empty partition, and when what is left are aborted records.
         open_partitions = set(self.partitions(topic))
         if not open_partitions:
-            raise BrokerError(f"there is no topic {topic}")
+            raise ServerError(f"there is no topic {topic}")
         consumer = self._consumer(f"read-all-{uuid.uuid4()}")
         records: list[StoredRecord] = []
         try:
@@ -489,7 +395,7 @@ class KafkaBroker:
             deadline = time.monotonic() + timeout
             while open_partitions:
                 if time.monotonic() > deadline:
-                    raise BrokerError(
+                    raise ServerError(
                         f"{topic}: the ends of partitions {sorted(open_partitions)} were not "
                         f"reached within {timeout:g} s, after {len(records)} records"
                     )
@@ -538,7 +444,7 @@ class KafkaBroker:
         record to each partition before: with its timestamp set nobody has to wait for it.
 
         Raises:
-            BrokerError: There are still as many after ``timeout`` seconds.
+            ServerError: There are still as many after ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -546,14 +452,14 @@ class KafkaBroker:
             if len(records) < fewer_than:
                 return records
             if time.monotonic() > deadline:
-                raise BrokerError(f"{topic} still has {len(records)} records: not compacted")
+                raise ServerError(f"{topic} still has {len(records)} records: not compacted")
             time.sleep(0.2)
 
     # Clients
 
     def _client(self) -> AdminClient:
-        if self._server is None:
-            raise BrokerError("the broker is not up")
+        if self.pid is None:
+            raise ServerError("the broker is not up")
         if self._admin is None:
             self._admin = AdminClient(
                 {
@@ -598,84 +504,6 @@ class KafkaBroker:
     def _list_offsets(self, topic: str, which: OffsetSpec) -> dict[int, int]:
         asked = {TopicPartition(topic, partition): which for partition in self.partitions(topic)}
         if not asked:
-            raise BrokerError(f"there is no topic {topic}")
+            raise ServerError(f"there is no topic {topic}")
         answers = self._client().list_offsets(asked, request_timeout=30)
         return {at.partition: answer.result().offset for at, answer in answers.items()}
-
-
-def _java(classpath: str) -> list[str]:
-    home = os.environ.get("JAVA_HOME")
-    java = str(Path(home, "bin", "java")) if home else "java"
-    if shutil.which(java) is None:
-        raise BrokerError(f"Java 17 or newer is needed, and there is no {java}")
-    return [java, *_JVM_FLAGS, "-cp", classpath]
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now.
-
-    They are taken from below the range outgoing connections get theirs from, so that none of
-    those has the port while the broker is down between two starts.
-    """
-    ports: list[int] = []
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise BrokerError("there is no free port between 20000 and 32000")
-
-
-def _watch(pid: int, folder: Path) -> subprocess.Popen[bytes]:
-    """Start a shell that kills the process and removes its data when this process is gone.
-
-    It reads from a pipe that only this process holds open, so it sees the end of it also after
-    a SIGKILL, which leaves no time for anything else.
-    """
-    return subprocess.Popen(
-        ["sh", "-c", 'read -r _; kill -9 "$1" && rm -rf "$2"', "sh", str(pid), str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def wait_until(condition: Callable[[], bool], problem: str, timeout: float = 30) -> None:
-    """Return when the condition holds; it is tried every 20 ms.
-
-    Raises:
-        BrokerError: It does not after ``timeout`` seconds; the message is ``problem`` and that.
-    """
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise BrokerError(f"{problem} after {timeout:g} s")
-        time.sleep(0.02)
-
-
-def _main(arguments: Sequence[str]) -> int:
-    if list(arguments) == ["--fetch"]:
-        try:
-            fetch_jars()
-        except BrokerError as error:
-            print(error, file=sys.stderr)
-            return 1
-        return 0
-    if list(arguments) == ["--fetched"]:
-        return 0 if jar_folder().is_dir() else 1
-    print(
-        "usage: python -m tests.kafka_broker --fetch | --fetched\n"
-        "  --fetch    fetch the Kafka jars if they are not there yet\n"
-        "  --fetched  exit with 0 if they are there, else 1",
-        file=sys.stderr,
-    )
-    return 2
-
-
-if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
+from pipeline.local.broker import KafkaBroker, NewRecord, StoredRecord
+from pipeline.local.processes import ServerError, wait_until
 from tests.conftest import Names
-from tests.kafka_broker import BrokerError, KafkaBroker, NewRecord, StoredRecord, wait_until
 
 
 def test_reads_back_what_was_written(broker: KafkaBroker, names: Names) -> None:
@@ -70,7 +71,7 @@ def test_partitions_are_added_and_topics_deleted(broker: KafkaBroker, names: Nam
 
     broker.delete_topic(topic)
     assert broker.partitions(topic) == []
-    with pytest.raises(BrokerError, match="there is no topic"):
+    with pytest.raises(ServerError, match="there is no topic"):
         broker.read_all(topic)
 
 
@@ -127,7 +128,7 @@ def test_data_and_offsets_survive_a_restart(end: str, broker: KafkaBroker, names
 
     getattr(broker, end)()
     assert broker.pid is None
-    with pytest.raises(BrokerError, match="is not up"):
+    with pytest.raises(ServerError, match="is not up"):
         broker.end_offsets(topic)
     broker.start()
 
@@ -173,7 +174,7 @@ def test_a_broker_that_does_not_start_shows_its_log(broker: KafkaBroker) -> None
             "controller.quorum.voters": f"1@{controller}",
         }
     )
-    with pytest.raises(BrokerError, match=r"exit code 1(.|\n)*Address already in use"), second:
+    with pytest.raises(ServerError, match=r"exit code 1(.|\n)*Address already in use"), second:
         pass
     assert second.pid is None
 
@@ -184,7 +185,7 @@ def test_the_broker_ends_with_the_process_that_started_it() -> None:
     """Also when that is killed: no Java process outlives a test run."""
     code = (
         "import os, signal\n"
-        "from tests.kafka_broker import KafkaBroker\n"
+        "from pipeline.local.broker import KafkaBroker\n"
         "broker = KafkaBroker()\n"
         "broker.start()\n"
         "print(broker.bootstrap_servers, broker.log_path.parent, flush=True)\n"

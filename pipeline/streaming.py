@@ -1,0 +1,167 @@
+"""Streaming: submit the pipeline to a cluster, and say how it goes.
+
+Unlike in rounds the work is done elsewhere: on the workers of Flink or Dataflow. What those runners
+need for this pipeline is set here, unless the user has set it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from time import monotonic
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from pipeline.build import build
+from pipeline.options import FLINK_RUNNERS, Config
+from pipeline.preflight import preflight
+from pipeline.rounds import Status, Totals
+from transforms.commit import shared_committer
+from transforms.errors import KafkaError, from_runner
+from transforms.invoke import HALTS, halt_of
+from transforms.kafka import make_consumer
+from transforms.read_beam import BeamReadConfig
+from transforms.records import PartitionKey
+from transforms.source import SourceOffsets
+
+_LOGGER = logging.getLogger(__name__)
+
+_CHECKPOINT_MS = 10_000
+
+
+def runner_options(runner: str, arguments: Sequence[str], bounded: bool) -> list[str]:
+    """Beam's arguments with those added that the runner needs and the user did not give. Pure.
+
+    Args:
+        runner: Its name.
+        arguments: Beam's arguments as the user gave them.
+        bounded: Whether the run ends by itself.
+    """
+    given = {argument.split("=", 1)[0] for argument in arguments}
+    wanted = ["--streaming"]
+    if runner in FLINK_RUNNERS:
+        wanted += [
+            f"--checkpointing_interval={_CHECKPOINT_MS}",
+            # Without it, what a bundle gives while a checkpoint begins waits in a buffer until
+            # something else comes to that step, which may be never.
+            "--finish_bundle_before_checkpointing",
+        ]
+        if runner == "PortableRunner":
+            wanted.append("--environment_type=LOOPBACK")
+        if bounded:
+            # A job with checkpoints would else stay, with nothing left to do.
+            wanted.append("--shutdown_sources_after_idle_ms=1000")
+    return [*arguments, *(option for option in wanted if option.split("=", 1)[0] not in given)]
+
+
+class StreamRun:
+    """One submitted job, as far as the program that submitted it can see.
+
+    Args:
+        config: What to run.
+        runner: Name of the runner.
+        arguments: Beam's arguments.
+        stop: Set from outside to leave the job alone.
+        started: When the program began, by `timer`.
+        timer: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runner: str,
+        arguments: Sequence[str],
+        stop: threading.Event,
+        started: float,
+        timer: Callable[[], float] = monotonic,
+    ) -> None:
+        self._config = config
+        self._runner = runner
+        self._arguments = arguments
+        self._stop = stop
+        self._started = started
+        self._timer = timer
+        self._source = SourceOffsets(config.source, make_consumer(config.kafka))
+        self._result: Any = None
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+
+    def run(self) -> Status:
+        """Submit the job and wait for its end, or until told to stop; then the job goes on.
+
+        Raises:
+            SinkError: The job cannot begin, or has failed.
+        """
+        config = self._config
+        if config.run.preflight:
+            preflight(config, self._source)
+        if isinstance(config.stream, BeamReadConfig):
+            config = self._resolve(config, config.stream)
+        bounded = config.run.until == "caught_up"
+        options = PipelineOptions(runner_options(self._runner, self._arguments, bounded))
+        pipeline = beam.Pipeline(options=options)
+        build(pipeline, config)
+        self._result = pipeline.run()
+        _LOGGER.info("submitted: %s", self._name)
+        threading.Thread(target=self._wait, name="wait", daemon=True).start()
+        while not self._ended.wait(0.2):
+            if self._stop.is_set():
+                _LOGGER.warning(
+                    "the job %s goes on; end it with Flink's or Dataflow's own", self._name
+                )
+                break
+        if self._error:
+            raise from_runner(self._error) from None
+        return self.status()
+
+    def status(self) -> Status:
+        """How the job stands; may be called from another thread."""
+        totals, halted = Totals(), []
+        result = self._result
+        counters = result.metrics().query()["counters"] if result else ()
+        for counter in counters:
+            name = counter.key.metric
+            if name.namespace == HALTS:
+                halted.append(halt_of(name.name))
+            else:
+                totals.counters[f"{name.namespace}.{name.name}"] += counter.committed or 0
+        committed, lags = self._offsets() if result else ({}, {})
+        return Status(totals, 0, lags, halted, committed, self._timer() - self._started)
+
+    @property
+    def _name(self) -> str:
+        job = getattr(self._result, "_job_id", None) or getattr(self._result, "job_id", None)
+        return str(job() if callable(job) else job)
+
+    def _wait(self) -> None:
+        try:
+            self._result.wait_until_finish()
+        except BaseException as error:
+            self._error = error
+        self._ended.set()
+
+    def _resolve(self, config: Config, stream: BeamReadConfig) -> Config:
+        """What Beam's reader cannot do: find topics by regex, and begin where it is told to."""
+        keys = self._source.partitions()
+        starts = self._source.starts(keys, at_start=True)
+        shared_committer(config.commit).commit({key: start.offset for key, start in starts.items()})
+        topics = tuple(dict.fromkeys(topic for topic, _ in keys))
+        return replace(config, stream=replace(stream, topics=topics))
+
+    def _offsets(self) -> tuple[dict[PartitionKey, int], dict[PartitionKey, int | None]]:
+        """What the group has committed, and what is left of each partition."""
+        try:
+            keys = self._source.partitions()
+            found = self._source.committed(keys)
+            committed = {key: offset for key, (offset, _) in found.items()}
+            lags: dict[PartitionKey, int | None] = {
+                key: max(0, self._source.range(key)[1] - offset)
+                for key, offset in committed.items()
+            }
+        except KafkaError:
+            return {}, {}
+        return committed, lags

@@ -1,0 +1,341 @@
+"""The pipeline on a real Flink cluster: JobManager, TaskManager and worker pool as processes.
+
+Each run is submitted by the program itself, with the options of a user. What must hold is read from
+Kafka and from the calls that the function got.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from pipeline.local.broker import KafkaBroker
+from pipeline.local.faults import unavailable
+from pipeline.local.flink import FlinkCluster
+from pipeline.local.lambda_server import LambdaServer
+from pipeline.local.processes import wait_until
+from tests import sink
+from tests.conftest import Names
+
+pytestmark = [pytest.mark.slow, pytest.mark.flink]
+
+READERS = ("native", "beam")
+WAIT_SECS = 300.0
+sink.RUN_SECS = 400.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[FlinkCluster]:
+    """One for all tests here; each of its processes may be lost and comes back."""
+    before = dict(os.environ)
+    # The workers' credentials are those of the process that starts the pool.
+    os.environ.update(sink.environment())
+    try:
+        with FlinkCluster(
+            job_server=True, expansion_service=True, high_availability=True
+        ) as running:
+            yield running
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture
+def server() -> Iterator[LambdaServer]:
+    with sink.serve() as running:
+        yield running
+
+
+class Flink:
+    """The cluster with topics and a group of one test's own."""
+
+    def __init__(self, cluster: FlinkCluster, broker: KafkaBroker, names: Names) -> None:
+        self.cluster, self.broker, self.rest = cluster, broker, cluster.rest
+        self.source, self.responses = names.topic("source"), names.topic("responses")
+        self.errors, self.group = names.topic("errors"), names.group()
+        self._count = 0
+
+    def create(self, partitions: int = 4) -> None:
+        for topic in (self.source, self.responses, self.errors):
+            self.broker.create_topic(topic, partitions)
+
+    def produce(self, partitions: int, count: int, topic: str | None = None) -> None:
+        self.broker.produce(topic or self.source, list(sink.numbered(partitions, count)))
+
+    def start(self, server: LambdaServer, reader: str = "native", **options: Any) -> sink.Sink:
+        """Submit the pipeline."""
+        given = {
+            "topics": self.source,
+            "consumer_group": self.group,
+            "response_topic": self.responses,
+            "runner": "PortableRunner",
+            "job_endpoint": self.cluster.job_endpoint,
+            "environment_type": "EXTERNAL",
+            "environment_config": self.cluster.worker_pool,
+            "parallelism": 2,
+            "checkpointing_interval": 1000,
+            "until": "forever",
+            "kafka_reader": reader,
+        }
+        if reader == "beam":
+            given["expansion_service"] = self.cluster.expansion_service
+        return sink.start(self.broker, server, **given | options)
+
+    def answered(self) -> int:
+        return len(self.broker.read_all(self.responses))
+
+    def committed(self, topic: str | None = None) -> dict[int, int]:
+        return self.broker.committed(self.group, topic or self.source)
+
+    def wait_committed(self, run: sink.Sink, expected: dict[int, int]) -> None:
+        run.until(lambda: self.committed() == expected, f"not committed: {expected}", WAIT_SECS)
+
+    def check(self, **how: Any) -> None:
+        sink.assert_exactly_once(
+            self.broker, self.group, [self.source], responses=self.responses, **how
+        )
+
+
+@pytest.fixture
+def flink(cluster: FlinkCluster, broker: KafkaBroker, names: Names) -> Iterator[Flink]:
+    yield Flink(cluster, broker, names)
+    cluster.rest.cancel_all()
+
+
+def _assert_never_ahead(calls: Iterable[sink.Invocation]) -> None:
+    """No call begins behind a record that was not answered yet; it may go back after a crash."""
+    reached: dict[Any, int] = {}
+    for call in calls:
+        first, last = call.offsets[0], call.offsets[-1]
+        assert call.offsets == tuple(range(first, last + 1))
+        due = reached.get(call.key, 0)
+        assert first <= due, f"{call.key}: {first} is sent, {due} was due"
+        if call.answered:
+            reached[call.key] = max(due, last + 1)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_record_is_answered_once_and_in_order(
+    flink: Flink, server: LambdaServer, reader: str
+) -> None:
+    flink.create(8)
+    flink.produce(8, 25_000)
+    ends = {"until": "caught_up"} if reader == "native" else {}
+    with flink.start(server, reader, batch_size=1000, **ends) as run:
+        if reader == "native":
+            ended = run.wait()
+            assert ended.summary["records"] == 200_000
+            assert ended.summary["committed"] == {f"{flink.source}-{p}": 25_000 for p in range(8)}
+        else:
+            flink.wait_committed(run, dict.fromkeys(range(8), 25_000))
+    flink.check()
+    sink.assert_in_order(sink.invocations(server))
+    sink.assert_rising(flink.broker, flink.responses)
+    sink.assert_answers_match(flink.broker, [flink.source], flink.responses)
+
+
+def _kill_broker(flink: Flink) -> None:
+    flink.broker.kill()
+    flink.broker.start()
+
+
+def _restart(name: str) -> Callable[[Flink], None]:
+    return lambda flink: flink.cluster.restart(name)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    "lose",
+    [
+        pytest.param(_restart("taskmanager-1"), id="taskmanager"),
+        pytest.param(_restart("worker-pool"), id="worker-pool"),
+        pytest.param(_restart("jobmanager"), id="jobmanager"),
+        pytest.param(_kill_broker, id="broker"),
+    ],
+)
+def test_a_lost_process_costs_repeats_and_no_record(
+    flink: Flink, reader: str, lose: Callable[[Flink], None]
+) -> None:
+    flink.create()
+    flink.produce(4, 3000)
+
+    def slowly(event: Any, context: Any) -> Any:
+        time.sleep(0.05)
+        return sink.answer(event)
+
+    with sink.serve(slowly) as server, flink.start(server, reader, batch_size=50) as run:
+        run.until(lambda: sum(flink.committed().values()) > 2000, "nothing committed", WAIT_SECS)
+        flink.check(crashed=True)
+        lose(flink)
+        wait_until(
+            lambda: flink.committed() == dict.fromkeys(range(4), 3000), "not done", WAIT_SECS
+        )
+        flink.check(crashed=True)
+        _assert_never_ahead(sink.invocations(server))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_partition_whose_function_is_down_stops_neither_the_others_nor_a_checkpoint(
+    flink: Flink, server: LambdaServer, reader: str
+) -> None:
+    flink.create()
+    flink.produce(4, 2000)
+    server.add_fault(unavailable(times=None, when=sink.of_partition(2)))
+    with flink.start(server, reader, checkpoint_timeout_millis=10_000) as run:
+        others = {0: 2000, 1: 2000, 3: 2000}
+        run.until(
+            lambda: {p: o for p, o in flink.committed().items() if p != 2} == others,
+            "the others are not done",
+            WAIT_SECS,
+        )
+        (job,) = flink.rest.running_jobs()
+        before = flink.rest.checkpoints(job.id)["counts"]
+        until = time.monotonic() + 12
+        while time.monotonic() < until:
+            flink.rest.wait_for_checkpoints(job.id)
+        after = flink.rest.checkpoints(job.id)["counts"]
+        assert after["failed"] == before["failed"]
+        assert after["restored"] == before["restored"]
+        assert flink.committed().get(2, 0) == 0
+        server.clear_faults()
+        flink.wait_committed(run, others | {2: 2000})
+    flink.check()
+    sink.assert_in_order(sink.invocations(server))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_halted_partition_stays_where_it_is_and_is_named(flink: Flink, reader: str) -> None:
+    flink.create()
+    flink.produce(4, 1000)
+    with (
+        sink.serve(sink.poison("order 1/500")) as server,
+        flink.start(server, reader, bisect_on_error=True) as run,
+    ):
+        flink.wait_committed(run, {0: 1000, 1: 500, 2: 1000, 3: 1000})
+        (job,) = flink.rest.running_jobs()
+        flink.rest.wait_for_checkpoints(job.id)
+        run.send(signal.SIGTERM)
+        ended = run.wait(code=3)
+    (halted,) = ended.summary["halted"]
+    assert (halted["topic"], halted["partition"], halted["offset"]) == (flink.source, 1, 500)
+    assert halted["error_type"] == "ValueError"
+    assert f"halted: {flink.source}-1 at offset 500" in ended.stderr
+    # A new job begins with the failed record, and has a function that is mended.
+    flink.cluster.rest.cancel_all()
+    with sink.serve() as server, flink.start(server, reader) as run:
+        flink.wait_committed(run, dict.fromkeys(range(4), 1000))
+        assert min(sink.offsets_called(server, 1))[0] == 500
+    flink.check(crashed=True)
+
+
+def test_a_drain_ends_open_batches_and_loses_nothing(flink: Flink, server: LambdaServer) -> None:
+    flink.create()
+    flink.produce(4, 70)
+    with flink.start(server, batch_size=1000, batch_window_secs=300) as run:
+        job = flink.rest.wait_for_job()
+        time.sleep(3)
+        assert flink.answered() == 0
+        flink.rest.stop(job, drain=True)
+        assert run.wait().summary["records"] == 280
+    assert flink.committed() == dict.fromkeys(range(4), 70)
+    flink.check()
+
+
+def test_a_savepoint_goes_on_with_another_parallelism(flink: Flink, server: LambdaServer) -> None:
+    flink.create()
+    flink.produce(4, 500)
+    with flink.start(server, batch_size=300, batch_window_secs=300) as run:
+        # One batch of each partition is full, one is open, and travels in the savepoint.
+        flink.wait_committed(run, dict.fromkeys(range(4), 300))
+        (job,) = flink.rest.running_jobs()
+        savepoint = flink.rest.stop(job.id)
+        run.wait()
+    flink.produce(4, 100)
+    with flink.start(
+        server, batch_size=300, batch_window_secs=300, parallelism=4, savepoint_path=savepoint
+    ) as run:
+        flink.wait_committed(run, dict.fromkeys(range(4), 600))
+    flink.check()
+    sink.assert_in_order(sink.invocations(server))
+    assert {len(call.offsets) for call in sink.invocations(server)} == {300}
+
+
+def test_a_job_without_a_savepoint_begins_at_the_group_s_offsets(
+    flink: Flink, server: LambdaServer
+) -> None:
+    flink.create()
+    flink.produce(4, 500)
+    with flink.start(server) as run:
+        flink.wait_committed(run, dict.fromkeys(range(4), 500))
+        flink.rest.cancel_all()
+        run.wait(code=None)
+    flink.produce(4, 300)
+    with flink.start(server) as run:
+        flink.wait_committed(run, dict.fromkeys(range(4), 800))
+    flink.check()
+    sink.assert_in_order(sink.invocations(server))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_topics_with_different_numbers_of_partitions(
+    flink: Flink, server: LambdaServer, names: Names, reader: str
+) -> None:
+    small = names.topic("small")
+    flink.create(5)
+    flink.broker.create_topic(small, 2)
+    flink.produce(5, 400)
+    flink.produce(2, 300, topic=small)
+    with flink.start(server, reader, topics=f"{flink.source},{small}") as run:
+        flink.wait_committed(run, dict.fromkeys(range(5), 400))
+        run.until(lambda: flink.committed(small) == {0: 300, 1: 300}, "the other topic", WAIT_SECS)
+    sink.assert_exactly_once(
+        flink.broker, flink.group, [flink.source, small], responses=flink.responses
+    )
+    sink.assert_in_order(sink.invocations(server))
+
+
+def test_partitions_and_topics_that_come_later_are_read(
+    flink: Flink, server: LambdaServer, names: Names
+) -> None:
+    later = names.topic("source-later")
+    flink.create(1)
+    flink.produce(1, 200)
+    pattern = f"{flink.source}|{later}"
+    with flink.start(server, topics=None, topics_regex=pattern) as run:
+        flink.wait_committed(run, {0: 200})
+        flink.broker.add_partitions(flink.source, 2)
+        flink.broker.create_topic(later, 1)
+        flink.produce(2, 100)
+        flink.produce(1, 50, topic=later)
+        flink.wait_committed(run, {0: 300, 1: 100})
+        run.until(lambda: flink.committed(later) == {0: 50}, "the later topic", WAIT_SECS)
+    sink.assert_in_order(sink.invocations(server))
+
+
+def test_lanes_keep_the_order_of_each_key(flink: Flink, server: LambdaServer) -> None:
+    flink.create(2)
+    flink.produce(2, 2000)
+    with flink.start(server, parallelization_factor=4, until="caught_up") as run:
+        run.wait()
+    assert flink.committed() == {0: 2000, 1: 2000}
+    flink.check()
+
+
+def test_flink_s_own_runner_takes_the_address_of_the_cluster(
+    flink: Flink, server: LambdaServer
+) -> None:
+    flink.create()
+    flink.produce(4, 100)
+    options = dict(
+        option.removeprefix("--").split("=", 1) for option in flink.cluster.runner_options()
+    )
+    with flink.start(
+        server, runner="FlinkRunner", job_endpoint=None, until="caught_up", **options
+    ) as run:
+        assert run.wait().summary["records"] == 400
+    flink.check()

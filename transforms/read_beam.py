@@ -1,0 +1,127 @@
+"""Read: Beam's ReadFromKafka -> RecordChunk. The reader of streaming runs that is Java.
+
+Each record comes as a row of its own; here rows become chunks again, right behind the read. A row
+does not say where its predecessor ended, so nothing can be waited for: the order is that in which
+the reader hands them over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.io.kafka import ReadFromKafka
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.windowed_value import WindowedValue
+
+from transforms.kafka import KafkaConfig
+from transforms.records import NO_TIMESTAMP, PartitionKey, RecordChunk, Records
+
+_CHUNK_RECORDS = 1_000
+_FIND_SECS = 10
+_LOG_APPEND_TIME = 1  # Java's number for a timestamp that the broker has set
+
+_BYTES = "org.apache.kafka.common.serialization.ByteArrayDeserializer"
+
+
+@dataclass(frozen=True, slots=True)
+class BeamReadConfig:
+    """How ReadFromKafka reads.
+
+    Attributes:
+        kafka: The cluster and the group. Of a settings file nothing is used: the settings of the
+            Java consumer become part of the job as it is submitted, so none may be a secret.
+        topics: Topics by name.
+        expansion_service: Address of an expansion service; None for Beam's own.
+    """
+
+    kafka: KafkaConfig
+    topics: tuple[str, ...]
+    expansion_service: str | None = None
+
+
+class ReadRows(beam.PTransform):
+    """Read with Beam's ReadFromKafka, and pack its rows.
+
+    Delivery: what a runner's checkpoint holds is read from there on; without one, from the
+    group's committed offsets on. Order: offsets rise per partition, as far as the runner keeps
+    the order between the read and the next step. Unbounded.
+    """
+
+    def __init__(self, config: BeamReadConfig) -> None:
+        super().__init__()
+        self._config = config
+
+    def expand(self, root: beam.pvalue.PBegin) -> beam.PCollection[RecordChunk]:
+        config = self._config
+        read = ReadFromKafka(
+            consumer_config={
+                "bootstrap.servers": config.kafka.bootstrap_servers,
+                "group.id": config.kafka.group,
+                "enable.auto.commit": "false",
+                # Where there is no committed offset: that is a partition that was found later.
+                "auto.offset.reset": "earliest",
+                "isolation.level": "read_committed",
+            },
+            topics=list(config.topics),
+            key_deserializer=_BYTES,
+            value_deserializer=_BYTES,
+            with_metadata=True,
+            dynamic_read_poll_interval_seconds=_FIND_SECS,
+            expansion_service=config.expansion_service,
+        )
+        pack = beam.ParDo(_PackFn()).with_output_types(RecordChunk)
+        return root | "ReadFromKafka" >> read | "Pack" >> pack
+
+    def display_data(self) -> dict[str, Any]:
+        return {"topics": ",".join(self._config.topics)}
+
+
+class _PackFn(beam.DoFn):
+    """Packs the rows of a bundle into chunks, per partition and in the order they came."""
+
+    def __init__(self) -> None:
+        self._records = beam.metrics.Metrics.counter("read", "records")
+        self._rows: dict[PartitionKey, list[Any]] = {}
+
+    def start_bundle(self) -> None:
+        self._rows = {}
+
+    def process(self, row: Any) -> Iterator[RecordChunk]:
+        key = (row.topic, row.partition)
+        rows = self._rows.setdefault(key, [])
+        rows.append(row)
+        if len(rows) == _CHUNK_RECORDS:
+            del self._rows[key]
+            yield self._pack(key, rows)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        window = GlobalWindow()
+        for key, rows in self._rows.items():
+            timestamp = max(row.timestamp for row in rows) / 1000
+            yield WindowedValue(self._pack(key, rows), max(0, timestamp), (window,))
+        self._rows = {}
+
+    def _pack(self, key: PartitionKey, rows: list[Any]) -> RecordChunk:
+        self._records.inc(len(rows))
+        rows.sort(key=_offset)
+        return RecordChunk(*key, rows[0].offset, rows[-1].offset + 1, to_columns(rows), first=True)
+
+
+def _offset(row: Any) -> int:
+    return int(row.offset)
+
+
+def to_columns(rows: list[Any]) -> Records:
+    """ReadFromKafka's rows as columns."""
+    by_broker = [row.timestampTypeId == _LOG_APPEND_TIME for row in rows]
+    return Records(
+        [row.offset for row in rows],
+        [row.timestamp if row.timestampTypeId >= 0 else NO_TIMESTAMP for row in rows],
+        [row.key for row in rows],
+        [row.value for row in rows],
+        [[(h.key, h.value) for h in row.headers] if row.headers else None for row in rows],
+        log_append=by_broker if any(by_broker) else (),
+    )
