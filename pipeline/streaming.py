@@ -58,6 +58,14 @@ def runner_options(runner: str, arguments: Sequence[str], bounded: bool) -> list
     return [*arguments, *(option for option in wanted if option.split("=", 1)[0] not in given)]
 
 
+def _fresh_metrics(result: Any) -> Any:
+    """What a job's metrics are now, by kind."""
+    if hasattr(result, "_metrics"):
+        # The result of a portable runner asks once, and gives that answer for ever.
+        result._metrics = None
+    return result.metrics().query()
+
+
 class StreamRun:
     """One submitted job, as far as the program that submitted it can see.
 
@@ -122,8 +130,7 @@ class StreamRun:
         """How the job stands; may be called from another thread."""
         totals, halted = Totals(), []
         result = self._result
-        counters = result.metrics().query()["counters"] if result else ()
-        for counter in counters:
+        for counter in _fresh_metrics(result)["counters"] if result else ():
             name = counter.key.metric
             if name.namespace == HALTS:
                 halted.append(halt_of(name.name))

@@ -577,7 +577,7 @@ class FlinkCluster:
                 "--javaClassLookupAllowlistFile=*",
                 # Inside the TaskManager, and as a source of Flink's own.
                 "--defaultEnvironmentType=EMBEDDED",
-                "--experiments=use_deprecated_read",
+                "--experiments=beam_fn_api",
             )
         return commands
 
