@@ -13,7 +13,8 @@ usage() {
 usage: ./run.sh COMMAND [arguments]
 
   setup                install into .venv (done by every other command when needed)
-  demo [...]           the whole pipeline on this machine, without AWS and without Kafka
+  demo [...]           the whole pipeline on this machine, without AWS and without Kafka;
+                       --runner=flink: with a real Kafka broker, on a Flink cluster
   run [...]            the pipeline; run --help lists its options
   test [--fast] [...]  the tests, with a real Kafka broker; --fast leaves the broker out
   test --flink [...]   the tests of streaming runs, with a real Flink cluster (experimental)
@@ -197,6 +198,9 @@ case $command in
     ;;
   demo | lambda)
     setup
+    if [[ $command == demo && " $* " =~ " --runner"[=\ ]"flink " ]]; then
+      require_servers kafka flink
+    fi
     cd "$CALLED_FROM" # file names among the arguments are relative to it
     exec "$VENV/bin/python" -m pipeline.local "$@"
     ;;
