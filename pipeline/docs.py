@@ -44,7 +44,7 @@ def _code(text: str) -> str:
 def _default(option: Option) -> str:
     if option.default is not None:
         return _code(option.default_text)
-    return "required" if option.help.endswith("Required.") else ""
+    return "required" if option.required else ""
 
 
 def _values(option: Option) -> str:
