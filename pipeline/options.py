@@ -355,8 +355,9 @@ GROUPS = (
             ),
             Option(
                 "max_concurrency",
-                "Invocations at once, over all partitions, at most. Where Lambda throttles there "
-                "are fewer, and more again while they succeed and others wait.",
+                "Invocations at once, over all partitions, at most; in a streaming run, of each "
+                "worker process. Where Lambda throttles there are fewer, and more again while they "
+                "succeed and others wait.",
                 kind="int",
                 default=100,
                 unit="invocations",
@@ -589,13 +590,13 @@ GROUPS = (
             Option(
                 "preflight",
                 "Check the topics and, with a DryRun invocation, the function before anything is "
-                "read. --no_preflight switches it off.",
+                "read. --preflight=false switches it off.",
                 kind="flag",
                 default=True,
             ),
             Option(
                 "until",
-                "forever runs until SIGTERM or SIGINT; caught_up ends when all that was in the "
+                "forever runs until it is told to stop; caught_up ends when all that was in the "
                 "topics at the start is done.",
                 kind="choice",
                 default="forever",

@@ -377,7 +377,7 @@ _ADVICE = {
     "AccessDenied": "check --aws_role_arn and its trust policy",
     "InvalidIdentityToken": "check the trust policy of --aws_role_arn: accounts.google.com",
     "MetadataRetrievalError": "--aws_web_identity=google needs a machine of Google Cloud; from "
-    "elsewhere --no_preflight leaves the check out",
+    "elsewhere --preflight=false leaves the check out",
     "EndpointConnectionError": _NETWORK,
     "ConnectTimeoutError": _NETWORK,
 }
