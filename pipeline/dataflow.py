@@ -264,13 +264,13 @@ def submission() -> Iterator[None]:
         ) from None
     except ValueError as error:
         raise UsageError(["Beam does not take the options: " + _line(error)]) from None
-    except service_errors() as error:
-        raise JobError("Dataflow does not take the job: " + _line(error)) from None
-    except (OSError, RuntimeError) as error:
-        raise JobError("the job cannot be staged: " + _line(error)) from None
+    except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError, *service_errors())):
+            raise
+        raise JobError("the job cannot be submitted: " + _line(error)) from None
 
 
-def service_errors() -> tuple[type[BaseException], ...]:
+def service_errors() -> tuple[type[Exception], ...]:
     """What a call to the service may end with."""
     if not has_libraries():
         return ()

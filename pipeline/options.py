@@ -1171,7 +1171,14 @@ def resolve(
     """
     ours, rest = _parser().parse_known_args(arguments)
     given = {name: text for name, text in vars(ours).items() if text is not None}
+    # A misspelt option must not be passed over.
     beam, problems = parse_beam(rest)
+    if beam and beam.template_location:
+        # But the parameters of a template were checked before it was launched, and what else its
+        # launcher gives is none of the user's doing.
+        for problem in problems:
+            _LOGGER.warning("%s; it is passed over", problem)
+        problems = []
     runner = _runner(rest)
     if runner not in DIRECT_RUNNERS + STREAM_RUNNERS:
         supported = ", ".join(DIRECT_RUNNERS[:1] + STREAM_RUNNERS)
@@ -1289,20 +1296,12 @@ def _beam_parser() -> argparse.ArgumentParser:
 
 
 def parse_beam(rest: Sequence[str]) -> tuple[argparse.Namespace | None, list[str]]:
-    """Beam's options by name, and what neither we nor Beam know.
-
-    A misspelt option must not be passed over. But the launcher of a Dataflow template has checked
-    the parameters itself, and what else it gives is none of a user's doing.
-    """
+    """Beam's options by name, and what neither we nor Beam know. Pure."""
     try:
         beam, unknown = _beam_parser().parse_known_args(list(rest))
     except UsageError as error:
         return None, list(error.problems)
     unknown = [argument for argument in unknown if not _is_flinks(argument)]
-    if beam.template_location:
-        for argument in unknown:
-            _LOGGER.warning("%s is not an option; passed over", argument.split("=", 1)[0])
-        return beam, []
     names = [f"--{name}" for name in OPTIONS]
     problems = []
     for before, argument in zip(["", *unknown], unknown):

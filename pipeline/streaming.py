@@ -33,6 +33,7 @@ from transforms.source import SourceOffsets
 _LOGGER = logging.getLogger(__name__)
 
 _CHECKPOINT_MS = 10_000
+_ASK_KAFKA_SECS = 120.0
 
 
 def runner_options(
@@ -101,6 +102,7 @@ class StreamRun:
         self._started = started
         self._timer = timer
         self._source = SourceOffsets(config.source, make_consumer(config.kafka))
+        self._ask_kafka_at = float("-inf")
         self._result: Any = None
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -140,15 +142,17 @@ class StreamRun:
 
     def _submit(self, config: Config) -> Any:
         """Build the pipeline and hand it to the runner."""
-        on_dataflow = self._runner == dataflow.RUNNER
         bounded = config.run.until == "caught_up"
         arguments = runner_options(self._runner, self._arguments, bounded, config.kafka.group)
-        with dataflow.submission() if on_dataflow else nullcontext():
+        on_dataflow = self._runner == dataflow.RUNNER
+        submission = dataflow.submission if on_dataflow else nullcontext
+        with submission():
             options = PipelineOptions(arguments)
             if on_dataflow:
                 dataflow.check_update(options)
             pipeline = beam.Pipeline(options=options)
-            build(pipeline, config)
+        build(pipeline, config)
+        with submission():
             return pipeline.run()
 
     def status(self) -> Status:
@@ -160,7 +164,9 @@ class StreamRun:
             if name.namespace == HALTS:
                 halted.append(halt_of(name.name))
             else:
-                totals.counters[f"{name.namespace}.{name.name}"] += counter.committed or 0
+                # Not every runner tells what is committed of what was tried.
+                counted = counter.attempted if counter.committed is None else counter.committed
+                totals.counters[f"{name.namespace}.{name.name}"] += counted or 0
         committed, lags = self._offsets() if result else ({}, {})
         return Status(totals, 0, lags, halted, committed, self._timer() - self._started)
 
@@ -179,13 +185,15 @@ class StreamRun:
         return _job_of(self._result) or ""
 
     def _wait(self) -> None:
+        error: BaseException | None = None
         try:
             self._result.wait_until_finish()
-        except BaseException as error:
-            if self._runner == dataflow.RUNNER and dataflow.ended_on_purpose(self._result):
-                _LOGGER.info("the job %s was ended: %s", self._name, self._result.state)
-            else:
-                self._error = error
+        except BaseException as raised:
+            error = raised
+        if self._runner == dataflow.RUNNER and dataflow.ended_on_purpose(self._result):
+            _LOGGER.info("the job %s was ended: %s", self._name, self._result.state)
+        else:
+            self._error = error
         self._ended.set()
 
     def _resolve(self, config: Config, stream: BeamReadConfig) -> Config:
@@ -198,6 +206,9 @@ class StreamRun:
 
     def _offsets(self) -> tuple[dict[PartitionKey, int], dict[PartitionKey, int | None]]:
         """What the group has committed, and what is left of each partition."""
+        # Who leaves the job alone does not want to wait for it either.
+        if self._stop.is_set() or self._timer() < self._ask_kafka_at:
+            return {}, {}
         try:
             keys = self._source.partitions()
             found = self._source.committed(keys)
@@ -207,5 +218,7 @@ class StreamRun:
                 for key, offset in committed.items()
             }
         except KafkaError:
+            # Where it is the cluster's workers that Kafka is in reach of, each question takes long.
+            self._ask_kafka_at = self._timer() + _ASK_KAFKA_SECS
             return {}, {}
         return committed, lags
