@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.google_service import Google
 from transforms import text_file
 from transforms.errors import UsageError
 from transforms.filter import load_criteria
@@ -185,61 +182,13 @@ def test_bytes_that_are_no_text_are_refused_in_one_line() -> None:
 # -- Google's clients ------------------------------------------------------------------------------
 
 
-class Google:
-    """Cloud Storage and Secret Manager on this machine, as far as their clients ask here.
-
-    Attributes:
-        contents: By name, what is there; a number is a status to answer with.
-        asked: The paths of what was asked for.
-    """
-
-    def __init__(self) -> None:
-        self.contents: dict[str, bytes | int] = {}
-        self.asked: list[str] = []
-        google = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                path = urlsplit(self.path).path
-                # The client also asks after the bucket, in the background, for its own statistics.
-                if "/o/" in path or path.endswith(":access"):
-                    google.asked.append(path)
-                status, content = google._answer(path)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def _answer(self, path: str) -> tuple[int, bytes]:
-        is_secret = path.endswith(":access")
-        name = unquote(path.partition("/o/")[2]) if not is_secret else path[4:-7]
-        found = self.contents.get(name, 404)
-        if isinstance(found, int):
-            error = {"code": found, "message": f"Permission {found} on {name}", "status": "X"}
-            return found, json.dumps({"error": error}).encode()
-        if is_secret:
-            payload = {"data": base64.b64encode(found).decode()}
-            return 200, json.dumps({"name": name, "payload": payload}).encode()
-        return 200, found
-
-
 @pytest.fixture
 def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[Google]:
-    made = Google()
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", made.url)
-    monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER", made.url + "/")
     monkeypatch.setattr(text_file, "_TIMEOUT_SECS", 2.0)
-    threading.Thread(target=made.server.serve_forever, daemon=True).start()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    with Google() as running:
+        for name, value in running.environment.items():
+            monkeypatch.setenv(name, value)
+        yield running
 
 
 def test_a_secret_and_an_object_are_read_as_they_are(google: Google) -> None:
