@@ -26,7 +26,12 @@ from tests.dockerfile import Dockerfile
 
 def template_spec(image: str, metadata: dict[str, Any]) -> dict[str, Any]:
     """The file that ``gcloud dataflow flex-template build`` writes for a Python template."""
-    return {"image": image, "metadata": metadata, "sdkInfo": {"language": "PYTHON"}}
+    return {
+        "defaultEnvironment": {},
+        "image": image,
+        "metadata": metadata,
+        "sdkInfo": {"language": "PYTHON"},
+    }
 
 
 def parse_spec(spec: dict[str, Any]) -> dataflow.ContainerSpec:

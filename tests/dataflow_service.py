@@ -351,3 +351,55 @@ def everything_in(content: bytes) -> Iterator[bytes]:
                     yield from everything_in(decompress(inner))
                 except (OSError, ValueError, zlib.error):
                     continue
+
+
+_SNAPPY = b"\x82SNAPPY\x00"
+
+
+def unsnapped(payload: bytes) -> bytes:
+    """A payload of Beam's Java half: what it has packed with Snappy, in the place where it is.
+
+    By its public format (github.com/google/snappy), in the blocks of the Java library.
+    """
+    before, mark, rest = payload.partition(_SNAPPY)
+    if not mark:
+        return payload
+    at = 8  # two numbers of versions
+    out = bytearray()
+    while at + 4 <= len(rest):
+        size = int.from_bytes(rest[at : at + 4], "big")
+        if not 0 < size <= len(rest) - at - 4:
+            break
+        out += _unsnap_block(rest[at + 4 : at + 4 + size])
+        at += 4 + size
+    return before + bytes(out) + rest[at:]
+
+
+def _unsnap_block(block: bytes) -> bytes:
+    at = 0
+    while block[at] & 0x80:  # the length, which the end of the block says too
+        at += 1
+    at += 1
+    out = bytearray()
+    while at < len(block):
+        tag, kind = block[at], block[at] & 3
+        at += 1
+        if kind == 0:
+            size = (tag >> 2) + 1
+            if size > 60:
+                width = size - 60
+                size = int.from_bytes(block[at : at + width], "little") + 1
+                at += width
+            out += block[at : at + size]
+            at += size
+            continue
+        if kind == 1:
+            size, back = (tag >> 2 & 7) + 4, (tag >> 5 << 8) + block[at]
+            at += 1
+        else:
+            width = 2 if kind == 2 else 4
+            size, back = (tag >> 2) + 1, int.from_bytes(block[at : at + width], "little")
+            at += width
+        for _ in range(size):
+            out.append(out[-back])
+    return bytes(out)
