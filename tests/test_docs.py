@@ -87,7 +87,7 @@ DATAFLOWS = {
     "update",
     "dry_run",
 }
-GCLOUD = {"repository", "location", "data", "role", "member", "format"}
+GCLOUD = {"print", "repository", "location", "data", "role", "member", "format"}
 SHELL = {"summary", "system", "wheel", "now", "no", "from"}
 
 parametrize_pages = pytest.mark.parametrize(
