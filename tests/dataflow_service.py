@@ -52,6 +52,7 @@ class DataflowService:
         jobs: All jobs by id, in the order of their creation.
         page_size: Jobs on a page of the list.
         refusal: Status and message that every submission is answered with.
+        taken: Whether each submission is answered with the job of another one.
         ending: State that every new job is in once it has been submitted.
         messages: What the log of every job says, as errors.
         counters: Counters of every job: (namespace, name) to its value.
@@ -62,6 +63,7 @@ class DataflowService:
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     page_size: int = 2
     refusal: tuple[int, str] | None = None
+    taken: bool = False
     ending: str = "JOB_STATE_RUNNING"
     messages: list[str] = field(default_factory=list)
     counters: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -141,6 +143,8 @@ class DataflowService:
         self.submitted.append(job)
         made = self._add(job | {"projectId": project, "location": region}, self.ending)
         answer = {name: made[name] for name in (*_SHOWN, "clientRequestId") if name in made}
+        if self.taken:
+            answer["clientRequestId"] = "another"
         return 200, answer | {"currentState": "JOB_STATE_RUNNING"}
 
     def _list(self, query: dict[str, list[str]]) -> dict[str, Any]:

@@ -13,13 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import apache_beam as beam
 import pytest
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions, StandardOptions
 from apache_beam.runners.runner import PipelineState
 from google.api_core.exceptions import PermissionDenied
 from google.auth.exceptions import DefaultCredentialsError
 
 from pipeline import dataflow
+from pipeline.build import build
 from pipeline.options import parse_arguments, parse_beam, resolve
 from pipeline.streaming import runner_options
 from tests.dataflow_service import ROOT, DataflowService, job_arguments
@@ -42,14 +44,13 @@ GIVEN = {
 
 def _beam(**given: str | None) -> Any:
     arguments = [f"--{name}={value}" for name, value in (GIVEN | given).items() if value]
-    beam, problems = parse_beam(arguments)
+    parsed, problems = parse_beam(arguments)
     assert not problems
-    return beam
+    return parsed
 
 
 def _problems(config_file: str | None = None, **given: str | None) -> list[str]:
-    beam = _beam(**given)
-    return dataflow.problems(beam, config_file, lambda: True, lambda: None)
+    return dataflow.problems(_beam(**given), config_file, lambda: True, lambda: None)
 
 
 # -- checks ----------------------------------------------------------------------------------------
@@ -259,6 +260,23 @@ def test_a_job_is_called_after_its_group(group: str, name: str) -> None:
     assert _problems(job_name=name) == []
 
 
+def test_beam_s_own_checks_for_the_service_pass() -> None:
+    """All of them, which an endpoint on this machine is spared; nothing is staged or sent."""
+    arguments = [f"--{name}={value}" for name, value in GIVEN.items()]
+    arguments += ["--runner=DataflowRunner", "--dry_run=true"]
+    options = PipelineOptions(runner_options("DataflowRunner", arguments, False, "orders"))
+    pipeline = beam.Pipeline(options=options)
+    ours = ["--kafka_bootstrap_servers=b:1", "--topics=t", "--consumer_group=g", "--function=f"]
+    config, _ = parse_arguments([*arguments, *ours])
+    build(pipeline, config)
+    result = pipeline.run()
+    # On the service Beam would by itself send the main module along.
+    assert options.view_as(SetupOptions).save_main_session is False
+    assert options.view_as(StandardOptions).streaming
+    assert result.job.proto.name == "beam-lambda-sink-orders"
+    assert len(result.job.proto_pipeline.components.environments) == 1
+
+
 # -- updates ---------------------------------------------------------------------------------------
 
 
@@ -395,6 +413,15 @@ def test_the_program_says_what_the_service_refuses(
     assert said[-1].startswith(f"error: the job cannot be submitted: {status} ")
     assert said[-1].endswith("this is refused")
     assert "Traceback" not in program.stderr
+
+
+def test_a_second_job_of_a_group_is_not_begun(service: DataflowService, tmp_path: Path) -> None:
+    service.taken = True
+    program = _program(service, tmp_path)
+    assert program.returncode == 1
+    last = program.stderr.splitlines()[-1]
+    assert last.startswith("error: the job cannot be submitted: There is already active job named")
+    assert "beam-lambda-sink-orders-to-lambda" in last
 
 
 @dataclass

@@ -801,6 +801,13 @@ def test_launch_checks_the_parameters_as_the_service_does(
     assert not list(tmp_path.rglob("hacked"))
 
 
+def test_a_value_that_leaves_no_separator_is_said_so(gcloud: Gcloud) -> None:
+    done = gcloud.run("launch.sh", LAUNCH, *LAUNCHED, "starting_timestamp=~;|#!%")
+    assert done.stderr == (
+        "error: the parameters have all of ~ ; | # ! % in them; leave one of these out\n"
+    )
+
+
 def test_launch_names_every_required_parameter(gcloud: Gcloud) -> None:
     done = gcloud.run("launch.sh", LAUNCH)
     named = [line.split()[1] for line in done.stderr.splitlines()]

@@ -144,11 +144,15 @@ def test_what_was_known_serves_while_it_cannot_be_fetched(
     assert texts.get(STORED) == "a=3"
 
 
-def test_a_failure_is_not_kept() -> None:
-    store = Store(CannotRead("not yet"), b"a=1")
-    texts = RemoteTexts(store, Clock())
-    with pytest.raises(CannotRead):
-        texts.get(STORED)
+def test_a_failure_is_kept_for_a_moment_only() -> None:
+    """Many clients that are made at once do not each wait for what does not answer."""
+    clock, store = Clock(), Store(CannotRead("not yet"), b"a=1")
+    texts = RemoteTexts(store, clock)
+    for _ in range(9):
+        with pytest.raises(CannotRead, match="not yet"):
+            texts.get(STORED)
+    assert store.asked == 1
+    clock.now = 5.1
     assert texts.get(STORED) == "a=1"
 
 
@@ -177,6 +181,12 @@ def test_bytes_that_are_no_text_are_refused_in_one_line() -> None:
     texts = RemoteTexts(Store(b"\xff\xfe"), Clock())
     with pytest.raises(UsageError, match="cannot be read: it is not UTF-8 text"):
         read_text("kafka_config_file", STORED, texts)
+
+
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known yet in this process."""
+    monkeypatch.setattr(text_file._remote_texts, "_texts", {})
+    monkeypatch.setattr(text_file._remote_texts, "_failures", {})
 
 
 # -- Google's clients ------------------------------------------------------------------------------
@@ -248,6 +258,7 @@ def test_without_credentials_there_is_advice(monkeypatch: pytest.MonkeyPatch, pa
 def test_without_google_s_libraries_it_is_said_how_to_get_them(
     monkeypatch: pytest.MonkeyPatch, path: str, module: str
 ) -> None:
+    _fresh(monkeypatch)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UsageError) as raised:
         load_properties(path)
@@ -255,11 +266,6 @@ def test_without_google_s_libraries_it_is_said_how_to_get_them(
         f"--kafka_config_file={path} cannot be read: Google's libraries are not installed: "
         f"pip install 'beam-lambda-sink[gcp]'",
     )
-
-
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is known yet in this process."""
-    monkeypatch.setattr(text_file._remote_texts, "_texts", {})
 
 
 @pytest.mark.parametrize(

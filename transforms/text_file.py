@@ -24,6 +24,8 @@ SECRET_FORM = "secretmanager://projects/PROJECT/secrets/SECRET/versions/latest"
 GCS_FORM = "gs://BUCKET/OBJECT"
 
 _KEPT_SECS = 300.0
+# So that not each of many clients waits in turn for what does not answer.
+_FAILURE_KEPT_SECS = 5.0
 _TIMEOUT_SECS = 20.0
 
 _PART = r"[A-Za-z0-9._:-]+"
@@ -175,6 +177,7 @@ class RemoteTexts:
         self._timer = timer
         self._lock = threading.Lock()
         self._texts: dict[str, tuple[float, str]] = {}
+        self._failures: dict[str, tuple[float, CannotRead]] = {}
 
     def get(self, path: str) -> str:
         """The text, fetched anew when it is older than five minutes.
@@ -185,16 +188,19 @@ class RemoteTexts:
         """
         with self._lock:
             fetched, text = self._texts.get(path, (float("-inf"), ""))
-            now = self._timer()
-            if now - fetched < _KEPT_SECS:
+            if self._timer() - fetched < _KEPT_SECS:
                 return text
+            failed, failure = self._failures.get(path, (float("-inf"), CannotRead()))
+            if self._timer() - failed < _FAILURE_KEPT_SECS:
+                raise failure
             try:
                 text = self._fetch(path).decode("utf-8-sig")
             except CannotRead as error:
                 if path not in self._texts:
+                    self._failures[path] = (self._timer(), error)
                     raise
                 _LOGGER.warning("%s: %s; going on with what it was before", path, error)
-            self._texts[path] = (now, text)
+            self._texts[path] = (self._timer(), text)
             return text
 
 

@@ -53,43 +53,23 @@ check_optional MACHINE_TYPE '^[a-z0-9-]+$' "a machine type, such as n2-standard-
 check_optional NUM_WORKERS '^[1-9][0-9]*$' "a number of workers, such as 1"
 check_optional MAX_WORKERS '^[1-9][0-9]*$' "a number of workers, such as 4"
 
-# What the service would refuse a minute later.
-while IFS= read -r line; do
-  problem "$line"
-done < <(python3 - "$HERE/metadata.json" ${PARAMETERS[@]+"${PARAMETERS[@]}"} <<'END'
-import json, re, sys
-
-with open(sys.argv[1], encoding="utf-8") as file:
-    declared = {one["name"]: one for one in json.load(file)["parameters"]}
-given = {}
-for argument in sys.argv[2:]:
-    name, _, value = argument.partition("=")
-    if name in given:
-        print(f"{name} is given twice; give it once")
-    if name not in declared:
-        print(f"{name} is not a parameter of the template; README.md lists them")
-    given[name] = value
-for name, one in declared.items():
-    value = given.get(name)
-    choices = [choice["value"] for choice in one.get("enumOptions", ())]
-    if value is None:
-        if not one.get("isOptional") and name != "sdk_container_image":
-            print(f"{name} is missing; {one['helpText']}")
-    elif choices and value not in choices:
-        print(f"{name}={value} is not allowed; give one of {', '.join(choices)}")
-    elif not all(re.fullmatch(regex, value) for regex in one.get("regexes", ())):
-        print(f"{name}={value} is not of the form {' '.join(one['regexes'])}; {one['helpText']}")
-END
-)
+# Without one that fits, which is said already, any will do for what follows.
+[[ ${IMAGE:-} =~ $IMAGE_FORM ]] || IMAGE=$IMAGE_EXAMPLE
+PARAMETERS+=("sdk_container_image=$IMAGE")
+if ! command -v python3 >/dev/null; then
+  problem "python3 is not on the PATH; install Python"
+else
+  while IFS= read -r line; do problem "$line"; done \
+    < <(python3 "$HERE/check_parameters.py" "$HERE/metadata.json" "${PARAMETERS[@]}")
+fi
 check_gcloud
 
 # Values have commas; so something that none of them has separates them.
-PARAMETERS+=("sdk_container_image=${IMAGE:-}")
 SEPARATOR=""
-for candidate in '~' ';' '|' '#' '::' ';;'; do
+for candidate in '~' ';' '|' '#' '!' '%'; do
   if [[ -z $SEPARATOR && ${PARAMETERS[*]} != *"$candidate"* ]]; then SEPARATOR=$candidate; fi
 done
-[[ -n $SEPARATOR ]] || problem "the parameters have all of ~ ; | # in them; leave one of these out"
+[[ -n $SEPARATOR ]] || problem "the parameters have all of ~ ; | # ! % in them; leave one of these out"
 end_with_problems
 
 JOINED=""
