@@ -83,6 +83,7 @@ def _run(resolved: Resolved, started: float) -> int:
     assert config
     stop = threading.Event()
     direct = resolved.runner in DIRECT_RUNNERS
+    status: Status | None
     stop_on_signals(stop, "finishing what is running" if direct else "leaving the job")
     tune_interpreter()
     live = sys.stderr.isatty() and config.run.log_format == "text"
@@ -94,6 +95,8 @@ def _run(resolved: Resolved, started: float) -> int:
             run = StreamRun(config, resolved.runner, resolved.beam_arguments, stop, started)
         with Progress(run.status, live):
             status = run.run()
+        if status is None:
+            return DONE
     except BaseException:
         if config.run.summary == "json":
             status = run.status() if run else Status.of_nothing(monotonic() - started)

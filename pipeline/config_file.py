@@ -16,6 +16,7 @@ import yaml
 
 from pipeline import connector, mapping
 from pipeline.carried import OWN, Carried
+from transforms import text_file
 from transforms.errors import UsageError
 
 _ESCAPES = {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}
@@ -30,15 +31,7 @@ def read_text(path: str) -> str:
     Raises:
         UsageError: It cannot be read.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        if isinstance(error, UnicodeDecodeError):
-            why = "it is not UTF-8 text"
-        shown = path if path.isprintable() else repr(path)
-        raise UsageError([f"--config={shown} cannot be read: {why}"]) from None
+    return text_file.read_text("config", path)
 
 
 def load(

@@ -1,7 +1,8 @@
 """Docs: what is made from declarations in the code.
 
-From the options docs/options.md, the table in README.md, and those of redrive in docs/redrive.md;
-from what becomes of each setting of another system the tables in docs/coming-from.md.
+From the options docs/options.md, the table in README.md, those of redrive in docs/redrive.md, and
+the parameters of the template for Dataflow; from what becomes of each setting of another system
+the tables in docs/coming-from.md.
 ``python -m pipeline.docs`` writes them; with ``--check`` it only says which of them is stale.
 """
 
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline import connector, mapping, redrive
+from pipeline import connector, flex_template, mapping, redrive
 from pipeline.carried import Row
 from pipeline.explain import explain
 from pipeline.options import GROUPS, Option, resolve
@@ -21,6 +22,7 @@ from pipeline.options import OPTIONS as DECLARED
 ROOT = Path(__file__).parent.parent
 README, OPTIONS = "README.md", "docs/options.md"
 COMING_FROM, REDRIVE = "docs/coming-from.md", "docs/redrive.md"
+METADATA, TEMPLATE = "templates/dataflow/metadata.json", "templates/dataflow/README.md"
 
 _HEAD = """# Options
 
@@ -44,7 +46,7 @@ def _code(text: str) -> str:
 def _default(option: Option) -> str:
     if option.default is not None:
         return _code(option.default_text)
-    return "required" if option.help.endswith("Required.") else ""
+    return "required" if option.required else ""
 
 
 def _values(option: Option) -> str:
@@ -122,6 +124,17 @@ def _redrive_options() -> str:
     return "\n" + "\n".join(map(_option, redrive.GROUP.options))
 
 
+def template_page(page: str) -> str:
+    """The template's README with fresh tables."""
+    for name, made in (
+        ("required", flex_template.required_table()),
+        ("optional", flex_template.optional_table()),
+        ("left out", flex_template.left_out_list()),
+    ):
+        page = with_part(name, page, made, TEMPLATE)
+    return page
+
+
 def _explained(page: str) -> str:
     """What --explain says of the connector on the page, without the lines of our defaults."""
     found = re.search(r"<!-- connector.json -->\n```json\n(.*?)```", page, re.DOTALL)
@@ -134,13 +147,15 @@ def _explained(page: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the files, or check them; returns the exit code."""
-    names = (README, OPTIONS, COMING_FROM, REDRIVE)
+    names = (README, OPTIONS, COMING_FROM, REDRIVE, METADATA, TEMPLATE)
     found = {name: _read(ROOT / name) for name in names}
     made = {
         README: with_part("options", found[README], options_table(), README),
         OPTIONS: options_page(),
         COMING_FROM: coming_from(found[COMING_FROM]),
         REDRIVE: with_part("options", found[REDRIVE], _redrive_options(), REDRIVE),
+        METADATA: flex_template.metadata_text(),
+        TEMPLATE: template_page(found[TEMPLATE]),
     }
     stale = [name for name in made if made[name] != found[name]]
     if "--check" in arguments:

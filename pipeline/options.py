@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,9 @@ from typing import Any, NoReturn
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from pipeline import config_file
+from pipeline import config_file, dataflow
 from pipeline.carried import OWN, Carried, Value
-from transforms import destination, envelope, formats, payload, reply
+from transforms import destination, envelope, formats, payload, reply, text_file
 from transforms.aws import FUNCTION, MAX_ASYNC_BYTES, MAX_SYNC_BYTES, FunctionConfig
 from transforms.batch import BatchConfig
 from transforms.breaker import BreakerPolicy
@@ -42,6 +43,8 @@ from transforms.schemas import CONNECT, STANDARD
 from transforms.source import AT_TIMESTAMP, LATEST, TRIM_HORIZON, SourceConfig
 from transforms.write import WriteConfig
 
+_LOGGER = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -58,6 +61,8 @@ class Option:
         special: A value outside the range that is allowed, and what it means.
         choices: What a ``choice`` may be.
         example: A value for the docs.
+        pattern: Regular expression that a text has to match as a whole, in words that Python and
+            the consoles of others know alike.
     """
 
     name: str
@@ -70,6 +75,16 @@ class Option:
     special: tuple[int, str] | None = None
     choices: tuple[str, ...] = ()
     example: str = ""
+    pattern: str = ""
+
+    @property
+    def required(self) -> bool:
+        """Whether no run goes without it."""
+        return self.help.endswith("Required.")
+
+    def fits(self, text: str) -> bool:
+        """Whether a text has the option's form."""
+        return re.fullmatch(self.pattern, text) is not None
 
     @property
     def range(self) -> str:
@@ -120,6 +135,8 @@ _RETRY_LIMIT: dict[str, Any] = {
 
 _NONE = "NONE"
 
+_TOPIC = "[a-zA-Z0-9._-]{1,249}"
+
 GROUPS = (
     Group(
         "Configuration",
@@ -148,13 +165,16 @@ GROUPS = (
                 "kafka_bootstrap_servers",
                 "Kafka brokers to begin with, as a comma separated host:port list. Required.",
                 example="broker-1:9092,broker-2:9092",
+                pattern=r"[^,:\s]+:\d{1,5}(,[^,:\s]+:\d{1,5})*|(\[[0-9a-fA-F:]+\]:\d{1,5},?)+",
             ),
             Option(
                 "kafka_config_file",
                 "Properties file with settings for the Kafka clients (SASL, TLS, anything "
                 "librdkafka takes). Names that begin with response. or error. are for the producer "
                 "of that topic, schema.registry. for the schema registry. ${env:NAME} is replaced "
-                "by the environment variable NAME.",
+                "by the environment variable NAME. It may be in Cloud Storage, as "
+                f"{text_file.GCS_FORM}, or in Secret Manager, as {text_file.SECRET_FORM}; each "
+                "worker reads it there.",
                 example="kafka.properties",
             ),
             Option(
@@ -162,6 +182,7 @@ GROUPS = (
                 "Topics to read, comma separated. Exactly one of --topics and --topics_regex.",
                 kind="list",
                 example="orders,payments",
+                pattern=_TOPIC,
             ),
             Option(
                 "topics_regex",
@@ -216,7 +237,7 @@ GROUPS = (
             Option(
                 "filter_criteria",
                 "JSON or YAML file with the FilterCriteria of an event source mapping: a record "
-                "that no filter in it matches is not sent, only committed.",
+                "that no filter in it matches is not sent, only committed. May be a gs:// path.",
                 example="filters.json",
             ),
             Option(
@@ -238,6 +259,8 @@ GROUPS = (
                 "function",
                 "Function to invoke: a name, name:version, name:alias, or an ARN. Required.",
                 example="process-orders:live",
+                # Of the same form, without the names of its groups, which not everybody knows.
+                pattern=re.sub(r"\?P<\w+>", "", FUNCTION.pattern),
             ),
             Option(
                 "invocation_type",
@@ -254,13 +277,29 @@ GROUPS = (
             ),
             Option(
                 "aws_role_arn",
-                "Role to assume, with the credentials of AWS's default chain.",
+                "Role to assume, with the credentials of AWS's default chain, or as "
+                "--aws_web_identity says.",
                 example="arn:aws:iam::123456789012:role/invoke-orders",
+                pattern=r"arn:aws[a-zA-Z-]*:iam::\d{12}:role/\S+",
+            ),
+            Option(
+                "aws_web_identity",
+                "Assume --aws_role_arn without any key: google with the identity token that the "
+                "metadata server of Google Cloud gives to a virtual machine, a pod or a worker of "
+                "Dataflow.",
+                kind="choice",
+                choices=("google",),
+            ),
+            Option(
+                "aws_web_identity_audience",
+                "Audience of that token, as the trust policy of the role has it.",
+                default="sts.amazonaws.com",
             ),
             Option(
                 "lambda_endpoint_url",
                 "Another endpoint than AWS's, such as a local Lambda or a VPC endpoint.",
                 example="http://127.0.0.1:9200",
+                pattern=r"https?://[^/@\s]+(/\S*)?",
             ),
             Option(
                 "function_timeout_secs",
@@ -316,8 +355,9 @@ GROUPS = (
             ),
             Option(
                 "max_concurrency",
-                "Invocations at once, over all partitions, at most. Where Lambda throttles there "
-                "are fewer, and more again while they succeed and others wait.",
+                "Invocations at once, over all partitions, at most; in a streaming run, of each "
+                "worker process. Where Lambda throttles there are fewer, and more again while they "
+                "succeed and others wait.",
                 kind="int",
                 default=100,
                 unit="invocations",
@@ -353,6 +393,7 @@ GROUPS = (
                 "ARN of the MSK cluster, for the other envelopes. Not given: the function gets "
                 "events of a self-managed Kafka.",
                 example="arn:aws:kafka:eu-central-1:123456789012:cluster/orders/5a7c-2",
+                pattern=r"arn:aws[a-zA-Z-]*:kafka:[a-z0-9-]+:\d{12}:cluster/\S+",
             ),
             Option(
                 "key_format",
@@ -410,6 +451,7 @@ GROUPS = (
                 "an Avro, Protobuf or JSON schema. Its login and TLS settings are in "
                 "--kafka_config_file under schema.registry. Not given: records are not decoded.",
                 example="https://registry.example.com:8081",
+                pattern=r"https?://[^/@\s,]+(/[^\s,]*)?(,https?://[^/@\s,]+(/[^\s,]*)?)*",
             ),
             Option(
                 "schema_validation",
@@ -508,11 +550,13 @@ GROUPS = (
                 "Topic for the function's results, one record each, or one per invocation with "
                 "--reply=any.",
                 example="orders-results",
+                pattern=_TOPIC,
             ),
             Option(
                 "error_topic",
                 "Topic for the error records of --on_error=log.",
                 example="orders-errors",
+                pattern=_TOPIC,
             ),
             Option(
                 "response_format",
@@ -546,13 +590,13 @@ GROUPS = (
             Option(
                 "preflight",
                 "Check the topics and, with a DryRun invocation, the function before anything is "
-                "read. --no_preflight switches it off.",
+                "read. --preflight=false switches it off.",
                 kind="flag",
                 default=True,
             ),
             Option(
                 "until",
-                "forever runs until SIGTERM or SIGINT; caught_up ends when all that was in the "
+                "forever runs until it is told to stop; caught_up ends when all that was in the "
                 "topics at the start is done.",
                 kind="choice",
                 default="forever",
@@ -578,7 +622,7 @@ GROUPS = (
 
 DIRECT_RUNNERS = ("DirectRunner", "direct")
 FLINK_RUNNERS = ("FlinkRunner", "PortableRunner")
-STREAM_RUNNERS = (*FLINK_RUNNERS, "DataflowRunner")
+STREAM_RUNNERS = (*FLINK_RUNNERS, dataflow.RUNNER)
 
 OPTIONS = {option.name: option for group in GROUPS for option in group.options}
 
@@ -721,18 +765,14 @@ def parse_value(option: Option, text: str | None, problems: list[str]) -> Any:
     return None
 
 
-_SERVERS = re.compile(r"[^,:\s]+:\d{1,5}(,[^,:\s]+:\d{1,5})*|(\[[0-9a-fA-F:]+\]:\d{1,5},?)+")
-_TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
-
-
 def _check_together(
     values: dict[str, Any], given: dict[str, str | None], now: datetime, problems: list[str]
 ) -> None:
-    for name in ("kafka_bootstrap_servers", "consumer_group", "function"):
-        if given.get(name) is None:
-            problems.append(f"--{name} is missing; for example --{name}={OPTIONS[name].example}")
+    for name, option in OPTIONS.items():
+        if option.required and given.get(name) is None:
+            problems.append(f"--{name} is missing; for example --{name}={option.example}")
     servers = values["kafka_bootstrap_servers"]
-    if servers and not _SERVERS.fullmatch(servers):
+    if servers and not OPTIONS["kafka_bootstrap_servers"].fits(servers):
         problems.append(
             f"--kafka_bootstrap_servers={servers} is not a comma separated list of host:port"
         )
@@ -751,7 +791,7 @@ def _check_together(
         topic = values[name]
         if not topic:
             continue
-        if not _TOPIC.fullmatch(topic):
+        if not OPTIONS[name].fits(topic):
             problems.append(f"--{name}={topic} is not a topic name (letters, digits, . _ -)")
         if topic in (topics or ()) or (pattern and pattern.fullmatch(topic)):
             problems.append(
@@ -759,22 +799,17 @@ def _check_together(
                 f"pipeline would feed on its own output; write to another topic"
             )
     for topic in topics or ():
-        if not _TOPIC.fullmatch(topic):
+        if not OPTIONS["topics"].fits(topic):
             problems.append(
                 f"--topics: {topic} is not a topic name (letters, digits, . _ -); for a pattern "
                 f"use --topics_regex"
             )
     function = values["function"]
-    if function and not FUNCTION.fullmatch(function):
+    if function and not OPTIONS["function"].fits(function):
         problems.append(
             f"--function={function} is not a function name, name:version, name:alias or ARN"
         )
-    endpoint = values["lambda_endpoint_url"]
-    if endpoint and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", endpoint):
-        problems.append(f"--lambda_endpoint_url={endpoint} is not an http:// or https:// address")
-    role = values["aws_role_arn"]
-    if role and not re.fullmatch(r"arn:aws[a-zA-Z-]*:iam::\d{12}:role/\S+", role):
-        problems.append(f"--aws_role_arn={role} is not the ARN of a role")
+    _check_aws(values, given, problems)
     _check_payload(values, problems)
     _check_schemas(values, given, problems)
     _check_reply(values, given, problems)
@@ -791,7 +826,21 @@ def _check_together(
     _check_start(values, now, problems)
 
 
-_SOURCE_ARN = re.compile(r"arn:aws[a-zA-Z-]*:kafka:[a-z0-9-]+:\d{12}:cluster/\S+")
+def _check_aws(values: dict[str, Any], given: dict[str, str | None], problems: list[str]) -> None:
+    endpoint, role = values["lambda_endpoint_url"], values["aws_role_arn"]
+    if endpoint and re.match(r"\w+://[^/]*@", endpoint):
+        problems.append("--lambda_endpoint_url has a login in it, for all to read; leave it out")
+    elif endpoint and not OPTIONS["lambda_endpoint_url"].fits(endpoint):
+        problems.append(f"--lambda_endpoint_url={endpoint} is not an http:// or https:// address")
+    if role and not OPTIONS["aws_role_arn"].fits(role):
+        problems.append(f"--aws_role_arn={role} is not the ARN of a role")
+    if values["aws_web_identity"] and not role:
+        problems.append(
+            f"--aws_web_identity={values['aws_web_identity']} needs --aws_role_arn, the role to "
+            f"assume with it"
+        )
+    if given.get("aws_web_identity_audience") is not None and not values["aws_web_identity"]:
+        problems.append("--aws_web_identity_audience goes with --aws_web_identity only")
 
 
 def _reply(values: dict[str, Any]) -> str:
@@ -829,7 +878,7 @@ def _check_reply(values: dict[str, Any], given: dict[str, str | None], problems:
 
 def _check_payload(values: dict[str, Any], problems: list[str]) -> None:
     arn = values["event_source_arn"]
-    if arn and not _SOURCE_ARN.fullmatch(arn):
+    if arn and not OPTIONS["event_source_arn"].fits(arn):
         problems.append(f"--event_source_arn={arn} is not the ARN of an MSK cluster")
     aws_errors = values["error_record"] == destination.AWS
     if aws_errors and not values["error_topic"]:
@@ -856,9 +905,6 @@ def _check_payload(values: dict[str, Any], problems: list[str]) -> None:
             )
 
 
-_REGISTRY = re.compile(r"https?://[^/@\s,]+(/[^\s,]*)?(,https?://[^/@\s,]+(/[^\s,]*)?)*")
-
-
 def _check_schemas(
     values: dict[str, Any], given: dict[str, str | None], problems: list[str]
 ) -> None:
@@ -880,7 +926,7 @@ def _check_schemas(
             "--schema_registry_url has a login in it; put it into --kafka_config_file, as "
             "schema.registry.basic.auth.user.info=NAME:PASSWORD"
         )
-    elif url and not _REGISTRY.fullmatch(url):
+    elif url and not OPTIONS["schema_registry_url"].fits(url):
         problems.append(f"--schema_registry_url={url} is not an http:// or https:// address")
     attributes = values["schema_validation"] or ()
     if len(set(attributes)) < len(attributes):
@@ -929,6 +975,9 @@ def parse_timestamp(text: str) -> datetime | None:
 def _check_beam_reader(
     values: dict[str, Any], settings: dict[str, str], problems: list[str]
 ) -> None:
+    service = values["expansion_service"]
+    if service and service.endswith(".jar") and not os.path.isfile(service):
+        problems.append(f"--expansion_service={service} is not there; give a jar, or host:port")
     if values["until"] == "caught_up":
         problems.append("--until=caught_up needs --kafka_reader=native: Beam's reader has no end")
     common = sorted(name for name in settings if not name.startswith(PREFIXES))
@@ -1005,6 +1054,8 @@ def _make_config(
                 invocation_type=values["invocation_type"],
                 region=values["aws_region"],
                 role_arn=values["aws_role_arn"],
+                web_identity=values["aws_web_identity"],
+                token_audience=values["aws_web_identity_audience"],
                 endpoint_url=values["lambda_endpoint_url"],
                 timeout_secs=values["function_timeout_secs"],
                 max_concurrency=values["max_concurrency"],
@@ -1120,7 +1171,14 @@ def resolve(
     """
     ours, rest = _parser().parse_known_args(arguments)
     given = {name: text for name, text in vars(ours).items() if text is not None}
-    problems = _unknown(rest)
+    # A misspelt option must not be passed over.
+    beam, problems = parse_beam(rest)
+    if beam and beam.template_location:
+        # But the parameters of a template were checked before it was launched, and what else its
+        # launcher gives is none of the user's doing.
+        for problem in problems:
+            _LOGGER.warning("%s; it is passed over", problem)
+        problems = []
     runner = _runner(rest)
     if runner not in DIRECT_RUNNERS + STREAM_RUNNERS:
         supported = ", ".join(DIRECT_RUNNERS[:1] + STREAM_RUNNERS)
@@ -1137,6 +1195,8 @@ def resolve(
         )
     except UsageError as error:
         problems += _with_origins(error.problems, values, carried)
+    if beam and runner == dataflow.RUNNER:
+        problems += dataflow.problems(beam, values.get("kafka_config_file", Value("", "")).text)
     properties: tuple[str, ...] = ()
     if path := values.get("kafka_config_file", Value("", "")).text:
         with suppress(UsageError):  # among the problems already
@@ -1235,12 +1295,12 @@ def _beam_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _unknown(rest: Sequence[str]) -> list[str]:
-    """What neither we nor Beam know; a misspelt option must not be passed over."""
+def parse_beam(rest: Sequence[str]) -> tuple[argparse.Namespace | None, list[str]]:
+    """Beam's options by name, and what neither we nor Beam know. Pure."""
     try:
-        unknown = _beam_parser().parse_known_args(list(rest))[1]
+        beam, unknown = _beam_parser().parse_known_args(list(rest))
     except UsageError as error:
-        return list(error.problems)
+        return None, list(error.problems)
     unknown = [argument for argument in unknown if not _is_flinks(argument)]
     names = [f"--{name}" for name in OPTIONS]
     problems = []
@@ -1251,7 +1311,7 @@ def _unknown(rest: Sequence[str]) -> list[str]:
         near = difflib.get_close_matches(name, names, 1)
         hint = f"; did you mean {near[0]}?" if near else "; --help lists all"
         problems.append(f"{name} is not an option{hint}")
-    return problems
+    return beam, problems
 
 
 _FLINK_OPTIONS = frozenset(

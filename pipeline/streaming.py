@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from time import monotonic
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from pipeline import dataflow
 from pipeline.build import build
-from pipeline.options import FLINK_RUNNERS, Config
+from pipeline.options import FLINK_RUNNERS, Config, parse_beam
 from pipeline.preflight import preflight
 from pipeline.rounds import Status, Totals
 from transforms.commit import shared_committer
@@ -31,15 +33,19 @@ from transforms.source import SourceOffsets
 _LOGGER = logging.getLogger(__name__)
 
 _CHECKPOINT_MS = 10_000
+_ASK_KAFKA_SECS = 120.0
 
 
-def runner_options(runner: str, arguments: Sequence[str], bounded: bool) -> list[str]:
-    """Beam's arguments with those added that the runner needs and the user did not give. Pure.
+def runner_options(
+    runner: str, arguments: Sequence[str], bounded: bool, group: str = ""
+) -> list[str]:
+    """Beam's arguments with those added that the runner needs and the user did not give.
 
     Args:
         runner: Its name.
         arguments: Beam's arguments as the user gave them.
         bounded: Whether the run ends by itself.
+        group: The consumer group, which gives a job on Dataflow its name.
     """
     given = {argument.split("=", 1)[0] for argument in arguments}
     wanted = ["--streaming"]
@@ -55,6 +61,8 @@ def runner_options(runner: str, arguments: Sequence[str], bounded: bool) -> list
         if bounded:
             # A job with checkpoints would else stay, with nothing left to do.
             wanted.append("--shutdown_sources_after_idle_ms=1000")
+    elif runner == dataflow.RUNNER and (beam_options := parse_beam(arguments)[0]):
+        return [*arguments, "--streaming", *dataflow.added_options(beam_options, group)]
     return [*arguments, *(option for option in wanted if option.split("=", 1)[0] not in given)]
 
 
@@ -64,6 +72,14 @@ def _fresh_metrics(result: Any) -> Any:
         # The result of a portable runner asks once, and gives that answer for ever.
         result._metrics = None
     return result.metrics().query()
+
+
+def _job_of(result: Any) -> str | None:
+    """The id of a submitted job, None if there is none."""
+    if not getattr(result, "has_job", True):
+        return None
+    job = getattr(result, "_job_id", None) or getattr(result, "job_id", None)
+    return str(job() if callable(job) else job) if job else None
 
 
 class StreamRun:
@@ -94,12 +110,16 @@ class StreamRun:
         self._started = started
         self._timer = timer
         self._source = SourceOffsets(config.source, make_consumer(config.kafka))
+        self._ask_kafka_at = float("-inf")
         self._result: Any = None
         self._ended = threading.Event()
         self._error: BaseException | None = None
 
-    def run(self) -> Status:
+    def run(self) -> Status | None:
         """Submit the job and wait for its end, or until told to stop; then the job goes on.
+
+        Returns:
+            How it ended; None if there is no job, since it was only to be written or built.
 
         Raises:
             SinkError: The job cannot begin, or has failed.
@@ -109,11 +129,11 @@ class StreamRun:
             preflight(config, self._source)
         if isinstance(config.stream, BeamReadConfig):
             config = self._resolve(config, config.stream)
-        bounded = config.run.until == "caught_up"
-        options = PipelineOptions(runner_options(self._runner, self._arguments, bounded))
-        pipeline = beam.Pipeline(options=options)
-        build(pipeline, config)
-        self._result = pipeline.run()
+        result = self._submit(config)
+        if not _job_of(result):
+            _LOGGER.info("the job is built and was not submitted from here")
+            return None
+        self._result = result
         _LOGGER.info("submitted: %s", self._name)
         threading.Thread(target=self._wait, name="wait", daemon=True).start()
         while not self._ended.wait(0.2):
@@ -123,31 +143,64 @@ class StreamRun:
                 )
                 break
         if self._error:
-            raise from_runner(self._error) from None
+            on_dataflow = self._runner == dataflow.RUNNER
+            error = self._error
+            raise dataflow.failure(error, self._name) if on_dataflow else from_runner(error)
         return self.status()
+
+    def _submit(self, config: Config) -> Any:
+        """Build the pipeline and hand it to the runner."""
+        bounded = config.run.until == "caught_up"
+        arguments = runner_options(self._runner, self._arguments, bounded, config.kafka.group)
+        on_dataflow = self._runner == dataflow.RUNNER
+        submission = dataflow.submission if on_dataflow else nullcontext
+        with submission():
+            options = PipelineOptions(arguments)
+            if on_dataflow:
+                dataflow.check_update(options)
+            pipeline = beam.Pipeline(options=options)
+        build(pipeline, config)
+        with submission():
+            return pipeline.run()
 
     def status(self) -> Status:
         """How the job stands; may be called from another thread."""
         totals, halted = Totals(), []
         result = self._result
-        for counter in _fresh_metrics(result)["counters"] if result else ():
+        for counter in self._counters():
             name = counter.key.metric
             if name.namespace == HALTS:
                 halted.append(halt_of(name.name))
             else:
-                totals.counters[f"{name.namespace}.{name.name}"] += counter.committed or 0
+                # Not every runner tells what is committed of what was tried.
+                counted = counter.attempted if counter.committed is None else counter.committed
+                totals.counters[f"{name.namespace}.{name.name}"] += counted or 0
         committed, lags = self._offsets() if result else ({}, {})
         return Status(totals, 0, lags, halted, committed, self._timer() - self._started)
 
+    def _counters(self) -> Sequence[Any]:
+        if not self._result:
+            return ()
+        try:
+            return list(_fresh_metrics(self._result)["counters"])
+        except dataflow.service_errors() as error:
+            # No reason to end: the job does not depend on being watched.
+            _LOGGER.warning("the numbers of the job %s are not known: %s", self._name, error)
+            return ()
+
     @property
     def _name(self) -> str:
-        job = getattr(self._result, "_job_id", None) or getattr(self._result, "job_id", None)
-        return str(job() if callable(job) else job)
+        return _job_of(self._result) or ""
 
     def _wait(self) -> None:
+        error: BaseException | None = None
         try:
             self._result.wait_until_finish()
-        except BaseException as error:
+        except BaseException as raised:
+            error = raised
+        if self._runner == dataflow.RUNNER and dataflow.ended_on_purpose(self._result):
+            _LOGGER.info("the job %s was ended: %s", self._name, self._result.state)
+        else:
             self._error = error
         self._ended.set()
 
@@ -161,6 +214,9 @@ class StreamRun:
 
     def _offsets(self) -> tuple[dict[PartitionKey, int], dict[PartitionKey, int | None]]:
         """What the group has committed, and what is left of each partition."""
+        # Who leaves the job alone does not want to wait for it either.
+        if self._stop.is_set() or self._timer() < self._ask_kafka_at:
+            return {}, {}
         try:
             keys = self._source.partitions()
             found = self._source.committed(keys)
@@ -170,5 +226,7 @@ class StreamRun:
                 for key, offset in committed.items()
             }
         except KafkaError:
+            # Where it is the cluster's workers that Kafka is in reach of, each question takes long.
+            self._ask_kafka_at = self._timer() + _ASK_KAFKA_SECS
             return {}, {}
         return committed, lags

@@ -64,15 +64,30 @@ ERROR_RECORDS = ROOT / "docs" / "error-records.md"
 SCHEMA_PAGE = ROOT / "docs" / "schema-registry.md"
 ENVELOPE_PAGE = ROOT / "docs" / "envelopes.md"
 FILTER_PAGE = ROOT / "docs" / "filters.md"
+TEMPLATE_PAGE = ROOT / "templates" / "dataflow" / "README.md"
 PAGES = [
     README,
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "templates" / "README.md",
+    TEMPLATE_PAGE,
 ]
 
 # Options of other programs, and Beam's own.
 FOREIGN = {"runner", "flink_master", "help", "fast", "faults", "check", "uuid"}
+DATAFLOWS = {
+    "project",
+    "region",
+    "job_name",
+    "temp_location",
+    "sdk_container_image",
+    "setup_file",
+    "streaming",
+    "dataflow_service_options",
+    "update",
+    "dry_run",
+}
+GCLOUD = {"print", "repository", "location", "data", "role", "member", "format"}
 SHELL = {"summary", "system", "wheel", "now", "no", "from"}
 
 parametrize_pages = pytest.mark.parametrize(
@@ -160,14 +175,20 @@ def test_the_check_names_stale_files(
     coming_from = (ROOT / docs.COMING_FROM).read_text(encoding="utf-8")
     (tmp_path / docs.COMING_FROM).write_text(coming_from.replace("| `name` |", "| `old` |"))
     (tmp_path / docs.REDRIVE).write_text("<!-- options -->\n<!-- /options -->")
+    template = (ROOT / docs.TEMPLATE).read_text(encoding="utf-8")
+    (tmp_path / docs.TEMPLATE).parent.mkdir(parents=True)
+    (tmp_path / docs.TEMPLATE).write_text(template.replace("| `topics` |", "| `old` |"))
 
     assert docs.main(["--check"]) == 1
     said = capsys.readouterr().err
     assert docs.README in said and docs.OPTIONS in said and docs.COMING_FROM in said
+    assert docs.METADATA in said and docs.TEMPLATE in said
     assert docs.main([]) == 0
     assert docs.main(["--check"]) == 0
     assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
     assert (tmp_path / docs.COMING_FROM).read_text() == coming_from
+    assert (tmp_path / docs.TEMPLATE).read_text() == template
+    assert json.loads((tmp_path / docs.METADATA).read_text())["parameters"]
 
 
 def test_every_option_is_on_the_page() -> None:
@@ -186,6 +207,10 @@ def test_every_named_option_exists(page: Path) -> None:
     if page.name == "flink.md":
         beams = {name for action in _beam_parser()._actions for name in action.option_strings}
         known |= {name.removeprefix("--") for name in beams} | _FLINK_OPTIONS | {"worker_pool"}
+    if "ataflow" in page.read_text(encoding="utf-8"):
+        known |= DATAFLOWS
+    if page == TEMPLATE_PAGE:
+        known |= GCLOUD
     assert named <= known
 
 

@@ -74,6 +74,8 @@ def _arguments(*more: str) -> list[str]:
 FILTERS = str(Path(__file__).with_name("filters.json"))
 
 # Every option: where its value is found, its default there, a text, and what that comes to.
+ROLE = "arn:aws:iam::123456789012:role/r"
+
 CASES = {
     "kafka_bootstrap_servers": (lambda c: c.kafka.bootstrap_servers, "broker:9092", "a:1", "a:1"),
     "kafka_config_file": (lambda c: c.kafka.config_file, None, "/dev/null", "/dev/null"),
@@ -100,8 +102,15 @@ CASES = {
     "aws_role_arn": (
         lambda c: c.invoke.function.role_arn,
         None,
-        "arn:aws:iam::123456789012:role/r",
-        "arn:aws:iam::123456789012:role/r",
+        ROLE,
+        ROLE,
+    ),
+    "aws_web_identity": (lambda c: c.invoke.function.web_identity, None, "google", "google"),
+    "aws_web_identity_audience": (
+        lambda c: c.invoke.function.token_audience,
+        "sts.amazonaws.com",
+        "orders",
+        "orders",
     ),
     "lambda_endpoint_url": (
         lambda c: c.invoke.function.endpoint_url,
@@ -202,6 +211,8 @@ BESIDE = {
     "partial_failure": {"reply": "batch_item_failures"},
     "error_record": {"error_topic": "err"},
     "min_concurrency": {"max_concurrency": "1000"},
+    "aws_web_identity": {"aws_role_arn": ROLE},
+    "aws_web_identity_audience": {"aws_role_arn": ROLE, "aws_web_identity": "google"},
 }
 BESIDE_CHOICE = {
     "AT_TIMESTAMP": {"starting_timestamp": "2026-01-01"},
@@ -576,6 +587,15 @@ def test_a_time_before_kafka_s_first_is_its_first(text: str) -> None:
         (
             {"schema_registry_url": "http://user:hunter2@registry:8081"},
             ["--schema_registry_url has a login in it", "schema.registry.basic.auth.user.info"],
+        ),
+        (
+            {"lambda_endpoint_url": "http://user:hunter2@127.0.0.1:9200"},
+            ["--lambda_endpoint_url has a login in it"],
+        ),
+        ({"aws_web_identity": "google"}, ["--aws_web_identity=google needs --aws_role_arn"]),
+        (
+            {"aws_role_arn": ROLE, "aws_web_identity_audience": "orders"},
+            ["--aws_web_identity_audience goes with --aws_web_identity only"],
         ),
         (
             {"starting_position": "AT_TIMESTAMP"},

@@ -22,7 +22,11 @@ import botocore.exceptions as aws_errors
 import urllib3.exceptions as http_errors
 from botocore.awsrequest import AWSRequest, HeadersDict
 from botocore.config import Config
-from botocore.credentials import AssumeRoleCredentialFetcher, DeferredRefreshableCredentials
+from botocore.credentials import (
+    AssumeRoleCredentialFetcher,
+    AssumeRoleWithWebIdentityCredentialFetcher,
+    DeferredRefreshableCredentials,
+)
 from botocore.httpsession import create_urllib3_context, get_cert_path, mask_proxy_url
 from botocore.parsers import create_parser
 from botocore.session import Session, get_session
@@ -31,6 +35,7 @@ from botocore.utils import get_environ_proxies
 from transforms.errors import FunctionConfigError
 from transforms.http import Endpoint, Response
 from transforms.outcome import Fault, Kind, Reply, classify_fault
+from transforms.web_identity import google_token
 
 MAX_SYNC_BYTES = 6_291_455
 """A synchronous request has to be smaller than 6,291,456 bytes."""
@@ -65,7 +70,10 @@ class FunctionConfig:
         function: Name, ARN, ``name:version`` or ``name:alias``.
         invocation_type: ``sync`` (wait for the reply) or ``async`` (Lambda queues the event).
         region: AWS region; None for the ARN's, else the chain's.
-        role_arn: Role to assume with the chain's credentials, or None.
+        role_arn: Role to assume, or None.
+        web_identity: Whose token the role is assumed with, ``google``; None for the chain's
+            credentials.
+        token_audience: Audience of that token.
         endpoint_url: Another endpoint than AWS's, or None.
         timeout_secs: The function's own timeout; the client waits 5 s longer.
         max_concurrency: Calls at once, so connections in the pool.
@@ -76,6 +84,8 @@ class FunctionConfig:
     invocation_type: str = "sync"
     region: str | None = None
     role_arn: str | None = None
+    web_identity: str | None = None
+    token_audience: str = "sts.amazonaws.com"
     endpoint_url: str | None = None
     timeout_secs: int = 900
     max_concurrency: int = 100
@@ -95,7 +105,7 @@ def make_client(config: FunctionConfig) -> Any:
     try:
         session = get_session()
         if config.role_arn:
-            session = _assume(session, config.role_arn, region)
+            session = _assume(session, config.role_arn, config, region)
         return boto3.Session(botocore_session=session, region_name=region).client(
             "lambda", endpoint_url=config.endpoint_url, config=settings
         )
@@ -103,22 +113,22 @@ def make_client(config: FunctionConfig) -> Any:
         raise FunctionConfigError(advice(config, type(error).__name__, str(error))) from None
 
 
-def _assume(source: Session, role_arn: str, region: str | None) -> Session:
+def _assume(source: Session, role_arn: str, config: FunctionConfig, region: str | None) -> Session:
     """A session whose credentials are the role's, renewed before they expire."""
-    credentials = source.get_credentials()
-    if credentials is None:
-        raise aws_errors.NoCredentialsError
-    fetcher = AssumeRoleCredentialFetcher(
-        client_creator=partial(source.create_client, region_name=region),
-        source_credentials=credentials,
-        role_arn=role_arn,
-        extra_args={"RoleSessionName": "beam-lambda-sink"},
-    )
+    name = {"RoleSessionName": "beam-lambda-sink"}
+    create = partial(source.create_client, region_name=region)
+    fetcher: Any
+    if config.web_identity:
+        token = partial(google_token, config.token_audience)
+        fetcher = AssumeRoleWithWebIdentityCredentialFetcher(create, token, role_arn, name)
+    else:
+        credentials = source.get_credentials()
+        if credentials is None:
+            raise aws_errors.NoCredentialsError
+        fetcher = AssumeRoleCredentialFetcher(create, credentials, role_arn, name)
     assumed = get_session()
     # There is no public way to hand a session credentials that renew themselves.
-    assumed._credentials = DeferredRefreshableCredentials(
-        fetcher.fetch_credentials, method="assume-role"
-    )
+    assumed._credentials = DeferredRefreshableCredentials(fetcher.fetch_credentials, "assume-role")
     return assumed
 
 
@@ -365,6 +375,9 @@ _ADVICE = {
     "NoRegionError": "set --aws_region, or AWS_REGION",
     "ProfileNotFound": "check AWS_PROFILE",
     "AccessDenied": "check --aws_role_arn and its trust policy",
+    "InvalidIdentityToken": "check the trust policy of --aws_role_arn: accounts.google.com",
+    "MetadataRetrievalError": "--aws_web_identity=google needs a machine of Google Cloud; from "
+    "elsewhere --preflight=false leaves the check out",
     "EndpointConnectionError": _NETWORK,
     "ConnectTimeoutError": _NETWORK,
 }

@@ -8,6 +8,7 @@
     ├── WriteError            a response or error record not delivered   exit code 1
     ├── FunctionConfigError   no such function, access denied, ...       exit code 1
     ├── RegistryError         the schema registry refuses to answer      exit code 1
+    ├── JobError              a job that is not taken, or failed         exit code 1
     └── Stopped               told to stop while a step waited           exit code 0
 
 Errors of single invocations are no exceptions but values: see `transforms.outcome`.
@@ -51,6 +52,10 @@ class FunctionConfigError(SinkError):
 
 class RegistryError(SinkError):
     """The schema registry refuses to answer; trying again would not help."""
+
+
+class JobError(SinkError):
+    """The service that is to run the job does not take it, or the job has failed there."""
 
 
 class Stopped(SinkError):

@@ -33,6 +33,7 @@ from transforms.filter_rules import (
 )
 from transforms.payload import JSON_STARTS
 from transforms.records import NO_TIMESTAMP, Header, RecordChunk, Records, Rejection
+from transforms.text_file import read_text
 
 MAX_FILTERS = 10
 UNPARSABLE = ("pass", "drop", "error")
@@ -76,15 +77,8 @@ def load_criteria(path: str) -> tuple[str, ...]:
     Raises:
         UsageError: The file cannot be read, or what is in it does not fit.
     """
-    name = f"--filter_criteria={path if path.isprintable() else repr(path)}"
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        if isinstance(error, UnicodeDecodeError):
-            why = "it is not UTF-8 text"
-        raise UsageError([f"{name} cannot be read: {why}"]) from None
+    text = read_text("filter_criteria", path)
+    name = f"--filter_criteria={path}"
     try:
         return parse_criteria(_decode(text))
     except (ValueError, RecursionError, yaml.YAMLError) as error:

@@ -2,7 +2,8 @@
 
 The properties file takes anything librdkafka takes. Settings without a prefix go to every client;
 ``response.`` and ``error.`` go to the producer of that topic only. ``${env:NAME}`` is replaced by
-the environment variable, so that no secret has to be in the file.
+the environment variable, so that no secret has to be in the file. It may be in Secret Manager too:
+see `transforms.text_file`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException
 
 from transforms.errors import KafkaError, UsageError
+from transforms.text_file import read_text
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -123,15 +125,7 @@ def load_properties(path: str, environ: Mapping[str, str] = os.environ) -> dict[
     Raises:
         UsageError: The file cannot be read, or what is in it does not fit.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        if isinstance(error, UnicodeDecodeError):
-            why = "it is not UTF-8 text"
-        shown = path if path.isprintable() else repr(path)
-        raise UsageError([f"--kafka_config_file={shown} cannot be read: {why}"]) from None
+    text = read_text("kafka_config_file", path)
     try:
         return parse_properties(text, environ)
     except UsageError as error:

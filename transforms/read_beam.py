@@ -13,6 +13,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.kafka import ReadFromKafka
+from apache_beam.transforms.external import JavaJarExpansionService
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
@@ -34,7 +35,8 @@ class BeamReadConfig:
         kafka: The cluster and the group. Of a settings file nothing is used: the settings of the
             Java consumer become part of the job as it is submitted, so none may be a secret.
         topics: Topics by name.
-        expansion_service: Address of an expansion service; None for Beam's own.
+        expansion_service: Address of an expansion service, or the path of its jar; None for
+            Beam's own.
     """
 
     kafka: KafkaConfig
@@ -70,13 +72,18 @@ class ReadRows(beam.PTransform):
             value_deserializer=_BYTES,
             with_metadata=True,
             dynamic_read_poll_interval_seconds=_FIND_SECS,
-            expansion_service=config.expansion_service,
+            expansion_service=_service(config.expansion_service),
         )
         pack = beam.ParDo(_PackFn()).with_output_types(RecordChunk)
         return root | "ReadFromKafka" >> read | "Pack" >> pack
 
     def display_data(self) -> dict[str, Any]:
         return {"topics": ",".join(self._config.topics)}
+
+
+def _service(given: str | None) -> Any:
+    """As ReadFromKafka takes it, for whom every text is an address."""
+    return JavaJarExpansionService(given) if given and given.endswith(".jar") else given
 
 
 class _PackFn(beam.DoFn):

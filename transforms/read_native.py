@@ -303,9 +303,13 @@ class ReadPartitions(beam.PTransform):
 
     def expand(self, root: beam.pvalue.PBegin) -> beam.PCollection[RecordChunk]:
         find, read = beam.ParDo(_FindFn(self._config)), beam.ParDo(_ReadFn(self._config))
+        begin = beam.Map(_begin, self._config.bounded)
         return (
             root
-            | "Begin" >> beam.Create([Finding(self._config.bounded)], reshuffle=False)
+            # Not by Create: it has steps named after lines of Beam's code, and a job can be updated
+            # only to one whose steps have the same names.
+            | "Impulse" >> beam.Impulse()
+            | "Begin" >> begin.with_output_types(Finding)
             | "FindPartitions" >> find.with_output_types(FoundPartition)
             | "ReadPartition" >> read.with_output_types(RecordChunk)
         )
@@ -328,6 +332,10 @@ class Finding:
 
     bounded: bool
     known: frozenset[PartitionKey] = frozenset()
+
+
+def _begin(_: bytes, bounded: bool) -> Finding:
+    return Finding(bounded)
 
 
 class _FindingTracker(RestrictionTracker):
