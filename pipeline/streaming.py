@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,16 +20,17 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline import dataflow
 from pipeline.build import build
+from pipeline.flink_metrics import IN_FLIGHT, get_json, job_counters
 from pipeline.options import FLINK_RUNNERS, Config, parse_beam
 from pipeline.preflight import preflight
 from pipeline.rounds import Status, Totals
-from transforms.commit import shared_committer
+from transforms.commit import read_halt, shared_committer
 from transforms.errors import KafkaError, from_runner
-from transforms.invoke import HALTS, halt_of
+from transforms.invoke import HALTS
 from transforms.kafka import make_consumer
 from transforms.read_beam import BeamReadConfig
-from transforms.records import PartitionKey
-from transforms.source import SourceOffsets
+from transforms.records import Finished, PartitionKey, halt_of
+from transforms.source import LOOK_SECS, SourceOffsets
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -64,6 +66,16 @@ def runner_options(
     elif runner == dataflow.RUNNER and (beam_options := parse_beam(arguments)[0]):
         return [*arguments, "--streaming", *dataflow.added_options(beam_options, group)]
     return [*arguments, *(option for option in wanted if option.split("=", 1)[0] not in given)]
+
+
+def _given(arguments: Sequence[str]) -> dict[str, str]:
+    """Beam's arguments by name, as far as they are of the form --NAME=VALUE or --NAME VALUE."""
+    given = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            given[name] = value if equals else following
+    return given
 
 
 def _fresh_metrics(result: Any) -> Any:
@@ -111,6 +123,11 @@ class StreamRun:
         self._timer = timer
         self._source = SourceOffsets(config.source, make_consumer(config.kafka))
         self._ask_kafka_at = float("-inf")
+        given = _given(arguments)
+        # A job that goes on where a savepoint ends has its halts in it.
+        self._is_resumed = "savepoint_path" in given
+        master = given.get("flink_master", "")
+        self._flink_master = master.removeprefix("http://") if ":" in master else ""
         self._result: Any = None
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -129,6 +146,8 @@ class StreamRun:
             preflight(config, self._source)
         if isinstance(config.stream, BeamReadConfig):
             config = self._resolve(config, config.stream)
+        if not self._is_resumed:
+            self._forget_halts()
         result = self._submit(config)
         if not _job_of(result):
             _LOGGER.info("the job is built and was not submitted from here")
@@ -165,28 +184,49 @@ class StreamRun:
 
     def status(self) -> Status:
         """How the job stands; may be called from another thread."""
-        totals, halted = Totals(), []
-        result = self._result
-        for counter in self._counters():
+        totals = Totals()
+        halts: dict[PartitionKey, Finished] = {}
+        elapsed_secs = self._timer() - self._started
+        if not self._result:
+            return Status(totals, 0, {}, [], {}, elapsed_secs)
+        in_flight = 0
+        unknown: tuple[type[BaseException], ...] = (
+            OSError,
+            ValueError,
+            *dataflow.service_errors(),
+        )
+        try:
+            if (counted := self._running_counters()) is not None:
+                in_flight = counted.pop(IN_FLIGHT, 0)
+                totals.counters.update(counted)
+            else:
+                self._add_counters(totals, halts)
+        except unknown as error:
+            # No reason to end: the job does not depend on being watched.
+            _LOGGER.warning("the numbers of the job %s are not known: %s", self._name, error)
+        committed, lags, halted = self._offsets()
+        halts |= halted
+        return Status(totals, in_flight, lags, list(halts.values()), committed, elapsed_secs)
+
+    def _running_counters(self) -> Counter[str] | None:
+        """What a job that runs on Flink has counted, if Flink can be asked."""
+        if self._runner not in FLINK_RUNNERS or self._ended.is_set():
+            return None
+        if not self._flink_master:
+            return None
+        return job_counters(get_json(self._flink_master), self._name)
+
+    def _add_counters(self, totals: Totals, halts: dict[PartitionKey, Finished]) -> None:
+        """What the runner says that was counted."""
+        for counter in _fresh_metrics(self._result)["counters"]:
             name = counter.key.metric
             if name.namespace == HALTS:
-                halted.append(halt_of(name.name))
+                halt = halt_of(name.name)
+                halts[halt.key] = halt
             else:
                 # Not every runner tells what is committed of what was tried.
                 counted = counter.attempted if counter.committed is None else counter.committed
                 totals.counters[f"{name.namespace}.{name.name}"] += counted or 0
-        committed, lags = self._offsets() if result else ({}, {})
-        return Status(totals, 0, lags, halted, committed, self._timer() - self._started)
-
-    def _counters(self) -> Sequence[Any]:
-        if not self._result:
-            return ()
-        try:
-            return list(_fresh_metrics(self._result)["counters"])
-        except dataflow.service_errors() as error:
-            # No reason to end: the job does not depend on being watched.
-            _LOGGER.warning("the numbers of the job %s are not known: %s", self._name, error)
-            return ()
 
     @property
     def _name(self) -> str:
@@ -212,11 +252,23 @@ class StreamRun:
         topics = tuple(dict.fromkeys(topic for topic, _ in keys))
         return replace(config, stream=replace(stream, topics=topics))
 
-    def _offsets(self) -> tuple[dict[PartitionKey, int], dict[PartitionKey, int | None]]:
-        """What the group has committed, and what is left of each partition."""
-        # Who leaves the job alone does not want to wait for it either.
-        if self._stop.is_set() or self._timer() < self._ask_kafka_at:
-            return {}, {}
+    def _forget_halts(self) -> None:
+        """Take back what an earlier job has said of partitions that it halted."""
+        try:
+            found = self._source.committed(self._source.partitions(LOOK_SECS))
+        except KafkaError:
+            return  # out of reach from here: then nothing is said of halts either
+        halted = {key: offset for key, (offset, note) in found.items() if read_halt(note)}
+        shared_committer(self._config.commit).commit(halted)
+
+    def _offsets(
+        self,
+    ) -> tuple[
+        dict[PartitionKey, int], dict[PartitionKey, int | None], dict[PartitionKey, Finished]
+    ]:
+        """What the group has committed, what is left of each partition, and what is halted."""
+        if self._timer() < self._ask_kafka_at:
+            return {}, {}, {}
         try:
             keys = self._source.partitions()
             found = self._source.committed(keys)
@@ -228,5 +280,6 @@ class StreamRun:
         except KafkaError:
             # Where it is the cluster's workers that Kafka is in reach of, each question takes long.
             self._ask_kafka_at = self._timer() + _ASK_KAFKA_SECS
-            return {}, {}
-        return committed, lags
+            return {}, {}, {}
+        notes = {key: read_halt(note) for key, (_, note) in found.items()}
+        return committed, lags, {key: halt for key, halt in notes.items() if halt}

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.commit import ContiguousOffsets
-from transforms.records import Progress
+from transforms.commit import HALT_NOTE, ContiguousOffsets, read_halt
+from transforms.records import Failure, Finished, Progress, Records, halt_name
 
 
 def _range(start: int, next_offset: int, partition: int = 0, lane: int = 0) -> Progress:
@@ -162,3 +162,35 @@ def test_the_mark_never_passes_what_a_lane_has_not_done(lanes, shuffle) -> None:
         )
         assert moved == (lowest if lowest > mark else None)
         mark = lowest
+
+
+# -- halts --------------------------------------------------------------------------------
+
+
+def _halted(topic: str, error_type: str = "ValueError") -> Finished:
+    records = Records([41], [1], [None], [b"secret"], [None])
+    failure = Failure(records, (), "RetryAttemptsExhausted", error_type, "why", 1, 200, "Unhandled")
+    return Finished(topic, 3, 30, 41, halted=failure)
+
+
+@pytest.mark.parametrize("error_type", ["ValueError", "a|b", "x" * 9000])
+def test_a_halt_can_be_read_from_what_is_kept_with_the_offset(error_type: str) -> None:
+    """Kafka keeps up to 4 KB."""
+    note = HALT_NOTE + halt_name(_halted("t" * 249, error_type))
+    assert len(note) < 4096
+    assert "secret" not in note
+    halt = read_halt(note)
+    assert halt and halt.halted
+    assert halt.key == ("t" * 249, 3)
+    assert list(halt.halted.records.offsets) == [41]
+    assert halt.halted.condition == "RetryAttemptsExhausted"
+    assert error_type.startswith(halt.halted.error_type)
+
+
+@pytest.mark.parametrize("note", ["", "lanes 4 100 1,2", "halted", "halted by hand", HALT_NOTE])
+def test_other_notes_are_no_halts(note: str) -> None:
+    assert read_halt(note) is None
+
+
+def test_what_is_not_halted_has_no_name() -> None:
+    assert halt_name(Finished("t", 0, 1, 2)) == ""

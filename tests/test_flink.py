@@ -25,7 +25,7 @@ from tests.conftest import Names
 pytestmark = [pytest.mark.slow, pytest.mark.flink]
 
 READERS = ("native", "beam")
-WAIT_SECS = 300.0
+WAIT_SECS = 120.0
 sink.RUN_SECS = 400.0
 
 
@@ -75,6 +75,7 @@ class Flink:
             "response_topic": self.responses,
             "runner": "PortableRunner",
             "job_endpoint": self.cluster.job_endpoint,
+            "flink_master": self.cluster.address,
             "environment_type": "EXTERNAL",
             "environment_config": self.cluster.worker_pool,
             "parallelism": 2,
@@ -219,8 +220,11 @@ def test_a_halted_partition_stays_where_it_is_and_is_named(flink: Flink, reader:
         flink.wait_committed(run, {0: 1000, 1: 500, 2: 1000, 3: 1000})
         (job,) = flink.rest.running_jobs()
         flink.rest.wait_for_checkpoints(job.id)
+        run.until(lambda: "records: 3500" in run.stderr, "no progress is shown", 60)
         run.send(signal.SIGTERM)
         ended = run.wait(code=3)
+    assert ended.summary["responses"] == 3500
+    assert ended.summary["invocations"] > 35
     (halted,) = ended.summary["halted"]
     assert (halted["topic"], halted["partition"], halted["offset"]) == (flink.source, 1, 500)
     assert halted["error_type"] == "ValueError"
@@ -233,10 +237,13 @@ def test_a_halted_partition_stays_where_it_is_and_is_named(flink: Flink, reader:
     flink.check(crashed=True)
 
 
-def test_a_drain_ends_open_batches_and_loses_nothing(flink: Flink, server: LambdaServer) -> None:
+@pytest.mark.parametrize("reader", READERS)
+def test_a_drain_ends_open_batches_and_loses_nothing(
+    flink: Flink, server: LambdaServer, reader: str
+) -> None:
     flink.create()
     flink.produce(4, 70)
-    with flink.start(server, batch_size=1000, batch_window_secs=300) as run:
+    with flink.start(server, reader, batch_size=1000, batch_window_secs=300) as run:
         job = flink.rest.wait_for_job()
         time.sleep(3)
         assert flink.answered() == 0
@@ -246,10 +253,13 @@ def test_a_drain_ends_open_batches_and_loses_nothing(flink: Flink, server: Lambd
     flink.check()
 
 
-def test_a_savepoint_goes_on_with_another_parallelism(flink: Flink, server: LambdaServer) -> None:
+@pytest.mark.parametrize("reader", READERS)
+def test_a_savepoint_goes_on_with_another_parallelism(
+    flink: Flink, server: LambdaServer, reader: str
+) -> None:
     flink.create()
     flink.produce(4, 500)
-    with flink.start(server, batch_size=300, batch_window_secs=300) as run:
+    with flink.start(server, reader, batch_size=300, batch_window_secs=300) as run:
         # One batch of each partition is full, one is open, and travels in the savepoint.
         flink.wait_committed(run, dict.fromkeys(range(4), 300))
         (job,) = flink.rest.running_jobs()
@@ -257,7 +267,12 @@ def test_a_savepoint_goes_on_with_another_parallelism(flink: Flink, server: Lamb
         run.wait()
     flink.produce(4, 100)
     with flink.start(
-        server, batch_size=300, batch_window_secs=300, parallelism=4, savepoint_path=savepoint
+        server,
+        reader,
+        batch_size=300,
+        batch_window_secs=300,
+        parallelism=4,
+        savepoint_path=savepoint,
     ) as run:
         flink.wait_committed(run, dict.fromkeys(range(4), 600))
     flink.check()
@@ -265,17 +280,18 @@ def test_a_savepoint_goes_on_with_another_parallelism(flink: Flink, server: Lamb
     assert {len(call.offsets) for call in sink.invocations(server)} == {300}
 
 
+@pytest.mark.parametrize("reader", READERS)
 def test_a_job_without_a_savepoint_begins_at_the_group_s_offsets(
-    flink: Flink, server: LambdaServer
+    flink: Flink, server: LambdaServer, reader: str
 ) -> None:
     flink.create()
     flink.produce(4, 500)
-    with flink.start(server) as run:
+    with flink.start(server, reader) as run:
         flink.wait_committed(run, dict.fromkeys(range(4), 500))
         flink.rest.cancel_all()
         run.wait(code=None)
     flink.produce(4, 300)
-    with flink.start(server) as run:
+    with flink.start(server, reader) as run:
         flink.wait_committed(run, dict.fromkeys(range(4), 800))
     flink.check()
     sink.assert_in_order(sink.invocations(server))
@@ -299,14 +315,15 @@ def test_topics_with_different_numbers_of_partitions(
     sink.assert_in_order(sink.invocations(server))
 
 
+@pytest.mark.parametrize("reader", READERS)
 def test_partitions_and_topics_that_come_later_are_read(
-    flink: Flink, server: LambdaServer, names: Names
+    flink: Flink, server: LambdaServer, names: Names, reader: str
 ) -> None:
     later = names.topic("source-later")
     flink.create(1)
     flink.produce(1, 200)
     pattern = f"{flink.source}|{later}"
-    with flink.start(server, topics=None, topics_regex=pattern) as run:
+    with flink.start(server, reader, topics=None, topics_regex=pattern) as run:
         flink.wait_committed(run, {0: 200})
         flink.broker.add_partitions(flink.source, 2)
         flink.broker.create_topic(later, 1)

@@ -51,7 +51,7 @@ def test_the_limit_and_the_breaker_are_gauges(monkeypatch: pytest.MonkeyPatch) -
         try:
             gauges(0, 1)
             assert shared_invoker(config).wait(lambda invoker: invoker.breaker_open, 60)
-            assert gauges(2) == {"concurrency_limit": 7, "breaker_open": 1}
+            assert gauges(2) == {"in_flight": 0, "concurrency_limit": 7, "breaker_open": 1}
         finally:
             invoker = forget(make_invoker, config)
             assert invoker

@@ -309,7 +309,7 @@ def test_a_partition_is_not_read_far_ahead_of_what_is_committed(
     def stuck() -> bool:
         nonlocal position
         while reader.may_read(1):
-            position = reader.read()[1]
+            position = reader.read(0.02)[1]
         return position >= 1500
 
     wait_until(stuck, "nothing is read")

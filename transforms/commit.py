@@ -22,7 +22,7 @@ from transforms.errors import KafkaError
 from transforms.kafka import KafkaConfig, describe, make_consumer, reason
 from transforms.key import Lanes
 from transforms.per_process import per_process
-from transforms.records import LaneKey, PartitionKey, Progress
+from transforms.records import Finished, LaneKey, PartitionKey, Progress, halt_of
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -225,6 +225,28 @@ def _keyed(progress: Progress) -> tuple[PartitionKey, Progress]:
     return (progress.topic, progress.partition), progress
 
 
+HALT_NOTE = "halted "
+"""Begins what is kept with the committed offset of a partition that a failure has stopped."""
+
+
+def read_halt(note: str) -> Finished | None:
+    """The halt that is kept with an offset, if one is. Pure."""
+    if not note.startswith(HALT_NOTE):
+        return None
+    try:
+        return halt_of(note.removeprefix(HALT_NOTE))
+    except ValueError:
+        return None
+
+
+@dataclass(slots=True)
+class _Partition:
+    """How far a partition is done, and what stopped it, if something did."""
+
+    done: ContiguousOffsets
+    halt_note: str = ""
+
+
 class _CommitPartitionFn(_CommitBundleFn):
     DONE = ReadModifyWriteStateSpec("commit_done", coders.PickleCoder())
 
@@ -234,9 +256,16 @@ class _CommitPartitionFn(_CommitBundleFn):
         done_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(DONE),  # type: ignore[assignment]
     ) -> Iterable[Any]:
         key, progress = element
-        done = done_state.read() or ContiguousOffsets(self._config.lanes.count)
-        mark = done.add(progress)
+        partition: _Partition = done_state.read() or _Partition(
+            ContiguousOffsets(self._config.lanes.count)
+        )
+        mark = partition.done.add(progress)
+        if progress.halted and not partition.halt_note:
+            # Kept with the offset, it can be seen from anywhere, whichever runner this is.
+            partition.halt_note = HALT_NOTE + progress.halted
+            mark = min(partition.done.marks(key))
         if mark is not None:
             self._next_offsets[key] = mark
-        done_state.write(done)
+            self._notes[key] = partition.halt_note
+        done_state.write(partition)
         return ()

@@ -40,7 +40,7 @@ from transforms.handover import Handover
 from transforms.invoker import Invoker, always
 from transforms.outcome import Fault, Outcome, Reply, classify_fault, classify_reply
 from transforms.per_process import forget, per_process
-from transforms.records import NO_TIMESTAMP, Batch, Failure, Finished, LaneKey, Records
+from transforms.records import NO_TIMESTAMP, Batch, Failure, Finished, LaneKey, halt_name
 from transforms.reply import CONFLUENT, NONE, Answer, read_reply
 from transforms.retry import Call, RetryPolicy
 
@@ -179,15 +179,17 @@ class InvokeLambda(beam.PTransform):
 
 
 class _Gauges:
-    """What holds calls back, as it is now."""
+    """Calls that are running in this process, and what holds more of them back, as it is now."""
 
     def __init__(self) -> None:
         gauge = beam.metrics.Metrics.gauge
         self._limit = gauge("invoke", "concurrency_limit")
+        self._in_flight = gauge("invoke", "in_flight")
         self._breaker_open = gauge("invoke", "breaker_open")
 
     def set(self, invoker: Invoker) -> None:
         self._limit.set(invoker.limit)
+        self._in_flight.set(invoker.in_flight)
         self._breaker_open.set(int(invoker.breaker_open))
 
 
@@ -218,21 +220,6 @@ class _HandOverFn(beam.DoFn):
 
 HALTS = "halted"
 """Namespace of the counters whose names say where a partition was halted."""
-
-
-def halt_name(key: LaneKey, failure: Failure) -> str:
-    """A counter's name for a halt: which partition, where, and why. See `halt_of`."""
-    facts = (key[0], key[1], failure.records.offsets[0], failure.condition, failure.error_type)
-    return "|".join(map(str, facts))
-
-
-def halt_of(name: str) -> Finished:
-    """The halt that a counter's name tells of."""
-    topic, partition, offset, condition, error_type = name.split("|", 4)
-    records = Records([int(offset)], [NO_TIMESTAMP], [None], [None], [None])
-    message = "the workers' log says more"
-    failure = Failure(records, (), condition, error_type, message, 0, 0, error_type)
-    return Finished(topic, int(partition), int(offset), int(offset), halted=failure)
 
 
 def _keyed(batch: Batch) -> tuple[LaneKey, Batch]:
@@ -375,7 +362,7 @@ class _PendingFn(beam.DoFn):
             yield finished
             place = replace(place, head=place.head + 1)
             if finished.halted:
-                self._halt(key, finished.halted)
+                self._halt(finished, finished.halted)
                 pending.clear()
                 return replace(place, head=place.tail, kept=place.tail, halted=True)
         if handover.invoker.queue(key[:2]).halted:
@@ -418,13 +405,12 @@ class _PendingFn(beam.DoFn):
             age_ms = round(self._clock() * 1000) - timestamps[-1]
             self._iterator_age_ms.update(max(0, age_ms))
 
-    def _halt(self, key: LaneKey, failure: Failure) -> None:
-        beam.metrics.Metrics.counter(HALTS, halt_name(key, failure)).inc()
+    def _halt(self, finished: Finished, failure: Failure) -> None:
+        beam.metrics.Metrics.counter(HALTS, halt_name(finished)).inc()
         _LOGGER.error(
             "halted: %s-%d at offset %d: %s, %s; nothing from there on is committed, the other "
             "partitions go on; mend the function and start again from the group's offsets",
-            key[0],
-            key[1],
+            *finished.key,
             failure.records.offsets[0],
             failure.condition,
             failure.error_type,

@@ -319,12 +319,41 @@ class Finished:
         return (self.topic, self.partition, self.lane)
 
 
+def halt_name(finished: Finished) -> str:
+    """Where a partition was halted and why, as a counter's name or a note; empty if it was not.
+
+    See `halt_of`.
+    """
+    failure = finished.halted
+    if failure is None:
+        return ""
+    facts = (*finished.key, failure.records.offsets[0], failure.condition, failure.error_type)
+    return "|".join(map(str, facts))[:1000]
+
+
+def halt_of(name: str) -> Finished:
+    """The halt that `halt_name` tells of.
+
+    Raises:
+        ValueError: It tells of none.
+    """
+    topic, partition, offset, condition, error_type = name.split("|", 4)
+    records = Records([int(offset)], [NO_TIMESTAMP], [None], [None], [None])
+    message = "the workers' log says more"
+    failure = Failure(records, (), condition, error_type, message, 0, 0, error_type)
+    return Finished(topic, int(partition), int(offset), int(offset), halted=failure)
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What Write emits once a lane's records of `[start, next_offset)` are acknowledged."""
+    """What Write emits once a lane's records of `[start, next_offset)` are acknowledged.
+
+    `halted` says where and why the partition stops there, as `halt_name` does; else it is empty.
+    """
 
     topic: str
     partition: int
     start: int
     next_offset: int
     lane: int = 0
+    halted: str = ""

@@ -34,7 +34,7 @@ from transforms.formats import (
 )
 from transforms.kafka import KafkaConfig, client_settings, make_producer, reason
 from transforms.per_process import per_process
-from transforms.records import Failure, Finished, Progress, Responses
+from transforms.records import Failure, Finished, Progress, Responses, halt_name
 from transforms.registry import RegistryConfig, shared_registry
 from transforms.schemas import DecodeError
 
@@ -312,7 +312,7 @@ class _ProduceFn(beam.DoFn):
                 self._write_responses(finished, part)
             else:
                 self._write_failure(finished, part)
-        if finished.start < finished.next_offset:
+        if finished.start < finished.next_offset or finished.halted:
             self._progress.append(
                 Progress(
                     finished.topic,
@@ -320,6 +320,7 @@ class _ProduceFn(beam.DoFn):
                     finished.start,
                     finished.next_offset,
                     finished.lane,
+                    halt_name(finished),
                 )
             )
 
