@@ -13,12 +13,14 @@ usage() {
 usage: ./run.sh COMMAND [arguments]
 
   setup                install into .venv (done by every other command when needed)
-  demo [...]           the whole pipeline on this machine, without AWS and without Kafka
+  demo [...]           the whole pipeline on this machine, without AWS and without Kafka;
+                       --runner=flink: with a real Kafka broker, on a Flink cluster
   run [...]            the pipeline; run --help lists its options
   test [--fast] [...]  the tests, with a real Kafka broker; --fast leaves the broker out
   test --flink [...]   the tests of streaming runs, with a real Flink cluster (experimental)
   check                format, lint, types, then test --fast
-  bench [...]          measure throughput, with a real Kafka broker
+  bench [...]          measure throughput, with a real Kafka broker;
+                       --runner=flink: both readers on a Flink cluster too
   lambda [...]         only the local AWS Lambda endpoint
   clean                remove .venv and everything the tools left in this folder
   help                 this list
@@ -164,6 +166,9 @@ require_registry() {
   "$VENV/bin/python" -m tests.schema_registry --fetch
 }
 
+# Whether the arguments ask for a Flink cluster.
+on_flink() { [[ " $* " == *" --runner=flink "* || " $* " == *" --runner flink "* ]]; }
+
 # --- Commands -----------------------------------------------------------------------------------
 
 run_tests() {
@@ -197,6 +202,7 @@ case $command in
     ;;
   demo | lambda)
     setup
+    if [[ $command == demo ]] && on_flink "$@"; then require_servers kafka flink; fi
     cd "$CALLED_FROM" # file names among the arguments are relative to it
     exec "$VENV/bin/python" -m pipeline.local "$@"
     ;;
@@ -220,7 +226,7 @@ case $command in
     ;;
   bench)
     setup
-    require_servers kafka
+    if on_flink "$@"; then require_servers kafka flink; else require_servers kafka; fi
     exec "$VENV/bin/python" -m tests.bench "${@:2}"
     ;;
   clean)

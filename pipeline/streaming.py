@@ -66,6 +66,14 @@ def runner_options(
     return [*arguments, *(option for option in wanted if option.split("=", 1)[0] not in given)]
 
 
+def _fresh_metrics(result: Any) -> Any:
+    """What a job's metrics are now, by kind."""
+    if hasattr(result, "_metrics"):
+        # The result of a portable runner asks once, and gives that answer for ever.
+        result._metrics = None
+    return result.metrics().query()
+
+
 def _job_of(result: Any) -> str | None:
     """The id of a submitted job, None if there is none."""
     if not getattr(result, "has_job", True):
@@ -174,7 +182,7 @@ class StreamRun:
         if not self._result:
             return ()
         try:
-            return list(self._result.metrics().query()["counters"])
+            return list(_fresh_metrics(self._result)["counters"])
         except dataflow.service_errors() as error:
             # No reason to end: the job does not depend on being watched.
             _LOGGER.warning("the numbers of the job %s are not known: %s", self._name, error)

@@ -21,7 +21,7 @@ from google.cloud import dataflow
 from google.protobuf import json_format
 
 from tests.dataflow_service import ROOT, DataflowService, Submitted
-from tests.dockerfile import Dockerfile
+from tests.docker_image import Dockerfile
 
 
 def template_spec(image: str, metadata: dict[str, Any]) -> dict[str, Any]:

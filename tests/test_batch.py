@@ -117,7 +117,8 @@ def _one_by_one(sizes, rejected, open_records, open_bytes, config, frame) -> lis
         if rejection is None and len(frame.join([b"x" * size])) > config.max_bytes:
             rejection = too_large(size, config.max_bytes, frame)
         together = len(frame.join([b"x" * entry for entry in [*batch, size]]))
-        if batch and (rejection or together > config.max_bytes):
+        full = len(batch) >= config.max_records or together > config.max_bytes
+        if batch and (rejection or full):
             cuts.append(Cut(low, index, close=True))
             low, batch = index, []
         if rejection:
@@ -147,7 +148,6 @@ def test_cut_is_the_same_as_filling_batches_one_by_one(
 ) -> None:
     """The shortcuts change nothing, the cuts leave no hole, and no batch is over a limit."""
     config = BatchConfig(records, limit)
-    opened = opened[: records - 1]
     while opened and frame.payload_bytes(sum(opened), len(opened)) > limit:
         opened.pop()
     rejections = {index: BAD for index in rejected if index < len(sizes)}
@@ -159,7 +159,7 @@ def test_cut_is_the_same_as_filling_batches_one_by_one(
         assert piece.low == at
         at = piece.high
         count, size = count + piece.high - piece.low, size + sum(sizes[piece.low : piece.high])
-        if piece.rejection is None:
+        if piece.rejection is None and piece.high > piece.low:
             assert count <= records
             assert frame.payload_bytes(size, count) <= limit
         if piece.close:

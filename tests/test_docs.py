@@ -21,7 +21,7 @@ import transforms
 from pipeline import docs
 from pipeline.build import build
 from pipeline.local.lambda_server import ClientContext, LambdaContext
-from pipeline.options import OPTIONS, parse_arguments
+from pipeline.options import _FLINK_OPTIONS, OPTIONS, _beam_parser, parse_arguments
 from pipeline.redrive import GROUP as REDRIVE_OPTIONS
 from transforms import decode, retry
 from transforms.client_context import client_context
@@ -204,6 +204,9 @@ def test_every_named_option_exists(page: Path) -> None:
     known |= {option.name for option in REDRIVE_OPTIONS.options}
     if page.parent.name == "templates":
         known |= SHELL
+    if page.name == "flink.md":
+        beams = {name for action in _beam_parser()._actions for name in action.option_strings}
+        known |= {name.removeprefix("--") for name in beams} | _FLINK_OPTIONS | {"worker_pool"}
     if "ataflow" in page.read_text(encoding="utf-8"):
         known |= DATAFLOWS
     if page == TEMPLATE_PAGE:

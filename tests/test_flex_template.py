@@ -35,7 +35,7 @@ from tests.dataflow_launcher import (
     template_spec,
 )
 from tests.dataflow_service import ROOT, DataflowService, Submitted
-from tests.dockerfile import Dockerfile
+from tests.docker_image import Dockerfile
 from tests.google_service import Google
 
 if sys.version_info >= (3, 11):

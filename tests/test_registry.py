@@ -181,6 +181,24 @@ def test_it_is_waited_for(error: Exception, caplog: pytest.LogCaptureFixture) ->
     assert last == f"schema registry at {URL}: it answers again"
 
 
+def test_one_that_has_just_come_up_is_not_believed_to_know_all() -> None:
+    """It may answer before it has loaded its schemas; a record is not given up for that."""
+    registry, client, _ = _registry(REFUSED, MISSING, MISSING, _schema('"int"'))
+    assert registry.schema(7) == SchemaText(AVRO, '"int"')
+    assert len(client.asked) == 4
+
+
+def test_what_is_missing_for_longer_than_that_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    registry, client, stop = _registry(REFUSED, MISSING)
+    with caplog.at_level(logging.WARNING):
+        assert registry.schema(7) is None
+        asked = len(client.asked)
+        assert stop.now > 10
+        assert registry.schema(8) is None
+    assert len(client.asked) == asked + 1
+    assert caplog.messages[-1] == f"schema registry at {URL}: it answers again"
+
+
 def test_nothing_is_waited_for_once_the_run_is_to_end() -> None:
     """What was asked for is left to the next run."""
     registry, _, stop = _registry(REFUSED, stop_after=7)

@@ -121,10 +121,12 @@ def test_json_for_programs(broker: KafkaBroker, names: Names) -> None:
 
     summary = ended.summary
     assert summary.pop("elapsed_secs") > 0
-    # It was throttled; how far that lowered the limit is a matter of time.
+    # It was throttled; how far that lowered the limit is a matter of time, and so is whether the
+    # two partitions ever were invoked for at once.
     assert summary["concurrency"].pop("limit") >= 1
+    assert 1 <= summary["concurrency"].pop("in_flight_max") <= 2
     assert summary == {
-        "concurrency": {"in_flight_max": 2},
+        "concurrency": {},
         "breaker": {"open": False, "openings": 0},
         "records": 50,
         "batches": 6,

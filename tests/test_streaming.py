@@ -202,6 +202,10 @@ def test_a_chunk_that_was_overtaken_is_put_in_its_place() -> None:
         # No delay was asked for: to come at once is what it should do.
         ([(0, 0.0)] * 9, False),
         ([(1, 0.01), (0, 0.0), (1, 0.01), (0, 0.0), (1, 0.01)], True),
+        # A job that fails and is restarted again and again: early each time, but not at once.
+        ([(1, 0.3), (0, 1.0)] * 9, False),
+        ([(5, 0.3)] * 3, True),
+        ([(5, 1.5)] * 9, False),
     ],
 )
 def test_a_runner_that_does_not_wait_any_more_is_noticed(

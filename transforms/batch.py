@@ -121,7 +121,8 @@ def cut(
     Args:
         sizes: Bytes of each record's entry.
         rejections: By index, records that must stand alone and not be sent.
-        open_records: Records that are in the open batch already.
+        open_records: Records that are in the open batch already; more than the limit if that was
+            higher when they came (a savepoint was resumed with another).
         open_bytes: Bytes of their entries.
         config: The limits.
         frame: What the payload has besides the entries.
@@ -129,11 +130,14 @@ def cut(
     Yields:
         Cuts in order, without a hole. A close before the first record has `high == low`.
     """
+    if not sizes:
+        return
     low, count, size = 0, open_records, open_bytes
     everything = frame.payload_bytes(open_bytes + sum(sizes), open_records + len(sizes))
     if not rejections and everything <= config.max_bytes:
         # Not even all of it together is too much: only the count can close a batch.
-        for high in range(config.max_records - open_records, len(sizes) + 1, config.max_records):
+        room = max(0, config.max_records - open_records)
+        for high in range(room, len(sizes) + 1, config.max_records):
             yield Cut(low, high, close=True)
             low = high
         if low < len(sizes):
@@ -144,7 +148,8 @@ def cut(
         if rejection is None and frame.payload_bytes(entry_bytes, 1) > config.max_bytes:
             rejection = too_large(entry_bytes, config.max_bytes, frame)
         together = frame.payload_bytes(size + entry_bytes, count + 1)
-        if count and (rejection or together > config.max_bytes):
+        full = count >= config.max_records or together > config.max_bytes
+        if count and (rejection or full):
             yield Cut(low, index, close=True)
             low, count, size = index, 0, 0
         if rejection:

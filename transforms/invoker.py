@@ -407,8 +407,12 @@ class Invoker:
         assert delivery and steps
         # A call that it was put aside with was not made: it may be too late for it by now.
         step = next(steps, None)
-        while isinstance(step, Call) and self._goes_on(queue):
+        while isinstance(step, Call):
             with self._changed:
+                # Asked here and not before: whoever halts the partition must find the queue either
+                # put aside, or at a call that has begun.
+                if not self._goes_on(queue):
+                    break
                 if not self._may_begin(queue.key):
                     self._abandon(queue)
                     break

@@ -28,6 +28,15 @@ _LOGGER = logging.getLogger(__name__)
 SCHEMA_REGISTRY_PREFIX = "schema.registry."
 PREFIXES = ("response.", "error.", SCHEMA_REGISTRY_PREFIX)
 
+# What a broker answers that has just begun: it knows no coordinator for the group yet.
+NO_COORDINATOR = frozenset(
+    {
+        ErrorCode.NOT_COORDINATOR,
+        ErrorCode.COORDINATOR_NOT_AVAILABLE,
+        ErrorCode.COORDINATOR_LOAD_IN_PROGRESS,
+    }
+)
+
 _WARN_SECS = 30.0
 _QUOTED_VALUE = re.compile(r'Invalid value "([^"]*)"')
 

@@ -121,14 +121,16 @@ class Haste:
     """Whether a runner has stopped to wait as long as it is asked to. Pure.
 
     Flink, while it drains a job, calls a splittable DoFn again and again at once, until nothing
-    remains to be done; that is all it lets a DoFn know. A restart may call early too, but once.
+    remains to be done; that is all it lets a DoFn know. A restart may call early too, but once, and
+    the next restart takes longer than a drain's next call.
     """
 
     _CALLS = 3
+    _WITHIN_SECS = 2.0
 
     def __init__(self) -> None:
         self._due: float | None = None
-        self._early = 0
+        self._early: list[float] = []
 
     def asked(self, now: float, delay_secs: float) -> None:
         """The runner was asked to come back after so long."""
@@ -138,8 +140,15 @@ class Haste:
         """The runner came back; says whether it is in haste."""
         due, self._due = self._due, None
         if due is not None:
-            self._early = self._early + 1 if now < due - _QUIET_POLL_SECS / 2 else 0
-        return self._early >= self._CALLS
+            early = now < due - _QUIET_POLL_SECS / 2
+            recent = [each for each in self._early if now - each <= self._WITHIN_SECS]
+            self._early = [*recent, now] if early else []
+        return len(self._early) >= self._CALLS
+
+    @property
+    def is_suspected(self) -> bool:
+        """Whether it came early the last time: worth asking for a delay again, to know."""
+        return bool(self._early)
 
 
 class PartitionReader:
@@ -160,8 +169,7 @@ class PartitionReader:
         timer: Callable[[], float] = monotonic,
     ) -> None:
         self.lock = threading.Lock()
-        self.used = self.breath = timer()
-        self.gave = float("-inf")
+        self.used = self.breath = self.gave = timer()
         self.haste = Haste()
         self._config = config
         self._key = key
@@ -183,16 +191,20 @@ class PartitionReader:
             self._position = self._begun = offset
             self._ahead.clear()
             self._ahead_bytes = 0
+            self.gave = self.used
 
-    def read(self) -> tuple[Records, int]:
+    def read(self, timeout_secs: float) -> tuple[Records, int]:
         """The next records, and the offset behind them; that of before if there is nothing.
+
+        Args:
+            timeout_secs: How long to wait for records that have not been fetched yet.
 
         Raises:
             KafkaError: The partition cannot be read any more.
         """
         kafka = self._config.source.kafka
         try:
-            messages = self._consumer.consume(_CHUNK_RECORDS, _POLL_SECS)
+            messages = self._consumer.consume(_CHUNK_RECORDS, timeout_secs)
         except KafkaException as error:
             raise KafkaError(f"{describe(kafka)}: {reason(error)}") from None
         position = self._position
@@ -369,8 +381,33 @@ class _FindProvider(RestrictionProvider):
         return 1.0
 
 
-def _make_source(config: SourceConfig) -> SourceOffsets:
-    return SourceOffsets(config, make_consumer(config.kafka))
+class _Finder:
+    """What looks for partitions in a worker process."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.haste = Haste()
+        self._config = config
+        self._source = SourceOffsets(config, make_consumer(config.kafka))
+
+    def look(self, known: frozenset[PartitionKey], bounded: bool) -> list[FoundPartition]:
+        """Partitions that are not known yet.
+
+        Raises:
+            KafkaError: The brokers cannot be asked.
+        """
+        keys = [key for key in self._source.partitions() if key not in known]
+        if not keys:
+            return []
+        starts = self._source.starts(keys, at_start=not known)
+        # What a starting position came to is committed at once, so that a restart before the
+        # first batch is finished does not move it.
+        shared_committer(CommitConfig(self._config.kafka)).commit(
+            {key: start.offset for key, start in starts.items() if start.resolved}
+        )
+        return [
+            FoundPartition(*key, starts[key].offset, self._source.range(key)[1], bounded)
+            for key in keys
+        ]
 
 
 class _FindFn(beam.DoFn):
@@ -385,31 +422,25 @@ class _FindFn(beam.DoFn):
         tracker: Any = beam.DoFn.RestrictionParam(_FindProvider()),
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(_WALLTIME),
     ) -> Iterator[FoundPartition]:
+        finder = per_process(_Finder, self._config.source)
+        if finder.haste.came(monotonic()) and self._config.drain_by_haste:
+            return
         known = tracker.current_restriction().known
-        found = self._look(known)
+        try:
+            found = finder.look(known, element.bounded)
+        except KafkaError as error:
+            if not known:
+                raise
+            # A broker that is away for a moment; asked again with the next turn.
+            _LOGGER.warning("new partitions cannot be looked for: %s", error)
+            found = []
         if not tracker.try_claim(known | {partition.key for partition in found}):
             return
         self._partitions.inc(len(found))
         yield from found
         if not element.bounded:
+            finder.haste.asked(monotonic(), _FIND_SECS)
             tracker.defer_remainder(Duration.of(_FIND_SECS))
-
-    def _look(self, known: frozenset[PartitionKey]) -> list[FoundPartition]:
-        config = self._config
-        source = per_process(_make_source, config.source)
-        keys = [key for key in source.partitions() if key not in known]
-        if not keys:
-            return []
-        starts = source.starts(keys, at_start=not known)
-        # What a starting position came to is committed at once, so that a restart before the
-        # first batch is finished does not move it.
-        shared_committer(CommitConfig(config.source.kafka)).commit(
-            {key: start.offset for key, start in starts.items() if start.resolved}
-        )
-        return [
-            FoundPartition(*key, starts[key].offset, source.range(key)[1], config.bounded)
-            for key in keys
-        ]
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -468,12 +499,13 @@ class _ReadFn(beam.DoFn):
                 if not reader.may_read(len(readers)):
                     pause_secs = _QUIET_POLL_SECS
                     break
-                records, next_offset = reader.read()
+                # Where little comes the pause is long enough for what there is to be fetched.
+                lately = now - reader.gave <= _LATELY_SECS
+                records, next_offset = reader.read(_POLL_SECS if lately else 0)
                 now = monotonic()
                 if next_offset == position:
                     self._advance(watermark, self._clock() - _HOLD_SECS)
-                    if now - reader.gave > _LATELY_SECS:
-                        pause_secs = _QUIET_POLL_SECS
+                    pause_secs = 0 if lately else _QUIET_POLL_SECS
                     break
                 reader.gave = now
                 if next_offset > restriction.stop:
@@ -492,7 +524,8 @@ class _ReadFn(beam.DoFn):
                     break
             if position == restriction.stop:
                 return
-            if now - reader.breath > _BREATH_SECS and self._config.drain_by_haste:
+            breath = reader.haste.is_suspected or now - reader.breath > _BREATH_SECS
+            if breath and self._config.drain_by_haste:
                 pause_secs = _QUIET_POLL_SECS
             if pause_secs:
                 reader.breath = now

@@ -35,6 +35,9 @@ _WARN_SECS = 10.0
 # but another node of the registry may come to know of it a little later.
 _MISSING_SECS = 10.0
 _MISSING_IDS = 1_000
+# A registry that comes up may answer before it has loaded what it has to know. So for some time
+# after it was out of reach it is not believed that it knows something not.
+_SETTLE_SECS = 10.0
 
 MAX_ID = 2**31 - 1
 
@@ -167,6 +170,7 @@ class SchemaRegistry:
         self._timer = timer
         self._random = random
         self._missing: dict[int, float] = {}
+        self._failed_at = float("-inf")
 
     def check(self) -> None:
         """Ask for a schema once, without waiting.
@@ -255,15 +259,12 @@ class SchemaRegistry:
         """The answer, None for a 404; asks again until there is one."""
         delay_secs, warned, failed = _FIRST_DELAY_SECS, float("-inf"), False
         while True:
+            answer, why = None, None
             try:
                 answer = ask()
             except Exception as error:
-                if _is_missing(error):
-                    return None
-                if not _is_transient(error):
-                    raise self._refused(what, error) from None
-                why = _reason(error)
-            else:
+                why = self._why_not(what, error)
+            if why is None:
                 if failed:
                     _LOGGER.warning("schema registry at %s: it answers again", self._url)
                 return answer
@@ -283,6 +284,17 @@ class SchemaRegistry:
                     f"run was told to stop: {why}"
                 )
             delay_secs = min(2 * delay_secs, _LONGEST_DELAY_SECS)
+
+    def _why_not(self, what: str, error: Exception) -> str | None:
+        """Why there is no answer yet; None if the answer is that there is no such thing."""
+        if _is_missing(error):
+            if self._timer() - self._failed_at > _SETTLE_SECS:
+                return None
+        elif _is_transient(error):
+            self._failed_at = self._timer()
+        else:
+            raise self._refused(what, error) from None
+        return _reason(error)
 
     def _refused(self, what: str, error: Exception) -> RegistryError:
         return RegistryError(

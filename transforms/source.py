@@ -9,11 +9,18 @@ from dataclasses import dataclass, replace
 from time import monotonic, sleep
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
-from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from transforms.errors import KafkaError
-from transforms.kafka import ErrorLog, KafkaConfig, client_settings, describe, partitions_of, reason
+from transforms.kafka import (
+    NO_COORDINATOR,
+    ErrorLog,
+    KafkaConfig,
+    client_settings,
+    describe,
+    partitions_of,
+    reason,
+)
 from transforms.records import PartitionKey
 
 _LOGGER = logging.getLogger(__name__)
@@ -24,13 +31,6 @@ TRIM_HORIZON, LATEST, AT_TIMESTAMP = "TRIM_HORIZON", "LATEST", "AT_TIMESTAMP"
 
 _NO_OFFSET = -1001  # what librdkafka reports for a group without a committed offset
 _INTERNAL = "__"
-_NO_COORDINATOR = frozenset(
-    {
-        ErrorCode.NOT_COORDINATOR,
-        ErrorCode.COORDINATOR_NOT_AVAILABLE,
-        ErrorCode.COORDINATOR_LOAD_IN_PROGRESS,
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ class SourceOffsets:
                 break
             except KafkaException as error:
                 # A broker that has just begun knows no coordinator for the group yet.
-                if error.args[0].code() not in _NO_COORDINATOR or monotonic() > deadline:
+                if error.args[0].code() not in NO_COORDINATOR or monotonic() > deadline:
                     group = f"committed offsets of group {self._kafka.group}"
                     raise self._failed(group, error) from None
                 sleep(0.2)

@@ -47,6 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
         default="text",
         help="json: only the pipeline's summary on stdout, as one line",
     )
+    demo.add_argument(
+        "--runner",
+        choices=("direct", "flink"),
+        default="direct",
+        help="flink: a real Kafka broker and a Flink session cluster; needs Java 17",
+    )
     demo.set_defaults(run=_run_demo)
     options = parser.parse_args(arguments)
     try:
@@ -84,7 +90,7 @@ def _record_count(text: str) -> int:
 def _run_demo(options: argparse.Namespace) -> int:
     from pipeline.local.demo import run_demo
 
-    return run_demo(options.records, options.summary)
+    return run_demo(options.records, options.summary, options.runner)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from pipeline.local.processes import (
     java_command,
     wait_until,
 )
+from transforms.kafka import NO_COORDINATOR
 
 # Records in one call of the consumer: large enough that the call itself costs nothing.
 _READ_CHUNK = 10_000
@@ -428,13 +429,27 @@ class KafkaBroker:
         consumer = self._consumer(group)
         try:
             asked = [TopicPartition(topic, partition) for partition in self.partitions(topic)]
-            answer = consumer.committed(asked, timeout=30)
+            answer = self._ask_committed(consumer, asked)
         finally:
             consumer.close()
-        for entry in answer:
-            if entry.error is not None:
-                raise KafkaException(entry.error)
         return {entry.partition: entry.offset for entry in answer if entry.offset >= 0}
+
+    def _ask_committed(
+        self, consumer: Consumer, asked: list[TopicPartition]
+    ) -> list[TopicPartition]:
+        """Ask until the broker, which may just have begun, knows a coordinator for the group."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                answer = consumer.committed(asked, timeout=30)
+                failed = [entry.error for entry in answer if entry.error is not None]
+                if not failed:
+                    return list(answer)
+                raise KafkaException(failed[0])
+            except KafkaException as error:
+                if error.args[0].code() not in NO_COORDINATOR or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
     def compact_wait(self, topic: str, fewer_than: int, timeout: float = 60) -> list[StoredRecord]:
         """Wait until compaction has left fewer than so many records; return what is left.

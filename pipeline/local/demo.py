@@ -2,7 +2,8 @@
 
 Starts a Kafka broker in this process and a local Lambda endpoint with `demo_function.py`, writes
 orders, one of them broken, runs the pipeline on them as its command line would, and shows what
-came out.
+came out. With the runner `flink` the broker is a real one, and the pipeline runs on a Flink session
+cluster, all as processes of their own.
 """
 
 from __future__ import annotations
@@ -14,15 +15,20 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline.local.broker import KafkaBroker
+from pipeline.local.flink import FlinkCluster
 from pipeline.local.kafka import LocalKafka, NewRecord
 from pipeline.local.lambda_server import FunctionSpec, LambdaServer
 
 MAX_RECORDS = 50_000
 """More would not stay in `LocalKafka`, which keeps 5 MiB per partition."""
+
+RUNNERS = ("direct", "flink")
 
 FUNCTION = "settle-orders"
 ORDERS, RESULTS, ERRORS = "orders", "orders-results", "orders-errors"
@@ -33,13 +39,57 @@ _PARTITIONS = 4  # of a topic in LocalKafka; each has at most one invocation run
 _ITEMS = ("notebook", "desk lamp", "backpack", "water bottle", "headphones", "umbrella", "mug")
 
 
-def run_demo(records: int, summary: str) -> int:
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """What the demo runs on.
+
+    Attributes:
+        kafka: The broker.
+        arguments: What the pipeline is told of its runner.
+        said: The same for people.
+    """
+
+    kafka: LocalKafka | KafkaBroker
+    arguments: tuple[str, ...]
+    said: str
+
+    def produce(self, topic: str, records: Iterable[NewRecord]) -> None:
+        if isinstance(self.kafka, LocalKafka):
+            self.kafka.produce(topic, records)
+        else:
+            # -1 lets the partitioner choose by the key.
+            self.kafka.produce(topic, [(-1, record.key, record.value) for record in records])
+
+    def read_all(self, topic: str) -> Sequence[Any]:
+        """Records with key, value and headers, whichever broker has them."""
+        return self.kafka.read_all(topic)
+
+
+@contextlib.contextmanager
+def _stage(runner: str) -> Iterator[_Stage]:
+    if runner == "direct":
+        with LocalKafka() as kafka:
+            yield _Stage(kafka, (), "Kafka and Lambda run inside this command.")
+        return
+    with KafkaBroker() as broker, FlinkCluster() as cluster:
+        for topic in (ORDERS, RESULTS, ERRORS):
+            broker.create_topic(topic, _PARTITIONS)
+        yield _Stage(
+            broker,
+            ("--runner=FlinkRunner", *cluster.runner_options(), "--parallelism=2"),
+            f"Kafka and Flink (http://{cluster.address}) are processes of their own, Lambda runs "
+            "inside this command.",
+        )
+
+
+def run_demo(records: int, summary: str, runner: str = "direct") -> int:
     """Run it once.
 
     Args:
         records: Orders to send, from 1 to `MAX_RECORDS`; one of them is broken.
         summary: ``text`` shows everything on stdout; ``json`` has only the pipeline's summary
             there, one line, and the rest on stderr.
+        runner: One of `RUNNERS`.
 
     Returns:
         The pipeline's exit code; 130 if interrupted before or after the pipeline.
@@ -53,21 +103,22 @@ def run_demo(records: int, summary: str) -> int:
     )
     try:
         with (
-            LocalKafka() as kafka,
             LambdaServer([spec], record_calls=False) as server,
             _own_environment(),
+            _stage(runner) as stage,
         ):
-            return _run(kafka, server.url, records, summary, out)
+            return _run(stage, server.url, records, summary, out)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
 
 
-def _run(kafka: LocalKafka, lambda_url: str, records: int, summary: str, out: TextIO) -> int:
+def _run(stage: _Stage, lambda_url: str, records: int, summary: str, out: TextIO) -> int:
     broken = records // 2 + 1
-    kafka.produce(ORDERS, make_orders(records, broken))
+    stage.produce(ORDERS, make_orders(records, broken))
     arguments = [
-        f"--kafka_bootstrap_servers={kafka.bootstrap_servers}",
+        *stage.arguments,
+        f"--kafka_bootstrap_servers={stage.kafka.bootstrap_servers}",
         f"--topics={ORDERS}",
         "--consumer_group=demo",
         f"--function={FUNCTION}",
@@ -86,7 +137,7 @@ def _run(kafka: LocalKafka, lambda_url: str, records: int, summary: str, out: Te
         out,
         f"Topic {ORDERS} has {_count(records, 'order')}. Order {broken} has no amount: the "
         "function fails on it.",
-        "Kafka and Lambda run inside this command. Now the pipeline, by its command line:",
+        f"{stage.said} Now the pipeline, by its command line:",
         "",
         "  ./run.sh run \\",
         *(f"    {argument} \\" for argument in arguments[:-1]),
@@ -97,7 +148,7 @@ def _run(kafka: LocalKafka, lambda_url: str, records: int, summary: str, out: Te
     if summary == "json":
         print(printed, end="", flush=True)
     if code == 0:
-        _say(out, *_report(kafka))
+        _say(out, *_report(stage))
     if summary == "text" and printed:
         _say(out, "", "Summary", f"  {printed.rstrip()}")
     return code
@@ -163,12 +214,12 @@ def _own_environment() -> Iterator[None]:
 # -- what is shown ---------------------------------------------------------------------------
 
 
-def _report(kafka: LocalKafka) -> list[str]:
+def _report(stage: _Stage) -> list[str]:
     """What the pipeline wrote: some responses, and every error record."""
     # Only now: these come with the pipeline's imports.
     from transforms.formats import ORIGINAL_HEADER, decode_original
 
-    responses = kafka.read_all(RESULTS)
+    responses = stage.read_all(RESULTS)
     shown = responses[:_SHOWN_RESPONSES]
     more = ", the first of them:" if len(shown) < len(responses) else ""
     lines = [f"Topic {RESULTS}: {_count(len(responses), 'response')}{more}"]
@@ -176,7 +227,7 @@ def _report(kafka: LocalKafka) -> list[str]:
     for key, record in zip(keys, shown, strict=True):
         result = _compact(json.loads(record.value or b"")["result"])
         lines.append(_cut(f"  {key:{max(map(len, keys))}}  {result}"))
-    errors = kafka.read_all(ERRORS)
+    errors = stage.read_all(ERRORS)
     lines += ["", f"Topic {ERRORS}: {_count(len(errors), 'error record')}"]
     for record in errors:
         originals = [value for name, value in record.headers if name == ORIGINAL_HEADER]

@@ -65,7 +65,7 @@ java.util.logging.SimpleFormatter.format=%1$tF %1$tT.%1$tL %4$s %3$s %5$s%6$s%n
 _HEAP_MB = {
     "zookeeper": 64,
     "jobmanager": 384,
-    "taskmanager": 640,
+    "taskmanager": 1024,
     "job-server": 384,
     "expansion-service": 256,
 }
@@ -95,6 +95,9 @@ _CLUSTER_CONFIG = {
     "rest.address": "127.0.0.1",
     "rest.bind-address": "127.0.0.1",
     "state.backend.type": "hashmap",
+    # The jars are on the classpath: classes are not loaded anew for each job, which would never
+    # be unloaded again.
+    "classloader.resolve-order": "parent-first",
     "execution.checkpointing.externalized-checkpoint-retention": "RETAIN_ON_CANCELLATION",
     "restart-strategy.type": "fixed-delay",
     "restart-strategy.fixed-delay.attempts": "1000",
@@ -577,7 +580,7 @@ class FlinkCluster:
                 "--javaClassLookupAllowlistFile=*",
                 # Inside the TaskManager, and as a source of Flink's own.
                 "--defaultEnvironmentType=EMBEDDED",
-                "--experiments=use_deprecated_read",
+                "--experiments=beam_fn_api",
             )
         return commands
 

@@ -1,6 +1,7 @@
 """The benchmark: the pipeline beside the same job written by hand, on this machine's broker.
 
 ``python -m tests.bench [--records 400000] [--partitions 4] [--record_bytes 200] [--repeat 1]``
+With ``--runner=flink``: `tests.bench.flink`.
 
 The client, the broker and the stub share the machine's processors: on two of them, with other work
 beside it, six runs of the same code gave 37,000 to 61,000 records/s. For figures to quote use
@@ -439,7 +440,15 @@ def report(result: dict[str, Any]) -> None:
 def main() -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--records", type=int, default=400_000, help="records in the topic")
+    parser.add_argument(
+        "--runner",
+        choices=("direct", "flink"),
+        default="direct",
+        help="flink: both readers on a Flink cluster, beside the DirectRunner",
+    )
+    parser.add_argument(
+        "--records", type=int, help="records in the topic; 400000, and 1000000 for flink"
+    )
     parser.add_argument("--partitions", type=int, default=4)
     parser.add_argument("--record_bytes", type=int, default=200, help="bytes of a record's value")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each; medians are shown")
@@ -454,6 +463,12 @@ def main() -> int:
     options = parser.parse_args()
     # Ends by an exception, so that the processes and topics made here are cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if options.runner == "flink":
+        from tests.bench import flink
+
+        options.records = options.records or 1_000_000
+        return flink.bench(options)
+    options.records = options.records or 400_000
     if options.bootstrap_servers:
         broker: Any = nullcontext()
     else:
