@@ -151,8 +151,8 @@ def test_the_program_without_google_s_libraries() -> None:
         text=True,
     )
     assert program.returncode == 2
-    # With all other problems, each in a line.
-    assert program.stderr.splitlines() == [
+    # With all other problems, each in a line; what else is said is Google's, on an old Python.
+    assert [line for line in program.stderr.splitlines() if line.startswith("error: ")] == [
         "error: --function is missing; for example --function=process-orders:live",
         "error: --runner=DataflowRunner needs Google's libraries: pip install "
         "'beam-lambda-sink[gcp]'",
