@@ -1025,7 +1025,8 @@ def _make_config(
     )
     stream: NativeReadConfig | BeamReadConfig | None = None
     if streaming and values["kafka_reader"] == "beam":
-        stream = BeamReadConfig(kafka, source.topics, values["expansion_service"])
+        service, in_flink = values["expansion_service"], runner in FLINK_RUNNERS
+        stream = BeamReadConfig(kafka, source.topics, service, in_flink)
     elif streaming:
         stream = NativeReadConfig(
             source,

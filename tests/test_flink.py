@@ -306,7 +306,9 @@ def test_topics_with_different_numbers_of_partitions(
     flink.broker.create_topic(small, 2)
     flink.produce(5, 400)
     flink.produce(2, 300, topic=small)
-    with flink.start(server, reader, topics=f"{flink.source},{small}") as run:
+    # Here the expansion service is one that Beam starts itself.
+    jar = {"expansion_service": flink.cluster.expansion_service_jar} if reader == "beam" else {}
+    with flink.start(server, reader, topics=f"{flink.source},{small}", **jar) as run:
         flink.wait_committed(run, dict.fromkeys(range(5), 400))
         run.until(lambda: flink.committed(small) == {0: 300, 1: 300}, "the other topic", WAIT_SECS)
     sink.assert_exactly_once(

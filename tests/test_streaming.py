@@ -84,7 +84,7 @@ def test_a_run_that_ends_reads_what_was_there() -> None:
 def test_beam_s_reader_is_there_to_be_asked_for() -> None:
     asked = {"kafka_reader": "beam", "expansion_service": "127.0.0.1:8097"}
     config = Config.from_options(GIVEN | asked, runner="FlinkRunner")
-    assert config.stream == BeamReadConfig(config.kafka, ("orders",), "127.0.0.1:8097")
+    assert config.stream == BeamReadConfig(config.kafka, ("orders",), "127.0.0.1:8097", True)
 
 
 def test_beam_s_reader_refuses_what_it_cannot_do(tmp_path: Any) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.kafka import ReadFromKafka
+from apache_beam.io.kafka import ReadFromKafka, default_io_expansion_service
 from apache_beam.transforms.external import JavaJarExpansionService
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
@@ -23,6 +23,9 @@ from transforms.records import NO_TIMESTAMP, PartitionKey, RecordChunk, Records
 _CHUNK_RECORDS = 1_000
 _FIND_SECS = 10
 _LOG_APPEND_TIME = 1  # Java's number for a timestamp that the broker has set
+
+# The reader runs inside the TaskManager, not in a container beside it.
+_IN_FLINK = ("--defaultEnvironmentType=EMBEDDED",)
 
 _BYTES = "org.apache.kafka.common.serialization.ByteArrayDeserializer"
 
@@ -37,11 +40,13 @@ class BeamReadConfig:
         topics: Topics by name.
         expansion_service: Address of an expansion service, or the path of its jar; None for
             Beam's own.
+        in_flink: Whether the runner is Flink, which has the reader among its own classes.
     """
 
     kafka: KafkaConfig
     topics: tuple[str, ...]
     expansion_service: str | None = None
+    in_flink: bool = False
 
 
 class ReadRows(beam.PTransform):
@@ -72,7 +77,7 @@ class ReadRows(beam.PTransform):
             value_deserializer=_BYTES,
             with_metadata=True,
             dynamic_read_poll_interval_seconds=_FIND_SECS,
-            expansion_service=_service(config.expansion_service),
+            expansion_service=_service(config),
         )
         pack = beam.ParDo(_PackFn()).with_output_types(RecordChunk)
         return root | "ReadFromKafka" >> read | "Pack" >> pack
@@ -81,9 +86,15 @@ class ReadRows(beam.PTransform):
         return {"topics": ",".join(self._config.topics)}
 
 
-def _service(given: str | None) -> Any:
-    """As ReadFromKafka takes it, for whom every text is an address."""
-    return JavaJarExpansionService(given) if given and given.endswith(".jar") else given
+def _service(config: BeamReadConfig) -> Any:
+    """What expands the read: a service that runs, or a jar, started as the runner needs it."""
+    given = config.expansion_service
+    if given and not given.endswith(".jar"):
+        return given
+    arguments = list(_IN_FLINK) if config.in_flink else []
+    if given:
+        return JavaJarExpansionService(given, append_args=arguments)
+    return default_io_expansion_service(append_args=arguments)
 
 
 class _PackFn(beam.DoFn):

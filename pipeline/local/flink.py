@@ -109,6 +109,7 @@ _CLUSTER_CONFIG = {
     "metrics.fetcher.update-interval": "1000",
 }
 
+_EXPANSION_SERVICE = "org.apache.beam.sdk.expansion.service.ExpansionService"
 _JOB_SERVER = "org.apache.beam.runners.flink.FlinkJobServerDriver"
 _ENDED = ("FINISHED", "FAILED", "CANCELED")
 
@@ -400,6 +401,11 @@ class FlinkCluster:
         return self.folder / "job-server.jar"
 
     @property
+    def expansion_service_jar(self) -> Path:
+        """For ``--expansion_service``: what Beam would fetch, 140 MB, and start itself."""
+        return self.folder / "expansion-service.jar"
+
+    @property
     def folder(self) -> Path:
         """Where everything is: logs, ``checkpoints``, ``savepoints``. Gone after `close`."""
         if self._folder is None:
@@ -506,6 +512,7 @@ class FlinkCluster:
             "".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items())
         )
         _write_classpath_jar(self.job_server_jar, jars, _JOB_SERVER)
+        _write_classpath_jar(self.expansion_service_jar, jars, _EXPANSION_SERVICE)
         for name, command in self._commands(folder).items():
             # Workers import what the pipeline was made of: this code, wherever it is.
             environment = {"PYTHONPATH": str(_ROOT)} if name == "worker-pool" else None
@@ -575,10 +582,10 @@ class FlinkCluster:
         if self._with_expansion_service:
             commands["expansion-service"] = self._java(
                 "expansion-service",
-                "org.apache.beam.sdk.expansion.service.ExpansionService",
+                _EXPANSION_SERVICE,
                 str(self._expansion_port),
                 "--javaClassLookupAllowlistFile=*",
-                # Inside the TaskManager, and as a source of Flink's own.
+                # Inside the TaskManager, and as a splittable DoFn, which finds new partitions.
                 "--defaultEnvironmentType=EMBEDDED",
                 "--experiments=beam_fn_api",
             )
