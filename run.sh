@@ -16,8 +16,8 @@ usage: ./run.sh COMMAND [arguments]
   demo [...]           the whole pipeline on this machine, without AWS and without Kafka;
                        --runner=flink: with a real Kafka broker, on a Flink cluster
   run [...]            the pipeline; run --help lists its options
-  test [--fast] [...]  the tests, with a real Kafka broker; --fast leaves the broker out
-  test --flink [...]   the tests of streaming runs, with a real Flink cluster (experimental)
+  test [...]           the tests, with a real Kafka broker and a real Flink cluster;
+                       --fast leaves both out, --flink runs only those on Flink
   check                format, lint, types, then test --fast
   bench [...]          measure throughput, with a real Kafka broker;
                        --runner=flink: both readers on a Flink cluster too
@@ -172,7 +172,7 @@ on_flink() { [[ " $* " == *" --runner=flink "* || " $* " == *" --runner flink "*
 # --- Commands -----------------------------------------------------------------------------------
 
 run_tests() {
-  local marks="not flink" argument arguments=()
+  local marks="" argument arguments=()
   for argument in "$@"; do
     case $argument in
       --fast) marks="not broker and not flink" ;;
@@ -180,13 +180,8 @@ run_tests() {
       *) arguments+=("$argument") ;;
     esac
   done
-  case $marks in
-    flink) require_servers kafka flink ;;
-    "not flink")
-      require_servers kafka
-      require_registry
-      ;;
-  esac
+  if [[ $marks != not* ]]; then require_servers kafka flink; fi
+  if [[ -z $marks ]]; then require_registry; fi
   # First, so that a -m of the caller's wins.
   exec "$VENV/bin/python" -m pytest -m "$marks" ${arguments[@]+"${arguments[@]}"}
 }

@@ -1,7 +1,7 @@
 """A small streaming pipeline, to show what the local Flink cluster and Beam's runner do.
 
 Kafka -> sums per partition in state -> Kafka. It has what the real pipeline relies on and nothing
-else: a splittable reader (or `ReadFromKafka`), state, timers of both kinds, a write per bundle.
+else: a splittable reader, state, timers of both kinds, a write per bundle.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.coders import VarIntCoder
-from apache_beam.io.kafka import ReadFromKafka
 from apache_beam.io.restriction_trackers import OffsetRange, OffsetRestrictionTracker
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -41,7 +40,6 @@ def start(
     partitions: int,
     results: str,
     options: Sequence[str],
-    expansion_service: str | None = None,
     emit_every_secs: float = 1,
 ) -> PipelineResult:
     """Submit it; returns when it is submitted.
@@ -53,44 +51,24 @@ def start(
         results: The topic to write to: JSON, ``[partition, first offset, last offset, count]`` of
             records that came one after the other, and ``why``: the kind of the timer.
         options: The runner's.
-        expansion_service: Reads by `ReadFromKafka`, without it by the splittable reader.
         emit_every_secs: Between two results of a partition.
     """
     pipeline = beam.Pipeline(options=PipelineOptions([*options, "--streaming"]))
-    if expansion_service:
-        records = pipeline | "Read" >> ReadFromKafka(
-            {
-                "bootstrap.servers": bootstrap_servers,
-                "auto.offset.reset": "earliest",
-                "enable.auto.commit": "false",
-            },
-            [topic],
-            with_metadata=True,
-            expansion_service=expansion_service,
-        )
-        chunks = records | "Pack" >> beam.Map(_pack).with_output_types(
+    chunks = (
+        pipeline
+        | "Partitions" >> beam.Create([(topic, partition) for partition in range(partitions)])
+        | "Spread" >> beam.Reshuffle()
+        | "Read"
+        >> beam.ParDo(ReadPartitionFn(bootstrap_servers)).with_output_types(
             tuple[Partition, tuple[int, ...]]
         )
-    else:
-        chunks = (
-            pipeline
-            | "Partitions" >> beam.Create([(topic, partition) for partition in range(partitions)])
-            | "Spread" >> beam.Reshuffle()
-            | "Read"
-            >> beam.ParDo(ReadPartitionFn(bootstrap_servers)).with_output_types(
-                tuple[Partition, tuple[int, ...]]
-            )
-        )
+    )
     (
         chunks
         | "Sum" >> beam.ParDo(SumFn(emit_every_secs)).with_output_types(tuple[int, str])
         | "Write" >> beam.ParDo(WriteFn(bootstrap_servers, results))
     )
     return pipeline.run()
-
-
-def _pack(record: Any) -> tuple[Partition, tuple[int, ...]]:
-    return (record.topic, record.partition), (record.offset,)
 
 
 class _EndlessTracker(OffsetRestrictionTracker):

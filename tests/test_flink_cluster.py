@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[FlinkCluster]:
     """One that may lose any process."""
-    with FlinkCluster(job_server=True, expansion_service=True, high_availability=True) as running:
+    with FlinkCluster(job_server=True, high_availability=True) as running:
         yield running
 
 
@@ -47,7 +47,6 @@ class Run:
     def start(
         self,
         *options: str,
-        reader: str = "native",
         parallelism: int = 2,
         emit_every_secs: float = 1,
     ) -> str:
@@ -68,7 +67,6 @@ class Run:
                 "--max_bundle_time_mills=200",
                 *options,
             ],
-            self._cluster.expansion_service if reader == "java" else None,
             emit_every_secs,
         )
         return self.rest.wait_for_job()
@@ -115,10 +113,9 @@ def run(cluster: FlinkCluster, broker: KafkaBroker, names: Names) -> Run:
     return Run(cluster, broker, names)
 
 
-@pytest.mark.parametrize("reader", ["native", "java"])
-def test_a_drain_fires_the_timers_at_the_end_of_the_input(run: Run, reader: str) -> None:
+def test_a_drain_fires_the_timers_at_the_end_of_the_input(run: Run) -> None:
     """What is in state comes out, and the job ends by itself."""
-    job = run.start(reader=reader, emit_every_secs=3600)
+    job = run.start(emit_every_secs=3600)
     run.produce(100)
     wait_until(lambda: run.counted(job) == 100 * PARTITIONS, "not all is read", timeout=180)
     assert run.results() == []
