@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from time import monotonic
 from types import FrameType
@@ -22,6 +23,8 @@ from pipeline import logs
 
 if TYPE_CHECKING:
     from pipeline.options import Resolved
+    from pipeline.rounds import Rounds
+    from pipeline.streaming import StreamRun
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -35,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before Beam is imported: it logs while it is.
     wants_json = "--log_format=json" in arguments or ("--log_format", "json") in pairwise(arguments)
     logs.configure("json" if wants_json else "text")
-    from pipeline.explain import explain
-    from pipeline.options import format_help, resolve
-    from transforms.errors import SinkError, UsageError
+    with _importing():
+        from pipeline.explain import explain
+        from pipeline.options import format_help, resolve
+        from transforms.errors import SinkError, UsageError
 
     wants_help = "--help" in arguments or "-h" in arguments
     if arguments[:1] == ["redrive"]:
@@ -74,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(resolved: Resolved, started: float) -> int:
-    from pipeline.options import DIRECT_RUNNERS
-    from pipeline.progress import Progress, print_summary
-    from pipeline.rounds import Rounds, Status
-    from pipeline.streaming import StreamRun
+    with _importing():
+        from pipeline.options import DIRECT_RUNNERS
+        from pipeline.progress import Progress, print_summary
+        from pipeline.rounds import Rounds, Status
 
     config = resolved.config
     assert config
@@ -92,6 +96,8 @@ def _run(resolved: Resolved, started: float) -> int:
         if direct:
             run = Rounds(config, stop, started)
         else:
+            from pipeline.streaming import StreamRun
+
             run = StreamRun(config, resolved.runner, resolved.beam_arguments, stop, started)
         with Progress(run.status, live):
             status = run.run()
@@ -104,6 +110,16 @@ def _run(resolved: Resolved, started: float) -> int:
         raise
     print_summary(status, config.run.summary, config.kafka.group)
     return HALTED if status.halted else DONE
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """What is imported stays: to look for garbage among it, again and again, only takes time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def tune_interpreter() -> None:
