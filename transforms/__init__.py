@@ -11,6 +11,9 @@ Write     transforms/write.py     Finished -> Progress, once Kafka has acknowled
 Commit    transforms/commit.py    Progress -> committed offsets of the consumer group
 ========  ======================  =============================================================
 
+In a streaming run Read is transforms/read_native.py or, with `--kafka_reader=beam`,
+transforms/read_beam.py; the other steps are the same files.
+
 With `--schema_registry_url` there is one more step, Decode, behind Read: transforms/decode.py,
 RecordChunk -> RecordChunk with what schemas make of its records. With `--filter_criteria` there is
 one more step, Filter, before Key: transforms/filter.py, RecordChunk -> RecordChunk without the

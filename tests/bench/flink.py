@@ -2,11 +2,12 @@
 
 ``./run.sh bench --runner=flink [--records 1000000] [--partitions 4] [--repeat 1]``
 
-The cluster is JobManager, TaskManager and worker pool as processes of their own, parallelism 2, a
-checkpoint every 10 s: what the pipeline sets for its user. A job takes its seconds to be submitted
-and to begin, whatever it has to do; so its records/s are counted from the first call of the
-function to the last reply, and the DirectRunner's beside it in the same way. The processor's time
-is counted from the submission to the end, apart for the Python workers and for Flink's JVMs.
+The cluster is JobManager, TaskManager and worker pool as processes of their own, parallelism 2 with
+a worker for each subtask, a checkpoint every 10 s: what the pipeline sets for its user. A job takes
+its seconds to be submitted and to begin, whatever it has to do; so its records/s are counted from
+the first call of the function to the last reply, and the DirectRunner's beside it in the same way.
+The processor's time is counted from the submission to the end, apart for the Python workers and for
+Flink's JVMs.
 """
 
 from __future__ import annotations
@@ -168,6 +169,8 @@ class FlinkBench:
             "--environment_type=EXTERNAL",
             f"--environment_config={self._cluster.worker_pool}",
             f"--parallelism={_PARALLELISM}",
+            # A worker for each subtask: Python runs one thread at a time.
+            f"--sdk_worker_parallelism={_PARALLELISM}",
             f"--kafka_reader={READERS[who]}",
         ]
         if READERS[who] == "beam":
