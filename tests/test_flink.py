@@ -360,3 +360,21 @@ def test_flink_s_own_runner_takes_the_address_of_the_cluster(
     ) as run:
         assert run.wait().summary["records"] == 400
     flink.check()
+
+
+def test_flink_inside_the_job_server(flink: Flink, server: LambdaServer) -> None:
+    """Without any cluster: its workers are in the program itself."""
+    flink.create()
+    flink.produce(4, 100)
+    with flink.start(
+        server,
+        runner="FlinkRunner",
+        flink_master="[local]",
+        flink_job_server_jar=flink.cluster.job_server_jar,
+        job_endpoint=None,
+        environment_type=None,
+        environment_config=None,
+        until="caught_up",
+    ) as run:
+        assert run.wait().summary["records"] == 400
+    flink.check()

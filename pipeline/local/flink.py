@@ -10,7 +10,7 @@ Beam's expansion service (for `ReadFromKafka`), a job server that outlives pipel
 with which jobs survive the JobManager. Each is a process on free ports of 127.0.0.1. They need Java
 17 or newer and, once, Maven to fetch the jars (`pipeline.local.jars`, 190 MB).
 
-Sizes are small: the whole cluster takes about 1.5 GB.
+Sizes are small: the whole cluster takes about 2 GB.
 """
 
 from __future__ import annotations
