@@ -28,7 +28,7 @@ from transforms.commit import read_halt, shared_committer
 from transforms.errors import KafkaError, from_runner
 from transforms.invoke import HALTS
 from transforms.kafka import make_consumer
-from transforms.read_beam import BeamReadConfig
+from transforms.read_beam import AS_SOURCE, BeamReadConfig
 from transforms.records import Finished, PartitionKey, halt_of
 from transforms.source import LOOK_SECS, SourceOffsets
 
@@ -250,7 +250,8 @@ class StreamRun:
         starts = self._source.starts(keys, at_start=True)
         shared_committer(config.commit).commit({key: start.offset for key, start in starts.items()})
         topics = tuple(dict.fromkeys(topic for topic, _ in keys))
-        return replace(config, stream=replace(stream, topics=topics))
+        as_source = AS_SOURCE in _given(self._arguments).get("experiments", "").split(",")
+        return replace(config, stream=replace(stream, topics=topics, as_source=as_source))
 
     def _forget_halts(self) -> None:
         """Take back what an earlier job has said of partitions that it halted."""

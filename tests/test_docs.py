@@ -202,16 +202,17 @@ BENCHS = {"only", "records", "repeat"}
 
 @parametrize_pages
 def test_every_named_option_exists(page: Path) -> None:
-    named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", page.read_text(encoding="utf-8")))
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
     switches = {f"no_{name}" for name, option in OPTIONS.items() if option.kind == "flag"}
     known = set(OPTIONS) | switches | FOREIGN
     known |= {option.name for option in REDRIVE_OPTIONS.options} | BENCHS
     if page.parent.name == "templates":
         known |= SHELL
-    if "flink" in page.name:
+    if "Flink" in text:
         beams = {name for action in _beam_parser()._actions for name in action.option_strings}
         known |= {name.removeprefix("--") for name in beams} | _FLINK_OPTIONS | {"worker_pool"}
-    if "ataflow" in page.read_text(encoding="utf-8"):
+    if "ataflow" in text:
         known |= DATAFLOWS
     if page == TEMPLATE_PAGE:
         known |= GCLOUD

@@ -24,6 +24,9 @@ _CHUNK_RECORDS = 1_000
 _FIND_SECS = 10
 _LOG_APPEND_TIME = 1  # Java's number for a timestamp that the broker has set
 
+AS_SOURCE = "use_deprecated_read"
+"""Beam's name, among its experiments, for reading by a source of the runner's own."""
+
 # The reader runs inside the TaskManager, not in a container beside it.
 _IN_FLINK = ("--defaultEnvironmentType=EMBEDDED",)
 
@@ -41,12 +44,15 @@ class BeamReadConfig:
         expansion_service: Address of an expansion service, or the path of its jar; None for
             Beam's own.
         in_flink: Whether the runner is Flink, which has the reader among its own classes.
+        as_source: Whether it is to be a source of the runner's own, and not a splittable DoFn:
+            then Flink can drain it, but it finds no partitions that come later.
     """
 
     kafka: KafkaConfig
     topics: tuple[str, ...]
     expansion_service: str | None = None
     in_flink: bool = False
+    as_source: bool = False
 
 
 class ReadRows(beam.PTransform):
@@ -76,7 +82,7 @@ class ReadRows(beam.PTransform):
             key_deserializer=_BYTES,
             value_deserializer=_BYTES,
             with_metadata=True,
-            dynamic_read_poll_interval_seconds=_FIND_SECS,
+            dynamic_read_poll_interval_seconds=None if config.as_source else _FIND_SECS,
             expansion_service=_service(config),
         )
         pack = beam.ParDo(_PackFn()).with_output_types(RecordChunk)
@@ -92,6 +98,8 @@ def _service(config: BeamReadConfig) -> Any:
     if given and not given.endswith(".jar"):
         return given
     arguments = list(_IN_FLINK) if config.in_flink else []
+    if config.as_source:
+        arguments.append(f"--experiments={AS_SOURCE}")
     if given:
         return JavaJarExpansionService(given, append_args=arguments)
     return default_io_expansion_service(append_args=arguments)
