@@ -25,7 +25,7 @@ from tests.conftest import Names
 pytestmark = [pytest.mark.slow, pytest.mark.flink]
 
 READERS = ("native", "beam")
-WAIT_SECS = 120.0
+WAIT_SECS = 240.0
 sink.RUN_SECS = 400.0
 
 
