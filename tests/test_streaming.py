@@ -34,7 +34,7 @@ from transforms.invoke import InvokeConfig, _PendingFn
 from transforms.invoker import Invoker
 from transforms.kafka import KafkaConfig
 from transforms.outcome import Kind, Outcome
-from transforms.read_beam import BeamReadConfig
+from transforms.read_beam import BeamReadConfig, _service
 from transforms.read_native import (
     Finding,
     Haste,
@@ -85,6 +85,31 @@ def test_beam_s_reader_is_there_to_be_asked_for() -> None:
     asked = {"kafka_reader": "beam", "expansion_service": "127.0.0.1:8097"}
     config = Config.from_options(GIVEN | asked, runner="FlinkRunner")
     assert config.stream == BeamReadConfig(config.kafka, ("orders",), "127.0.0.1:8097", True)
+
+
+@pytest.mark.parametrize(
+    ("service", "in_flink", "as_source", "arguments"),
+    [
+        ("expansion:8097", True, False, None),  # runs already, as its user started it
+        ("kafka.jar", False, False, []),
+        ("kafka.jar", True, False, ["--defaultEnvironmentType=EMBEDDED"]),
+        (None, True, False, ["--defaultEnvironmentType=EMBEDDED"]),
+        (
+            None,
+            True,
+            True,
+            ["--defaultEnvironmentType=EMBEDDED", "--experiments=use_deprecated_read"],
+        ),
+    ],
+)
+def test_beam_s_expansion_service_is_started_as_the_runner_needs_it(
+    service: str | None, in_flink: bool, as_source: bool, arguments: list[str] | None
+) -> None:
+    config = BeamReadConfig(KafkaConfig("b:1", "g"), ("t",), service, in_flink, as_source)
+    made = _service(config)
+    assert (made if arguments is None else made._append_args) == (
+        service if arguments is None else arguments
+    )
 
 
 def test_beam_s_reader_refuses_what_it_cannot_do(tmp_path: Any) -> None:
