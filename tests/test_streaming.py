@@ -5,6 +5,7 @@ On a cluster: tests/test_flink.py (./run.sh test --flink).
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -411,7 +412,7 @@ class Worker:
                 may_begin=may_begin,
             )
 
-        handover = Handover(make)
+        self.handover = handover = Handover(make)
         config = InvokeConfig(FunctionConfig("f"), streaming=True)
         self.step = _PendingFn(config, share=lambda _: handover, clock=lambda: 0.0)
 
@@ -485,6 +486,29 @@ def test_a_halt_stops_the_key_and_drops_what_is_behind_it() -> None:
     assert worker.pending.items == []
     assert worker.process(_batch(9)) == []
     assert worker.calls == [0, 1, 2]
+
+
+def test_a_halt_between_two_looks_is_told() -> None:
+    """What halted the key comes out with the next look; it is not taken for another lane's."""
+    gate = threading.Event()
+
+    def fail(_: Batch) -> Outcome:
+        assert gate.wait(20)
+        return Outcome(Kind.FUNCTION_ERROR, error_type="ValueError", message="m")
+
+    worker = Worker(fail)
+    look = worker.handover.finished
+
+    def look_too_early(key: LaneKey, head: int) -> list[Finished]:
+        found = look(key, head)
+        gate.set()
+        assert worker.handover.invoker.wait(lambda invoker: invoker.queue(key[:2]).halted, 20)
+        return found
+
+    worker.handover.finished = look_too_early  # type: ignore[method-assign]
+    assert worker.process(_batch(0)) == []
+    (told,) = worker.collect()
+    assert told.halted
 
 
 def test_a_function_that_is_not_there_fails_the_bundle() -> None:

@@ -356,6 +356,8 @@ class _PendingFn(beam.DoFn):
         """Emit what has finished, and let go of it in the state."""
         handover = self._share(self._config)
         self._gauges.set(handover.invoker)
+        # Asked first: then what halted it, if that was in this lane, is among what is finished.
+        halted = handover.invoker.queue(key[:2]).halted
         for finished in handover.finished(key, place.head):
             for name, counter in self._counters.items():
                 counter.inc(getattr(finished.stats, name))
@@ -365,7 +367,7 @@ class _PendingFn(beam.DoFn):
                 self._halt(finished, finished.halted)
                 pending.clear()
                 return replace(place, head=place.tail, kept=place.tail, halted=True)
-        if handover.invoker.queue(key[:2]).halted:
+        if halted:
             # Another lane's failure; what is not finished here will be read again.
             pending.clear()
             return replace(place, head=place.tail, kept=place.tail, halted=True)
