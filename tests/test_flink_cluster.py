@@ -162,12 +162,17 @@ def test_a_stopped_job_is_resumed_with_another_parallelism(run: Run) -> None:
 
 def test_a_cancelled_job_is_resumed_from_its_last_checkpoint(run: Run) -> None:
     """What is left when a JobManager without ZooKeeper dies: the folder of the checkpoints."""
-    job = run.start()
+    # Of the cluster's own setting for this Beam's jobs know nothing.
+    job = run.start(
+        "--externalized_checkpoints_enabled", "--retain_externalized_checkpoints_on_cancellation"
+    )
     run.produce(100)
     run.wait_for_all()
-    checkpoint = run.rest.wait_for_checkpoints(job, 2)
+    run.rest.wait_for_checkpoints(job, 2)
 
     run.rest.cancel(job)
+    # Asked now: until it was cancelled each new checkpoint took the place of the one before.
+    checkpoint = run.rest.latest_checkpoint(job)
     run.produce(100)
     run.start(f"--savepoint_path={checkpoint}")
 
