@@ -68,16 +68,6 @@ def runner_options(
     return [*arguments, *(option for option in wanted if option.split("=", 1)[0] not in given)]
 
 
-def _given(arguments: Sequence[str]) -> dict[str, str]:
-    """Beam's arguments by name, as far as they are of the form --NAME=VALUE or --NAME VALUE."""
-    given = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            given[name] = value if equals else following
-    return given
-
-
 def _fresh_metrics(result: Any) -> Any:
     """What a job's metrics are now, by kind."""
     if hasattr(result, "_metrics"):
@@ -123,10 +113,10 @@ class StreamRun:
         self._timer = timer
         self._source = SourceOffsets(config.source, make_consumer(config.kafka))
         self._ask_kafka_at = float("-inf")
-        given = _given(arguments)
         # A job that goes on where a savepoint ends has its halts in it.
-        self._is_resumed = "savepoint_path" in given
-        master = given.get("flink_master", "")
+        self._is_resumed = any(each.split("=", 1)[0] == "--savepoint_path" for each in arguments)
+        self._beam = parse_beam(arguments)[0]
+        master = getattr(self._beam, "flink_master", "")
         self._flink_master = master.removeprefix("http://") if ":" in master else ""
         self._result: Any = None
         self._ended = threading.Event()
@@ -250,7 +240,7 @@ class StreamRun:
         starts = self._source.starts(keys, at_start=True)
         shared_committer(config.commit).commit({key: start.offset for key, start in starts.items()})
         topics = tuple(dict.fromkeys(topic for topic, _ in keys))
-        as_source = AS_SOURCE in _given(self._arguments).get("experiments", "").split(",")
+        as_source = AS_SOURCE in (getattr(self._beam, "experiments", None) or ())
         return replace(config, stream=replace(stream, topics=topics, as_source=as_source))
 
     def _forget_halts(self) -> None:
