@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.options import Resolved
     from pipeline.rounds import Rounds
     from pipeline.streaming import StreamRun
+    from pipeline.workers import Workers
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def _run(resolved: Resolved, started: float) -> int:
         from pipeline.options import DIRECT_RUNNERS
         from pipeline.progress import Progress, print_summary
         from pipeline.rounds import Rounds, Status
+        from pipeline.workers import Workers
 
     config = resolved.config
     assert config
@@ -91,9 +93,11 @@ def _run(resolved: Resolved, started: float) -> int:
     stop_on_signals(stop, "finishing what is running" if direct else "leaving the job")
     tune_interpreter()
     live = sys.stderr.isatty() and config.run.log_format == "text"
-    run: Rounds | StreamRun | None = None
+    run: Rounds | Workers | StreamRun | None = None
     try:
-        if direct:
+        if direct and config.run.workers > 1:
+            run = Workers(config, stop, started)
+        elif direct:
             run = Rounds(config, stop, started)
         else:
             from pipeline.streaming import StreamRun

@@ -588,6 +588,17 @@ GROUPS = (
         "Running",
         (
             Option(
+                "workers",
+                "Processes of the DirectRunner, each with its share of the partitions: about one "
+                "for each processor, not more than there are partitions. Each takes some 300 MB of "
+                "memory. Together they invoke --max_concurrency at once, at most.",
+                kind="int",
+                default=1,
+                unit="processes",
+                low=1,
+                high=64,
+            ),
+            Option(
                 "preflight",
                 "Check the topics and, with a DryRun invocation, the function before anything is "
                 "read. --preflight=false switches it off.",
@@ -657,12 +668,14 @@ class RunConfig:
         until: ``forever`` or ``caught_up``.
         summary: ``text``, ``json`` or ``none``.
         log_format: ``text`` or ``json``.
+        workers: Processes of the DirectRunner.
     """
 
     preflight: bool
     until: str
     summary: str
     log_format: str
+    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -716,6 +729,11 @@ class Config:
                 patterns = load_criteria(values["filter_criteria"])
             except UsageError as error:
                 problems += error.problems
+        if runner in STREAM_RUNNERS and given.get("workers") is not None:
+            problems.append(
+                "--workers goes with the DirectRunner only; with Flink give --parallelism and "
+                "--sdk_worker_parallelism, with Dataflow --max_num_workers"
+            )
         if runner in STREAM_RUNNERS and values["kafka_reader"] == "beam":
             _check_beam_reader(values, settings, problems)
         registry = values["schema_registry_url"]
@@ -823,6 +841,12 @@ def _check_together(
     low, high = values["min_concurrency"], values["max_concurrency"]
     if low and high and low > high:
         problems.append(f"--min_concurrency={low} is above --max_concurrency={high}")
+    workers = values["workers"]
+    if workers and high and workers > high:
+        problems.append(
+            f"--workers={workers} is above --max_concurrency={high}: each of them needs one of the "
+            f"invocations"
+        )
     _check_start(values, now, problems)
 
 
@@ -1098,6 +1122,7 @@ def _make_config(
             until=values["until"],
             summary=values["summary"],
             log_format=values["log_format"],
+            workers=values["workers"],
         ),
     )
 
@@ -1196,6 +1221,10 @@ def resolve(
         )
     except UsageError as error:
         problems += _with_origins(error.problems, values, carried)
+    if beam and runner in DIRECT_RUNNERS and beam.direct_num_workers != 1:
+        problems.append(
+            f"--direct_num_workers={beam.direct_num_workers} has no effect; use --workers"
+        )
     if beam and runner == dataflow.RUNNER:
         problems += dataflow.problems(beam, values.get("kafka_config_file", Value("", "")).text)
     properties: tuple[str, ...] = ()

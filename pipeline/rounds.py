@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
+from zlib import crc32
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -40,6 +41,7 @@ _LOGGER = logging.getLogger(__name__)
 worker_handlers.STATE_CACHE_SIZE_MB = 0
 
 _DISCOVER_SECS = 2.0
+_ENDS_SECS = 0.5
 _BUSY_POLL_SECS = 0.02
 _IDLE_POLL_SECS = 0.2
 # While much is under way fewer, larger rounds; else a result should not have to wait.
@@ -91,6 +93,29 @@ class RoundLimits:
         return 2 * queue.records <= max(self.queue_records, 2 * turn_records)
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What belongs to one of several processes that run the same. Pure.
+
+    Attributes:
+        index: Which of them it is.
+        count: How many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def has(self, key: PartitionKey) -> bool:
+        """Whether a partition is its own: each topic's are dealt out in turn, so that every
+        process gets as many as any other, more or less by one."""
+        topic, partition = key
+        return (crc32(topic.encode()) + partition) % self.count == self.index
+
+    def part_of(self, total: int) -> int:
+        """Its part of so many things; all parts together are the total."""
+        return total // self.count + (self.index < total % self.count)
+
+
 @dataclass(slots=True)
 class Totals:
     """Sums over all rounds, by the metrics' names."""
@@ -123,6 +148,7 @@ class Status:
         in_flight_max: The most that have been running at once.
         breaker_open: Whether nothing is invoked now, but for a probe from time to time.
         breaker_openings: How often it came to that.
+        begun: Whether the partitions are known.
     """
 
     totals: Totals
@@ -135,6 +161,7 @@ class Status:
     in_flight_max: int = 0
     breaker_open: bool = False
     breaker_openings: int = 0
+    begun: bool = False
 
     @staticmethod
     def of_nothing(elapsed_secs: float) -> Status:
@@ -203,6 +230,7 @@ class Rounds:
         started: When the program began, by `timer`.
         limits: What bounds a round.
         timer: Monotonic seconds.
+        share: Which partitions to read, if other processes read the others.
     """
 
     def __init__(
@@ -212,8 +240,11 @@ class Rounds:
         started: float | None = None,
         limits: RoundLimits = RoundLimits(),
         timer: Callable[[], float] = monotonic,
+        share: Share = Share(),
     ) -> None:
         self._config = config
+        self._share = share
+        self._begun = False
         self._stop = stop
         self._limits = limits
         self._timer = timer
@@ -228,6 +259,8 @@ class Rounds:
             shared_registry(config.write.registry).stop = stop
         self._targets: dict[PartitionKey, int] = {}
         self._discovered = float("-inf")
+        self._ends: dict[PartitionKey, int | None] = {}
+        self._looked = float("-inf")
 
     def run(self) -> Status:
         """Run to the end.
@@ -238,15 +271,19 @@ class Rounds:
         if self._config.run.preflight:
             preflight(self._config, self._source)
         self._discover(at_start=True)
+        self._look_at_ends(0)
+        self._begun = True
         while not self._stop.is_set() and not self._invoker.broken and not self._ended():
             busy = self._invoker.pending_batches > 0 or self._invoker.has_finished
             self._reader.fill(_BUSY_POLL_SECS if busy else _IDLE_POLL_SECS)
+            self._look_at_ends()
             if self._timer() - self._discovered > _DISCOVER_SECS:
                 self._discover(at_start=False)
             rooms = self._rooms()
             if self._due(rooms):
                 self._run_round(rooms)
         drain(self._invoker, self._config.invoke, lambda: self._run_round([]))
+        self._look_at_ends(0)
         return self.status()
 
     def status(self) -> Status:
@@ -255,7 +292,7 @@ class Rounds:
         return Status(
             totals=self._totals,
             in_flight=self._invoker.in_flight,
-            lags={key: self._lag(key, committed.get(key)) for key in self._reader.partitions},
+            lags={key: _lag(end, committed.get(key)) for key, end in self._ends.items()},
             halted=self._invoker.halted,
             committed=committed,
             elapsed_secs=self._timer() - self._started,
@@ -263,6 +300,7 @@ class Rounds:
             in_flight_max=self._invoker.in_flight_max,
             breaker_open=self._invoker.breaker_open,
             breaker_openings=self._invoker.breaker_openings,
+            begun=self._begun,
         )
 
     # -- one pass of the loop --------------------------------------------------------------
@@ -332,7 +370,7 @@ class Rounds:
         try:
             known = set(self._reader.partitions)
             found = self._source.partitions() if at_start else self._source.partitions(LOOK_SECS)
-            keys = [key for key in found if key not in known]
+            keys = [key for key in found if key not in known and self._share.has(key)]
             starts = self._source.starts(keys, at_start) if keys else {}
         except SinkError:
             if at_start:
@@ -360,13 +398,21 @@ class Rounds:
         halted = {finished.key for finished in invoker.halted}
         going_on = [key for key in self._reader.partitions if key not in halted]
         if halted and not going_on:
-            return True
+            # Of several processes another may go on, and partitions be found for this one.
+            return self._flush or self._share.count == 1
         return self._flush and all(map(self._at_target, going_on))
 
     def _at_target(self, key: PartitionKey) -> bool:
         """Whether a run that ends has read what was there when it found the partition."""
         return self._flush and self._reader.position(key) >= self._targets[key]
 
-    def _lag(self, key: PartitionKey, committed: int | None) -> int | None:
-        end = self._reader.end(key)
-        return None if committed is None or end is None else max(0, end - committed)
+    def _look_at_ends(self, every_secs: float = _ENDS_SECS) -> None:
+        """Note where the partitions end, for `status`. Another thread must not ask the consumer: it
+        would have to wait for a moment in which this one does not, and may never meet with one."""
+        if self._timer() - self._looked >= every_secs:
+            self._looked = self._timer()
+            self._ends = {key: self._reader.end(key) for key in self._reader.partitions}
+
+
+def _lag(end: int | None, committed: int | None) -> int | None:
+    return None if committed is None or end is None else max(0, end - committed)

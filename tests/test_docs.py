@@ -209,7 +209,7 @@ def test_every_named_option_exists(page: Path) -> None:
     known |= {option.name for option in REDRIVE_OPTIONS.options} | BENCHS
     if page.parent.name == "templates":
         known |= SHELL
-    if "Flink" in text:
+    if re.search("Flink|Beam's", text):
         beams = {name for action in _beam_parser()._actions for name in action.option_strings}
         known |= {name.removeprefix("--") for name in beams} | _FLINK_OPTIONS | {"worker_pool"}
     if "ataflow" in text:

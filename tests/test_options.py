@@ -194,6 +194,7 @@ CASES = {
         "aws",
         (Envelope("kafka_event", "broker:9092"), "aws"),
     ),
+    "workers": (lambda c: c.run.workers, 1, "4", 4),
     "preflight": (lambda c: c.run.preflight, True, "false", False),
     "until": (lambda c: c.run.until, "forever", "caught_up", "caught_up"),
     "summary": (lambda c: c.run.summary, "text", "none", "none"),
@@ -281,6 +282,7 @@ BOUNDS = {
     "breaker_failure_rate": (0, 1, None),
     "breaker_invocations": (2, 1000, None),
     "breaker_wait_secs": (1, 3600, None),
+    "workers": (1, 64, None),
     "max_retries": (0, 10_000, -1),
     "max_transient_retries": (0, 10_000, -1),
     "max_record_age_secs": (60, 604_800, -1),
@@ -606,6 +608,10 @@ def test_a_time_before_kafka_s_first_is_its_first(text: str) -> None:
             ["--min_concurrency=9 is above --max_concurrency=8"],
         ),
         ({"min_concurrency": "101"}, ["--min_concurrency=101 is above --max_concurrency=100"]),
+        (
+            {"workers": "4", "max_concurrency": "3"},
+            ["--workers=4 is above --max_concurrency=3"],
+        ),
         ({"starting_timestamp": "2026-01-01"}, ["--starting_position=AT_TIMESTAMP only"]),
         (
             {"starting_timestamp": "2026-01-01", "starting_position": "LATEST"},
@@ -845,6 +851,8 @@ def test_unknown_options_are_reported_with_the_other_problems() -> None:
         (["--max_num_workers=abc"], ["--max_num_workers: invalid int value"]),
         (["--no_preflight=false"], ["--no_preflight"]),
         (["--runner=SparkRunner"], ["--runner=SparkRunner"]),
+        (["--runner=FlinkRunner", "--workers=2"], ["--workers goes with the DirectRunner only"]),
+        (["--direct_num_workers=2"], ["--direct_num_workers=2 has no effect; use --workers"]),
         (["--kafka_config_file=/no/such/file"], ["--kafka_config_file=/no/such/file cannot"]),
     ],
 )

@@ -216,6 +216,7 @@ def test_killed_again_and_again_lanes_lose_nothing_and_keep_order(
         "bisect_on_error": True,
         "batch_size": lanes.run,
         "parallelization_factor": lanes.count,
+        "workers": 1 + seed % 3,
     }
     begun: list[float] = []
     marks: list[dict[Partition, list[int]]] = [

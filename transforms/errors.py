@@ -9,6 +9,7 @@
     ├── FunctionConfigError   no such function, access denied, ...       exit code 1
     ├── RegistryError         the schema registry refuses to answer      exit code 1
     ├── JobError              a job that is not taken, or failed         exit code 1
+    ├── WorkerError           a process of the run has ended by itself   exit code 1
     └── Stopped               told to stop while a step waited           exit code 0
 
 Errors of single invocations are no exceptions but values: see `transforms.outcome`.
@@ -56,6 +57,10 @@ class RegistryError(SinkError):
 
 class JobError(SinkError):
     """The service that is to run the job does not take it, or the job has failed there."""
+
+
+class WorkerError(SinkError):
+    """One of the processes of a run has ended before its time."""
 
 
 class Stopped(SinkError):
