@@ -29,7 +29,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tests.bench import stub
@@ -43,14 +43,24 @@ WARM_UP_RECORDS = 2000
 class Scenario:
     """What the competitors are given to do: records per call, and the function's latency.
 
-    With more than one lane (invocations at once inside a partition) only the pipeline competes,
-    with itself: the loop by hand has no such thing.
+    With more than one lane (invocations at once inside a partition) or worker (processes) only the
+    pipeline competes, with itself: the loop by hand has no such thing.
     """
 
     name: str
     batch_size: int
     latency_ms: float = 0.0
     lanes: int = 1
+    workers: int = 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether the loop by hand cannot do it."""
+        return self.lanes > 1 or self.workers > 1
+
+    def with_one_lane(self, other: Scenario) -> bool:
+        """Whether the other one differs in nothing but that it has one lane."""
+        return other == replace(self, name=other.name, lanes=1) != self
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ class Job:
     endpoint: str
     batch_size: int
     lanes: int
+    workers: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,8 @@ SCENARIOS = (
     Scenario("batch 100", 100),
     Scenario("batch 100, 20 ms", 100, latency_ms=20),
     Scenario("batch 100, 20 ms, 10 lanes", 100, latency_ms=20, lanes=10),
+    Scenario("batch 100, 20 ms, 2 workers", 100, latency_ms=20, workers=2),
+    Scenario("batch 100, 20 ms, 10 lanes, 2 workers", 100, latency_ms=20, lanes=10, workers=2),
 )
 
 AIMS = (
@@ -127,8 +140,8 @@ AIMS = (
         at_least=85,
     ),
     Aim(
-        "batch 100, 20 ms, 10 lanes: >= 5 x 1 lane",
-        "batch 100, 20 ms, 10 lanes",
+        "batch 100, 20 ms, 2 workers, while calling: 10 lanes >= 5 x 1 lane",
+        "batch 100, 20 ms, 10 lanes, 2 workers",
         "of_one_lane",
         at_least=5,
     ),
@@ -137,7 +150,6 @@ AIMS = (
 
 PIPELINE = "pipeline"
 HAND_WRITTEN = "hand-written"
-_ONE_LANE = ("batch 100, 20 ms", PIPELINE)
 
 
 def pipeline_command(job: Job) -> list[str]:
@@ -153,6 +165,7 @@ def pipeline_command(job: Job) -> list[str]:
         "--aws_region=us-east-1",
         f"--batch_size={job.batch_size}",
         f"--parallelization_factor={job.lanes}",
+        f"--workers={job.workers}",
         f"--response_topic={job.response_topic}",
         "--summary=json",
     ]
@@ -229,6 +242,7 @@ def measure(topics: Topics, source: Source, scenario: Scenario, who: str, url: s
         url,
         scenario.batch_size,
         scenario.lanes,
+        scenario.workers,
     )
     topics.create(responses, source.partitions)
     urllib.request.urlopen(urllib.request.Request(f"{url}/reset", method="POST")).close()
@@ -253,7 +267,6 @@ def measure(topics: Topics, source: Source, scenario: Scenario, who: str, url: s
 def summarize(runs: list[Run], scenarios: list[Scenario], partitions: int) -> list[dict[str, Any]]:
     """One row per scenario and competitor: the medians over its runs, and the peak's maximum."""
     rows: list[dict[str, Any]] = []
-    one_lane = [run.records / run.secs for run in runs if (run.scenario, run.who) == _ONE_LANE]
     for scenario in scenarios:
         limit = None
         if scenario.latency_ms:
@@ -268,6 +281,12 @@ def summarize(runs: list[Run], scenarios: list[Scenario], partitions: int) -> li
             for who, own in by_who.items()
         }
         peer = rates.get(HAND_WRITTEN)
+        one_lane = [
+            run.records / run.calling_secs
+            for other in scenarios
+            for run in runs
+            if scenario.with_one_lane(other) and (run.scenario, run.who) == (other.name, PIPELINE)
+        ]
         for who in filter(rates.__contains__, COMPETITORS):
             own, rate = by_who[who], rates[who]
             calling = statistics.median(run.records / run.calling_secs for run in own)
@@ -282,9 +301,7 @@ def summarize(runs: list[Run], scenarios: list[Scenario], partitions: int) -> li
                     "calling_records_per_sec": round(calling),
                     "ratio": round(rate / peer, 3) if peer else None,
                     "of_one_lane": (
-                        round(rate / statistics.median(one_lane), 2)
-                        if one_lane and scenario.lanes > 1
-                        else None
+                        round(calling / statistics.median(one_lane), 2) if one_lane else None
                     ),
                     "percent_of_limit": round(100 * rate / limit, 1) if limit else None,
                     "calling_percent_of_limit": round(100 * calling / limit, 1) if limit else None,
@@ -382,7 +399,7 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
                     # Each time another one begins, so that none is always the one after a pause.
                     first = turn % len(competitors)
                     for who in competitors[first:] + competitors[:first]:
-                        if scenario.lanes > 1 and who != PIPELINE:
+                        if scenario.alone and who != PIPELINE:
                             continue
                         run = measure(topics, source, scenario, who, url)
                         runs.append(run)
@@ -420,8 +437,8 @@ def report(result: dict[str, Any]) -> None:
     show(result["rows"])
     print(
         "\nrecords/s: from the start of the process to its exit. While calling: from its first call"
-        " to the last reply.\n% of limit: of partitions x batch / latency, and in brackets the same"
-        " while calling.\nPeak: of the largest process; this benchmark's own "
+        " to the last reply; so are the multiples of 1 lane.\n% of limit: of partitions x batch /"
+        " latency, and in brackets the same while calling.\nPeak: of the largest process; this benchmark's own "
         f"{result['least_peak_mb']:.0f} MB are the least it can show."
     )
     print("\nThe stub alone, with a client that only counts bytes:")
