@@ -438,8 +438,8 @@ def report(result: dict[str, Any]) -> None:
     print(
         "\nrecords/s: from the start of the process to its exit. While calling: from its first call"
         " to the last reply; so are the multiples of 1 lane.\n% of limit: of partitions x batch /"
-        " latency, and in brackets the same while calling.\nPeak: of the largest process; this benchmark's own "
-        f"{result['least_peak_mb']:.0f} MB are the least it can show."
+        " latency, and in brackets the same while calling.\nPeak: of the largest process; this "
+        f"benchmark's own {result['least_peak_mb']:.0f} MB are the least it can show."
     )
     print("\nThe stub alone, with a client that only counts bytes:")
     for ceiling in result["stub"]:
