@@ -9,6 +9,7 @@ of them, so what holds for a partition holds as before.
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import multiprocessing
 import os
 import signal
@@ -168,12 +169,15 @@ class Workers:
 
     def _take_in(self, worker: _Worker) -> None:
         try:
-            report: Report = worker.connection.recv()
+            said: Report | logging.LogRecord = worker.connection.recv()
         except (EOFError, OSError):
-            report = self._died(worker)
-        worker.report = report
-        if report.error and self._error is None:
-            self._error = report.error
+            said = self._died(worker)
+        if isinstance(said, logging.LogRecord):
+            logging.getLogger(said.name).handle(said)
+            return
+        worker.report = said
+        if said.error and self._error is None:
+            self._error = said.error
 
     def _died(self, worker: _Worker) -> Report:
         worker.process.join()
@@ -201,6 +205,32 @@ class Workers:
         return begun and bool(halted) and halted >= set(status.lags)
 
 
+class _Line(logging.handlers.QueueHandler):
+    """What a worker says to the first process: reports, and what it would have logged, since there
+    is one table to keep it clear of, and one stream for its lines."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)  # type: ignore[arg-type]
+        self._said = threading.Lock()
+        self._ended = False
+
+    def say(self, what: Report | logging.LogRecord) -> None:
+        """Send it, unless the last word was said.
+
+        Raises:
+            OSError: Nobody is there any more.
+        """
+        with self._said:
+            if not self._ended:
+                self._ended = isinstance(what, Report) and what.ended
+                self.queue.send(what)  # type: ignore[attr-defined]
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """For `QueueHandler`."""
+        with suppress(OSError):  # noticed by who listens
+            self.say(record)
+
+
 def _work(
     config: Config, share: Share, started: float, connection: Connection, others: list[Connection]
 ) -> None:
@@ -210,7 +240,9 @@ def _work(
     # Who stops us all is told first, and tells us.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    stop, lock = threading.Event(), threading.Lock()
+    line = _Line(connection)
+    logging.root.handlers = [line]
+    stop = threading.Event()
     error: BaseException | None = None
     runs: list[Rounds] = []
 
@@ -222,8 +254,7 @@ def _work(
             try:
                 if connection.poll(_REPORT_SECS) and connection.recv() == _STOP:
                     stop.set()
-                with lock:
-                    connection.send(Report(status()))
+                line.say(Report(status()))
             except (EOFError, OSError):
                 # Nobody is there any more. Who runs us again must not find us at work.
                 os._exit(1)
@@ -237,9 +268,8 @@ def _work(
     except BaseException as raised:
         _LOGGER.exception("a bug in worker %d", share.index)
         error = WorkerError(f"worker-{share.index} failed: {type(raised).__name__}: {raised}")
-    lock.acquire()  # and is kept: this is the last word
     with suppress(OSError):
-        connection.send(Report(status(), ended=True, error=error))
+        line.say(Report(status(), ended=True, error=error))
 
 
 def _slim(status: Status) -> Status:
