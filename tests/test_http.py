@@ -184,6 +184,25 @@ def test_status_and_headers() -> None:
     assert response.headers["x-sOME"] == "Thing"
 
 
+@pytest.mark.parametrize(
+    "unusual",
+    [b"", b"X-Folded: a\r\n b\r\n", b"X-Latin: \xe9\r\n", b"X Y: z\r\n"],
+    ids=["nothing", "folded", "latin", "space"],
+)
+def test_a_head_is_read_alike_whoever_reads_it(unusual: bytes) -> None:
+    """Headers of a head as most are, and of one that takes a reader for all there is."""
+    head = (
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nConnection: keep-alive\r\nX-Two: a\r\n"
+        b"x-two:  b: c \r\nX-None:\r\n"
+    )
+    with peer(head + unusual + b"\r\nok") as server:
+        response = endpoint(server.port).post(HEADERS, [b"body"])
+    assert (response.status, response.body) == (200, b"ok")
+    assert response.headers["X-Two"] == "a, b: c "
+    assert response.headers["X-None"] == ""
+    assert response.headers["Content-Length"] == "2"
+
+
 def test_a_connection_that_the_other_side_closed_in_between() -> None:
     """It is found out before anything is sent on it."""
     with peer(OK + CLOSE, OK) as server:

@@ -9,6 +9,8 @@ as it takes: urllib3's is general, and three times as dear
 from __future__ import annotations
 
 import http.client
+import io
+import re
 import socket
 import ssl
 from collections.abc import Iterable, Mapping
@@ -21,6 +23,9 @@ from urllib3.util import make_headers, parse_url
 
 # A reply of up to so many bytes is read at once.
 _READ_BYTES = 64 * 1024
+# The head of nearly every reply. What is written otherwise http.client reads, which takes five
+# times as long: it reads headers as if they were those of a mail.
+_PLAIN_HEAD = re.compile(rb"HTTP/1\.1 (20[02]) [ -~]*\r\n((?:[A-Za-z0-9-]+:[ -~]*\r\n)+)\r\n")
 _NO_RETRIES = urllib3.Retry(False)
 
 
@@ -125,8 +130,13 @@ class _Connection(HTTPConnection):
     def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]
         if self.sock.gettimeout() != self.timeout:
             self.sock.settimeout(self.timeout)
+        reader: Any = self.sock.makefile("rb", buffering=_READ_BYTES)
+        with reader:
+            return _read_plain(reader) or self._read_any(reader)
+
+    def _read_any(self, reader: io.BufferedReader) -> urllib3.HTTPResponse:
         # It only asks what it is given for a file to read from.
-        response = http.client.HTTPResponse(_Readable(self.sock), method="POST")  # type: ignore[arg-type]
+        response = http.client.HTTPResponse(_Readable(reader), method="POST")  # type: ignore[arg-type]
         try:
             response.begin()
             if response.length is None and not response.chunked:
@@ -141,14 +151,35 @@ class _Connection(HTTPConnection):
         return urllib3.HTTPResponse(body, headers, response.status, preload_content=False)
 
 
+def _read_plain(reader: io.BufferedReader) -> urllib3.HTTPResponse | None:
+    """Read a reply with a head as most have it; of any other, read nothing."""
+    head = _PLAIN_HEAD.match(reader.peek())
+    if not head:
+        return None
+    headers = urllib3.HTTPHeaderDict()
+    for line in head[2].decode("ascii").splitlines():
+        name, _, value = line.partition(":")
+        headers.add(name, value.lstrip(" "))
+    size = headers.get("content-length", "")
+    has_size = size.isdecimal() and len(size) < 10
+    closes = "close" in headers.get("connection", "").lower()
+    if not has_size or closes or "transfer-encoding" in headers:
+        return None
+    reader.read(head.end())
+    body = reader.read(int(size))
+    if len(body) < int(size):
+        raise http.client.IncompleteRead(body, int(size) - len(body))
+    return urllib3.HTTPResponse(body, headers, int(head[1]), preload_content=False)
+
+
 class _Readable:
-    """A socket that is read in larger pieces than is usual."""
+    """What stands for a socket that is read through a file already."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, reader: io.BufferedReader) -> None:
+        self._reader = reader
 
-    def makefile(self, mode: str) -> Any:
-        return self._sock.makefile("rb", buffering=_READ_BYTES)
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return self._reader
 
 
 class _TlsConnection(_Connection, HTTPSConnection):
