@@ -184,6 +184,25 @@ def test_status_and_headers() -> None:
     assert response.headers["x-sOME"] == "Thing"
 
 
+@pytest.mark.parametrize(
+    "unusual",
+    [b"", b"X-Folded: a\r\n b\r\n", b"X-Latin: \xe9\r\n", b"X Y: z\r\n"],
+    ids=["nothing", "folded", "latin", "space"],
+)
+def test_a_head_is_read_alike_whoever_reads_it(unusual: bytes) -> None:
+    """Headers of a head as most are, and of one that takes a reader for all there is."""
+    head = (
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nConnection: keep-alive\r\nX-Two: a\r\n"
+        b"x-two:  b: c \r\nX-None:\r\n"
+    )
+    with peer(head + unusual + b"\r\nok") as server:
+        response = endpoint(server.port).post(HEADERS, [b"body"])
+    assert (response.status, response.body) == (200, b"ok")
+    assert response.headers["X-Two"] == "a, b: c "
+    assert response.headers["X-None"] == ""
+    assert response.headers["Content-Length"] == "2"
+
+
 def test_a_connection_that_the_other_side_closed_in_between() -> None:
     """It is found out before anything is sent on it."""
     with peer(OK + CLOSE, OK) as server:
@@ -207,20 +226,27 @@ def test_a_connection_that_the_other_side_closed_in_between() -> None:
     ],
     ids=["nothing", "half a head", "half a body", "half a chunk", "no length", "something else"],
 )
-def test_no_whole_reply(reply: bytes) -> None:
+@pytest.mark.parametrize("before", [0, 1], ids=["new", "kept"])
+def test_no_whole_reply(reply: bytes, before: int) -> None:
     """Never taken for an answer, sent once only, and the next request is none the worse."""
-    with peer(reply, OK) as server:
+    with peer(*[OK] * before, reply, OK) as server:
         there = endpoint(server.port)
+        for _ in range(before):
+            there.post(HEADERS, [b"body"])
         with pytest.raises(http_errors.ProtocolError):
             there.post(HEADERS, [b"body"])
-        assert len(server.received) == 1
+        assert len(server.received) == before + 1
         assert there.post(HEADERS, [b"body"]).body == b"ok"
+        assert server.connections == 2
 
 
-def test_a_reply_that_does_not_come() -> None:
-    """It is waited for as long as was said."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        there = endpoint(silent.getsockname()[1], read_secs=0.05)
+@pytest.mark.parametrize("before", [0, 1], ids=["new", "kept"])
+def test_a_reply_that_does_not_come(before: int) -> None:
+    """It is waited for as long as was said, whatever the connection has been through."""
+    with peer(*[OK] * before) as silent:
+        there = endpoint(silent.port, read_secs=0.2)
+        for _ in range(before):
+            there.post(HEADERS, [b"body"])
         with pytest.raises(http_errors.ReadTimeoutError):
             there.post(HEADERS, [b"body"])
 
@@ -233,7 +259,8 @@ def test_nobody_there() -> None:
         endpoint(port).post(HEADERS, [b"body"])
 
 
-def test_a_refusal_before_the_body_was_read() -> None:
+@pytest.mark.parametrize("before", [0, 1], ids=["new", "kept"])
+def test_a_refusal_before_the_body_was_read(before: int) -> None:
     """A server that answers and closes while it is still being sent to: the answer counts."""
     reply = b"HTTP/1.1 413 Too Large\r\nConnection: close\r\nContent-Length: 3\r\n\r\nbig"
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -241,6 +268,9 @@ def test_a_refusal_before_the_body_was_read() -> None:
         def serve() -> None:
             connection, _ = listener.accept()
             with connection:
+                for _ in range(before):
+                    read_request(connection)
+                    connection.sendall(OK)
                 connection.recv(100)
                 connection.sendall(reply)
                 connection.shutdown(socket.SHUT_WR)
@@ -252,7 +282,10 @@ def test_a_refusal_before_the_body_was_read() -> None:
         thread.start()
         body = b"x" * 8_000_000
         headers = HEADERS | {"Content-Length": str(len(body))}
-        response = endpoint(listener.getsockname()[1]).post(headers, [body])
+        there = endpoint(listener.getsockname()[1])
+        for _ in range(before):
+            there.post(HEADERS, [b"body"])
+        response = there.post(headers, [body])
         thread.join(GUARD_SECS)
     assert (response.status, response.body) == (413, b"big")
 

@@ -2,13 +2,17 @@
 
 urllib3 makes the connections, keeps them and says what went wrong with them: TLS, proxies,
 timeouts, connections that were closed in between. The exchange itself is done here, in as few calls
-as it takes: urllib3's is general, and three times as dear
-(docs/adr/0012-lean-invocations.md).
+as it takes, and on a connection that is open without urllib3: it is general, and three times as
+dear (docs/adr/0012-lean-invocations.md).
 """
 
 from __future__ import annotations
 
+import errno
 import http.client
+import io
+import queue
+import re
 import socket
 import ssl
 from collections.abc import Iterable, Mapping
@@ -16,11 +20,15 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import urllib3
+import urllib3.exceptions as http_errors
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util import make_headers, parse_url
 
 # A reply of up to so many bytes is read at once.
 _READ_BYTES = 64 * 1024
+# The head of nearly every reply. What is written otherwise http.client reads, which takes five
+# times as long: it reads headers as if they were those of a mail.
+_PLAIN_HEAD = re.compile(rb"HTTP/1\.1 (20[02]) [ -~]*\r\n((?:[A-Za-z0-9-]+:[ -~]*\r\n)+)\r\n")
 _NO_RETRIES = urllib3.Retry(False)
 
 
@@ -75,6 +83,8 @@ class Endpoint:
         parts = urlsplit(url)
         # A proxy that does not tunnel is told the whole URL.
         told_whole = proxy_url and parts.scheme == "http"
+        # For such a proxy the pool adds headers to each request.
+        self._kept_by = None if told_whole else self._pool.pool
         self._target = url if told_whole else parts._replace(scheme="", netloc="").geturl()
 
     def post(self, headers: Mapping[str, str], body: Iterable[bytes]) -> Response:
@@ -88,6 +98,8 @@ class Endpoint:
         Raises:
             urllib3.exceptions.HTTPError: There is no reply, or no whole one.
         """
+        if connection := self._take_kept():
+            return self._exchange(connection, headers, body)
         response = self._pool.urlopen(
             "POST",
             self._target,
@@ -98,6 +110,55 @@ class Endpoint:
             assert_same_host=False,
         )
         return Response(response.status, response.headers, response.data or b"")
+
+    def _take_kept(self) -> _Connection | None:
+        """An open connection, out of the pool; None if the pool has to make one."""
+        if not self._kept_by:
+            return None
+        try:
+            connection = self._kept_by.get(block=False)
+        except queue.Empty:
+            return None
+        if connection and connection.is_connected:
+            return connection
+        self._put_back(connection)
+        return None
+
+    def _put_back(self, connection: _Connection | None) -> None:
+        assert self._kept_by
+        try:
+            self._kept_by.put(connection, block=False)
+        except queue.Full:
+            if connection:
+                connection.close()
+
+    def _exchange(
+        self, connection: _Connection, headers: Mapping[str, str], body: Iterable[bytes]
+    ) -> Response:
+        """As the pool does it, on a connection that is open; failures have the same names."""
+        whole = False
+        try:
+            try:
+                connection.request("POST", self._target, body, headers)
+            except OSError as error:
+                # Whoever closed it may have answered before.
+                if error.errno not in (errno.EPIPE, errno.EPROTOTYPE, errno.ECONNRESET):
+                    raise
+            try:
+                response = connection.read()
+            except TimeoutError as error:
+                why = f"Read timed out. (read timeout={connection.timeout})"
+                raise http_errors.ReadTimeoutError(self._pool, self._target, why) from error
+            whole = True
+            return response
+        except ssl.SSLError as error:
+            raise http_errors.SSLError(error) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise http_errors.ProtocolError("Connection aborted.", error) from error
+        finally:
+            if not whole:
+                connection.close()
+            self._put_back(connection)
 
 
 class _Connection(HTTPConnection):
@@ -123,10 +184,20 @@ class _Connection(HTTPConnection):
             self.sock.sendall(chunk)
 
     def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]
+        status, headers, body = self.read()
+        return urllib3.HTTPResponse(body, headers, status, preload_content=False)
+
+    def read(self) -> Response:
+        """Read a reply to its end."""
         if self.sock.gettimeout() != self.timeout:
             self.sock.settimeout(self.timeout)
+        reader: Any = self.sock.makefile("rb", buffering=_READ_BYTES)
+        with reader:
+            return _read_plain(reader) or self._read_any(reader)
+
+    def _read_any(self, reader: io.BufferedReader) -> Response:
         # It only asks what it is given for a file to read from.
-        response = http.client.HTTPResponse(_Readable(self.sock), method="POST")  # type: ignore[arg-type]
+        response = http.client.HTTPResponse(_Readable(reader), method="POST")  # type: ignore[arg-type]
         try:
             response.begin()
             if response.length is None and not response.chunked:
@@ -138,17 +209,38 @@ class _Connection(HTTPConnection):
         if response.will_close:
             self.close()
         headers = urllib3.HTTPHeaderDict(response.getheaders())
-        return urllib3.HTTPResponse(body, headers, response.status, preload_content=False)
+        return Response(response.status, headers, body)
+
+
+def _read_plain(reader: io.BufferedReader) -> Response | None:
+    """Read a reply with a head as most have it; of any other, read nothing."""
+    head = _PLAIN_HEAD.match(reader.peek())
+    if not head:
+        return None
+    headers = urllib3.HTTPHeaderDict()
+    for line in head[2].decode("ascii").splitlines():
+        name, _, value = line.partition(":")
+        headers.add(name, value.lstrip(" "))
+    size = headers.get("content-length", "")
+    has_size = size.isdecimal() and len(size) < 10
+    closes = "close" in headers.get("connection", "").lower()
+    if not has_size or closes or "transfer-encoding" in headers:
+        return None
+    reader.read(head.end())
+    body = reader.read(int(size))
+    if len(body) < int(size):
+        raise http.client.IncompleteRead(body, int(size) - len(body))
+    return Response(int(head[1]), headers, body)
 
 
 class _Readable:
-    """A socket that is read in larger pieces than is usual."""
+    """What stands for a socket that is read through a file already."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, reader: io.BufferedReader) -> None:
+        self._reader = reader
 
-    def makefile(self, mode: str) -> Any:
-        return self._sock.makefile("rb", buffering=_READ_BYTES)
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return self._reader
 
 
 class _TlsConnection(_Connection, HTTPSConnection):

@@ -194,25 +194,31 @@ class _Gauges:
 
 
 class _HandOverFn(beam.DoFn):
+    _invoker: Invoker
+
     def __init__(self, config: InvokeConfig) -> None:
         self._config = config
         self._gauges = _Gauges()
         counter = beam.metrics.Metrics.counter
         self._counters = {name: counter("invoke", name) for name in _STATS}
 
+    def start_bundle(self) -> None:
+        # For the whole bundle: to look it up costs more than to hand a batch over.
+        self._invoker = shared_invoker(self._config)
+
     def process(self, batch: Batch) -> Iterator[Finished]:
-        shared_invoker(self._config).submit([batch])
+        self._invoker.submit([batch])
         # Not only at the end, so that Kafka gets results while further batches are made.
         yield from self._collect()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         window = GlobalWindow()
-        self._gauges.set(shared_invoker(self._config))
+        self._gauges.set(self._invoker)
         for finished in self._collect():
             yield WindowedValue(finished, window.max_timestamp(), (window,))
 
     def _collect(self) -> Iterator[Finished]:
-        for finished in shared_invoker(self._config).collect():
+        for finished in self._invoker.collect():
             for name, counter in self._counters.items():
                 counter.inc(getattr(finished.stats, name))
             yield finished

@@ -9,7 +9,7 @@ loses a digit, and nothing is serialized twice. AWS's own are in `transforms.env
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import orjson
@@ -56,49 +56,48 @@ class EncodedRecords:
 
 
 class _Encoder:
-    """Encodes one column; counts what it had to send as base64."""
+    """Encodes keys, values or headers; counts what it had to send as base64."""
 
     def __init__(self, format: str) -> None:
         self.base64_fields = 0
-        self.encode = {
-            "auto": self._auto,
-            "json": self._json,
-            "string": self._string,
-            "base64": _base64,
-        }[format]
+        self._format = format
 
-    def _auto(self, data: bytes | None) -> bytes:
-        if data is None:
-            return b"null"
-        return data if _is_json(data) else self._string(data)
+    def encode(self, column: Iterable[bytes | None]) -> list[bytes | None]:
+        """A JSON text each; None for what is no JSON and has to be.
 
-    def _json(self, data: bytes | None) -> bytes | None:
-        if data is None:
-            return b"null"
-        return data if _is_json(data) else None
+        All in one loop: a call for each field would take as long as the rest of the work.
+        """
+        if self._format == "base64":
+            return list(map(_base64, column))
+        may_be_json, must_be_json = self._format != "string", self._format == "json"
+        encoded: list[bytes | None] = []
+        for data in column:
+            if data is None:
+                encoded.append(b"null")
+                continue
+            if may_be_json and data and data[0] in JSON_STARTS:
+                try:
+                    orjson.loads(data)
+                    encoded.append(data)
+                    continue
+                except orjson.JSONDecodeError:
+                    pass
+            if must_be_json:
+                encoded.append(None)
+            elif data.isalnum():
+                # Nothing to escape; true of many keys, and a fifth of the price.
+                encoded.append(b'"%b"' % data)
+            else:
+                encoded.append(self._string(data))
+        return encoded
 
-    def _string(self, data: bytes | None) -> bytes:
-        if data is None:
-            return b"null"
-        if data.isalnum():
-            # Nothing to escape; true of most keys, and a fifth of the price.
-            return b'"%b"' % data
+    def _string(self, data: bytes) -> bytes:
         try:
             # See transforms.reply for the newline.
             return orjson.dumps(data.decode(), option=orjson.OPT_APPEND_NEWLINE)[:-1]
         except UnicodeDecodeError:
             self.base64_fields += 1
             return _base64(data)
-
-
-def _is_json(data: bytes) -> bool:
-    if not data or data[0] not in JSON_STARTS:
-        return False
-    try:
-        orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return False
-    return True
 
 
 def _base64(data: bytes | None) -> bytes:
@@ -115,11 +114,21 @@ def _reject(part: str, data: bytes | None) -> Rejection:
 
 
 def _encode_headers(headers: Sequence[Header] | None, encoder: _Encoder) -> bytes:
+    headers = headers or ()
     pairs = (
-        b'{"key":%b,"value":%b}' % (orjson.dumps(name), encoder.encode(value) or b"null")
-        for name, value in headers or ()
+        b'{"key":%b,"value":%b}' % (orjson.dumps(name), value or b"null")
+        for (name, _), value in zip(headers, encoder.encode(value for _, value in headers))
     )
     return b"[" + b",".join(pairs) + b"]"
+
+
+def _encode_rest(
+    encoder: _Encoder, column: Sequence[bytes | None], made: Sequence[bytes | None]
+) -> list[bytes | None]:
+    """Encode a column where a schema has made nothing of it yet."""
+    rest = [data if text is None else None for data, text in zip(column, made)]
+    encoded = encoder.encode(rest)
+    return [own if text is None else text for text, own in zip(made, encoded)]
 
 
 def encode_records(
@@ -141,28 +150,23 @@ def encode_records(
         return EncodedRecords(encode_event_records(topic, partition, records, format.envelope))
     key_encoder, value_encoder = _Encoder(format.key), _Encoder(format.value)
     if any(records.decoded):
-        keys = [
-            key_encoder.encode(data) if made is None or made.key is None else made.key
-            for data, made in zip(records.keys, records.decoded)
-        ]
-        values = [
-            value_encoder.encode(data) if made is None or made.value is None else made.value
-            for data, made in zip(records.values, records.decoded)
-        ]
+        made_keys = [made.key if made else None for made in records.decoded]
+        made_values = [made.value if made else None for made in records.decoded]
+        keys = _encode_rest(key_encoder, records.keys, made_keys)
+        values = _encode_rest(value_encoder, records.values, made_values)
     else:
-        keys = list(map(key_encoder.encode, records.keys))
-        values = list(map(value_encoder.encode, records.values))
+        keys, values = key_encoder.encode(records.keys), value_encoder.encode(records.values)
     auto = _Encoder("auto")
     rejections: dict[int, Rejection] = {}
     for part, encoded, originals in (
         ("key", keys, records.keys),
         ("value", values, records.values),
     ):
-        if None in encoded:
+        if not all(encoded):
             for index, fragment in enumerate(encoded):
                 if fragment is None:
                     rejections[index] = _reject(part, originals[index])
-                    encoded[index] = auto.encode(originals[index])
+                    (encoded[index],) = auto.encode([originals[index]])
 
     timestamps: Sequence[bytes | int] = records.timestamps
     number = b"%d"

@@ -15,14 +15,17 @@ C = TypeVar("C", bound=Hashable)
 
 _lock = threading.RLock()
 _instances: dict[Any, Any] = {}
+_MISSING = object()
 
 
 def per_process(make: Callable[[C], T], config: C) -> T:
     """The process's one `make(config)`, made at the first call for this `make` and `config`."""
     with _lock:
-        if (make, config) not in _instances:
-            _instances[make, config] = make(config)
-        return _instances[make, config]
+        # Asked once: a config is hashed anew each time, with all the configs in it.
+        instance = _instances.get((make, config), _MISSING)
+        if instance is _MISSING:
+            instance = _instances[make, config] = make(config)
+        return instance
 
 
 def forget(make: Callable[[C], T], config: C) -> T | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, groupby
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -356,9 +356,10 @@ class RoundReader:
         if lanes.count == 1:
             return [messages]
         divided: list[list[Message]] = [[] for _ in range(lanes.count)]
+        add = [own.append for own in divided]
         keys, offsets = map(Message.key, messages), map(Message.offset, messages)
         for message, lane in zip(messages, lanes.of(keys, offsets)):
-            divided[lane].append(message)
+            add[lane](message)
         return divided
 
     def _event(self, message: Message) -> None:
@@ -438,17 +439,9 @@ def _within(messages: list[Message], limit_bytes: int, batch_size: int) -> tuple
 
 def _by_partition(messages: list[Message]) -> Iterator[tuple[PartitionKey, list[Message]]]:
     """Runs of messages from the same partition, in order."""
-    low = 0
-    partitions = list(map(Message.partition, messages))
-    topics = list(map(Message.topic, messages))
-    for high in range(1, len(messages) + 1):
-        if (
-            high == len(messages)
-            or partitions[high] != partitions[low]
-            or topics[high] != topics[low]
-        ):
-            yield (topics[low], partitions[low]), messages[low:high]
-            low = high
+    for partition, run in groupby(messages, Message.partition):
+        for topic, part in groupby(run, Message.topic):
+            yield (topic, partition), list(part)
 
 
 def _turned(items: Sequence[T], turn: int) -> Iterator[T]:
@@ -506,7 +499,7 @@ class _TakeFn(beam.DoFn):
         chunk = None
         for chunk in shared_reader(self._config).take():
             self._records.inc(len(chunk.records))
-            self._bytes.inc(sum(len(value or b"") for value in chunk.records.values))
+            self._bytes.inc(sum(map(len, filter(None, chunk.records.values))))
             yield chunk
         if chunk is None:
             # The steps behind it run only if something reaches them, and a round without new
