@@ -291,8 +291,14 @@ class RoundReader:
             due = records - records % config.batch_size
         taken = taken_bytes = 0
         while taken < due and taken_bytes < size:
-            messages = lane.messages[taken : min(taken + step, due)]
-            count, chunk_bytes = _within(messages, size - taken_bytes, config.batch_size)
+            high = min(taken + step, due)
+            messages, behind = lane.messages[taken:high], lane.messages[high:]
+            if len(behind) < len(messages):
+                # The mostly few that stay tell what the many hold.
+                total = lane.bytes - taken_bytes - bytes_of(behind)
+            else:
+                total = bytes_of(messages)
+            count, chunk_bytes = _within(messages, total, size - taken_bytes, config.batch_size)
             cut_short = count < len(messages)
             if cut_short and taken and count < config.batch_size:
                 break
@@ -420,9 +426,13 @@ def bytes_of(messages: list[Message]) -> int:
     return sum(map(len, messages)) + sum(map(len, filter(None, map(Message.key, messages))))
 
 
-def _within(messages: list[Message], limit_bytes: int, batch_size: int) -> tuple[int, int]:
-    """How many records fit into a limit, at least one, in whole batches if there is one."""
-    total = bytes_of(messages)
+def _within(
+    messages: list[Message], total: int, limit_bytes: int, batch_size: int
+) -> tuple[int, int]:
+    """How many records of so many bytes fit into a limit, at least one, and their bytes.
+
+    In whole batches, if there is one.
+    """
     if total <= limit_bytes:
         return len(messages), total
     count = total = 0
