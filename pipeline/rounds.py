@@ -57,10 +57,11 @@ class RoundLimits:
         records: Records a round may read.
         bytes: Bytes a round may read.
         first_records: Records of the first round, small so that the function gets to work.
-        queue_records: Records a partition may have waiting for the function.
-        queue_bytes: Bytes of payloads a partition may have waiting.
+        queue_records: Records a partition may have waiting for the function; as many more may
+            have been read for it.
+        queue_bytes: Bytes of payloads a partition may have waiting; the same holds for them.
         held_bytes: Bytes of payloads of all partitions together; above it a partition gets
-            one batch at a time.
+            one batch at a time. Of records that were only read, the same.
         collect_records: Finished records that are worth a round of their own.
     """
 
@@ -87,6 +88,22 @@ class RoundLimits:
         records = max(self.queue_records, 2 * turn_records) - queue.records
         size = self.queue_bytes - queue.bytes
         return (records, size) if records >= turn_records and size > 0 else (0, 0)
+
+    def wanted(
+        self, records: int, size: int, all_bytes: int, ready: bool, turn_records: int
+    ) -> bool:
+        """Whether more should be read of a partition that may hand over something.
+
+        Args:
+            records: Its records that were read and not handed over.
+            size: Their bytes.
+            all_bytes: The bytes of all partitions' such records.
+            ready: Whether there is enough for a batch among them.
+            turn_records: Records of a batch for each of its lanes.
+        """
+        if all_bytes >= self.held_bytes:
+            return not ready
+        return records < max(self.queue_records, 2 * turn_records) and size < self.queue_bytes
 
     def starving(self, queue: QueueView, turn_records: int) -> bool:
         """Whether a partition has so little left that it should be read for."""
@@ -306,7 +323,8 @@ class Rounds:
     # -- one pass of the loop --------------------------------------------------------------
 
     def _rooms(self) -> list[Room]:
-        """What each partition may hand over now; fetching stops for those that may not."""
+        """What each partition may hand over now; fetching stops for those that may not, and for
+        those of which enough has been read to hand over."""
         queues = {
             key: self._invoker.queue(key)
             for key in self._reader.partitions
@@ -318,8 +336,15 @@ class Rounds:
             for key, queue in queues.items()
         ]
         open_rooms = [room for room in rooms if room.records]
-        self._reader.set_wanted((room.topic, room.partition) for room in open_rooms)
+        keys = [(room.topic, room.partition) for room in open_rooms]
+        all_bytes = self._reader.held_bytes
+        self._reader.set_wanted(key for key in keys if self._is_wanted(key, all_bytes))
         return open_rooms
+
+    def _is_wanted(self, key: PartitionKey, all_bytes: int) -> bool:
+        records, size = self._reader.waiting(key)
+        ready = self._reader.ready(key, self._flush)
+        return self._limits.wanted(records, size, all_bytes, ready, self._turn_records)
 
     def _due(self, rooms: list[Room]) -> bool:
         """Whether a round is worth its while now."""

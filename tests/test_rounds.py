@@ -40,6 +40,27 @@ def test_what_a_partition_may_hand_over(queue, held, turn, room) -> None:
 
 
 @pytest.mark.parametrize(
+    ("records", "size", "held", "ready", "turn", "wanted"),
+    [
+        (0, 0, 0, False, 100, True),
+        (999, 499, 499, True, 100, True),
+        # Enough to hand over has been read.
+        (1000, 100, 100, True, 100, False),
+        (100, 500, 500, True, 100, False),
+        # Two turns, however large one is.
+        (1399, 100, 100, True, 700, True),
+        (1400, 100, 100, True, 700, False),
+        # All together hold enough: for those only that have not even a batch.
+        (1, 1, 2000, True, 100, False),
+        (99, 99, 2000, False, 100, True),
+    ],
+)
+def test_of_which_more_is_read(records, size, held, ready, turn, wanted) -> None:
+    """What is read and not handed over is bounded like what is handed over."""
+    assert LIMITS.wanted(records, size, held, ready, turn) is wanted
+
+
+@pytest.mark.parametrize(
     ("records", "turn", "starving"),
     [(0, 100, True), (500, 100, True), (501, 100, False), (700, 700, True), (701, 700, False)],
 )

@@ -148,6 +148,11 @@ class _Partition:
         """Records that were not handed out yet."""
         return sum(len(lane.messages) for lane in self.lanes)
 
+    @property
+    def bytes(self) -> int:
+        """Their bytes."""
+        return sum(lane.bytes for lane in self.lanes)
+
 
 class RoundReader:
     """Reads all partitions of a process and hands out chunks, round by round.
@@ -205,6 +210,16 @@ class RoundReader:
             # A tail of offsets without records still has to be committed.
             return partition.start < partition.next_offset
         return self._releasable(partition, flush)
+
+    def waiting(self, key: PartitionKey) -> tuple[int, int]:
+        """Records of a partition that were read and not handed out, and their bytes."""
+        partition = self._partitions[key]
+        return partition.waiting, partition.bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all records that were read and not handed out."""
+        return sum(partition.bytes for partition in self._partitions.values())
 
     def set_wanted(self, keys: Iterable[PartitionKey]) -> None:
         """Fetch for these partitions only; the others' records would only pile up here."""
