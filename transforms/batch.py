@@ -25,6 +25,7 @@ from apache_beam.transforms.userstate import (
 )
 from apache_beam.utils.timestamp import Timestamp
 
+from transforms.coding import SizedPickleCoder
 from transforms.payload import PayloadFormat, encode_records
 from transforms.records import (
     ARRAY,
@@ -433,4 +434,4 @@ class _StreamBufferFn(_BufferFn):
         open_state.write(replace(state, start=state.next_offset, records=0, entry_bytes=0))
 
 
-coders.registry.register_coder(Batch, coders.PickleCoder)
+coders.registry.register_coder(Batch, SizedPickleCoder)

@@ -35,6 +35,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from transforms.aws import FunctionConfig, LambdaFunction, Request, advice
 from transforms.breaker import BreakerPolicy
 from transforms.client_context import client_context
+from transforms.coding import SizedPickleCoder
 from transforms.errors import FunctionConfigError
 from transforms.handover import Handover
 from transforms.invoker import Invoker, always
@@ -425,4 +426,4 @@ class _PendingFn(beam.DoFn):
         )
 
 
-coders.registry.register_coder(Finished, coders.PickleCoder)
+coders.registry.register_coder(Finished, SizedPickleCoder)

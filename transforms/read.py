@@ -26,6 +26,7 @@ from confluent_kafka import (
 )
 from confluent_kafka import KafkaError as ErrorCode
 
+from transforms.coding import SizedPickleCoder
 from transforms.errors import KafkaError
 from transforms.kafka import KafkaConfig, describe, make_consumer, reason
 from transforms.key import Lanes
@@ -532,4 +533,4 @@ class _TakeFn(beam.DoFn):
             yield RecordChunk("", 0, 0, 0, Records(), lane=0)
 
 
-coders.registry.register_coder(RecordChunk, coders.PickleCoder)
+coders.registry.register_coder(RecordChunk, SizedPickleCoder)

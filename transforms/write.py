@@ -21,6 +21,7 @@ from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException, Producer
 
 from transforms import formats
+from transforms.coding import SizedPickleCoder
 from transforms.destination import destination_records
 from transforms.envelope import Envelope
 from transforms.errors import RegistryError, WriteError
@@ -397,4 +398,4 @@ class _ProduceFn(beam.DoFn):
             writer.write(finished.partition, record.key, record.value, headers, self._failures)
 
 
-coders.registry.register_coder(Progress, coders.PickleCoder)
+coders.registry.register_coder(Progress, SizedPickleCoder)

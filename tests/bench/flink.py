@@ -147,7 +147,8 @@ class FlinkBench:
             python_secs = cpu_secs(pool) - python_before
         with urllib.request.urlopen(f"{url}/stats") as reply:
             stats = stub.Stats(**json.load(reply))
-        self._topics.check(load.topic, responses, fresh, Lanes())
+        self._topics.check(load.topic, responses, Lanes())
+        self._topics.check_committed(load.topic, fresh)
         self._topics.delete(responses)
         return FlinkRun(
             who=who,
