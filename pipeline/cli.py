@@ -83,7 +83,6 @@ def _run(resolved: Resolved, started: float) -> int:
         from pipeline.options import DIRECT_RUNNERS
         from pipeline.progress import Progress, print_summary
         from pipeline.rounds import Rounds, Status
-        from pipeline.workers import Workers
 
     config = resolved.config
     assert config
@@ -96,6 +95,8 @@ def _run(resolved: Resolved, started: float) -> int:
     run: Rounds | Workers | StreamRun | None = None
     try:
         if direct and config.run.workers > 1:
+            from pipeline.workers import Workers
+
             run = Workers(config, stop, started)
         elif direct:
             run = Rounds(config, stop, started)
