@@ -590,8 +590,8 @@ GROUPS = (
             Option(
                 "workers",
                 "Processes of the DirectRunner, each with its share of the partitions: about one "
-                "for each processor, not more than there are partitions. Each takes some 300 MB of "
-                "memory. Together they invoke --max_concurrency at once, at most.",
+                "for each processor, not more than there are partitions. Each takes some 150 MB of "
+                "memory more. Together they invoke --max_concurrency at once, at most.",
                 kind="int",
                 default=1,
                 unit="processes",
