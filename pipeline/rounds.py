@@ -101,9 +101,11 @@ class RoundLimits:
             ready: Whether there is enough for a batch among them.
             turn_records: Records of a batch for each of its lanes.
         """
-        if all_bytes >= self.held_bytes:
-            return not ready
-        return records < max(self.queue_records, 2 * turn_records) and size < self.queue_bytes
+        if not ready:
+            # Waiting alone would not make a batch of it, or only when its window is over.
+            return True
+        enough = max(self.queue_records, 2 * turn_records)
+        return records < enough and size < self.queue_bytes and all_bytes < self.held_bytes
 
     def starving(self, queue: QueueView, turn_records: int) -> bool:
         """Whether a partition has so little left that it should be read for."""

@@ -50,9 +50,11 @@ def test_what_a_partition_may_hand_over(queue, held, turn, room) -> None:
         # Two turns, however large one is.
         (1399, 100, 100, True, 700, True),
         (1400, 100, 100, True, 700, False),
-        # All together hold enough: for those only that have not even a batch.
+        # All together hold enough.
         (1, 1, 2000, True, 100, False),
+        # Not even a batch: it would wait for the rest of it.
         (99, 99, 2000, False, 100, True),
+        (40, 600, 600, False, 100, True),
     ],
 )
 def test_of_which_more_is_read(records, size, held, ready, turn, wanted) -> None:
