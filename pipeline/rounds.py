@@ -85,7 +85,7 @@ class RoundLimits:
             return 0, 0
         if held_bytes >= self.held_bytes:
             return (0, 0) if queue.batches else (turn_records, self.queue_bytes)
-        records = max(self.queue_records, 2 * turn_records) - queue.records
+        records = self._most_records(turn_records) - queue.records
         size = self.queue_bytes - queue.bytes
         return (records, size) if records >= turn_records and size > 0 else (0, 0)
 
@@ -104,12 +104,19 @@ class RoundLimits:
         if not ready:
             # Waiting alone would not make a batch of it, or only when its window is over.
             return True
-        enough = max(self.queue_records, 2 * turn_records)
-        return records < enough and size < self.queue_bytes and all_bytes < self.held_bytes
+        return (
+            records < self._most_records(turn_records)
+            and size < self.queue_bytes
+            and all_bytes < self.held_bytes
+        )
 
     def starving(self, queue: QueueView, turn_records: int) -> bool:
         """Whether a partition has so little left that it should be read for."""
-        return 2 * queue.records <= max(self.queue_records, 2 * turn_records)
+        return 2 * queue.records <= self._most_records(turn_records)
+
+    def _most_records(self, turn_records: int) -> int:
+        """What a partition may have waiting: two turns at least, however large one is."""
+        return max(self.queue_records, 2 * turn_records)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +270,6 @@ class Rounds:
     ) -> None:
         self._config = config
         self._share = share
-        self._begun = False
         self._stop = stop
         self._limits = limits
         self._timer = timer
@@ -278,7 +284,7 @@ class Rounds:
             shared_registry(config.write.registry).stop = stop
         self._targets: dict[PartitionKey, int] = {}
         self._discovered = float("-inf")
-        self._ends: dict[PartitionKey, int | None] = {}
+        self._ends: dict[PartitionKey, int | None] | None = None
         self._looked = float("-inf")
 
     def run(self) -> Status:
@@ -291,7 +297,6 @@ class Rounds:
             preflight(self._config, self._source)
         self._discover(at_start=True)
         self._look_at_ends(0)
-        self._begun = True
         while not self._stop.is_set() and not self._invoker.broken and not self._ended():
             busy = self._invoker.pending_batches > 0 or self._invoker.has_finished
             self._reader.fill(_BUSY_POLL_SECS if busy else _IDLE_POLL_SECS)
@@ -299,7 +304,9 @@ class Rounds:
             if self._timer() - self._discovered > _DISCOVER_SECS:
                 self._discover(at_start=False)
             rooms = self._rooms()
-            if self._due(rooms):
+            ready = {room.key for room in rooms if self._reader.ready(room.key, self._flush)}
+            self._fetch(rooms, ready)
+            if self._due(ready):
                 self._run_round(rooms)
         drain(self._invoker, self._config.invoke, lambda: self._run_round([]))
         self._look_at_ends(0)
@@ -307,11 +314,11 @@ class Rounds:
 
     def status(self) -> Status:
         """How the run stands; may be called from another thread."""
-        committed = dict(self._committer.committed)
+        committed, ends = dict(self._committer.committed), self._ends
         return Status(
             totals=self._totals,
             in_flight=self._invoker.in_flight,
-            lags={key: _lag(end, committed.get(key)) for key, end in self._ends.items()},
+            lags={key: _lag(end, committed.get(key)) for key, end in (ends or {}).items()},
             halted=self._invoker.halted,
             committed=committed,
             elapsed_secs=self._timer() - self._started,
@@ -319,14 +326,13 @@ class Rounds:
             in_flight_max=self._invoker.in_flight_max,
             breaker_open=self._invoker.breaker_open,
             breaker_openings=self._invoker.breaker_openings,
-            begun=self._begun,
+            begun=ends is not None,
         )
 
     # -- one pass of the loop --------------------------------------------------------------
 
     def _rooms(self) -> list[Room]:
-        """What each partition may hand over now; fetching stops for those that may not, and for
-        those of which enough has been read to hand over."""
+        """What each partition may hand over now, those left out that may not."""
         queues = {
             key: self._invoker.queue(key)
             for key in self._reader.partitions
@@ -337,23 +343,23 @@ class Rounds:
             Room(*key, *self._limits.room(queue, held, self._turn_records))
             for key, queue in queues.items()
         ]
-        open_rooms = [room for room in rooms if room.records]
-        keys = [(room.topic, room.partition) for room in open_rooms]
-        all_bytes = self._reader.held_bytes
-        self._reader.set_wanted(key for key in keys if self._is_wanted(key, all_bytes))
-        return open_rooms
+        return [room for room in rooms if room.records]
 
-    def _is_wanted(self, key: PartitionKey, all_bytes: int) -> bool:
-        records, size = self._reader.waiting(key)
-        ready = self._reader.ready(key, self._flush)
-        return self._limits.wanted(records, size, all_bytes, ready, self._turn_records)
+    def _fetch(self, rooms: list[Room], ready: set[PartitionKey]) -> None:
+        """Fetch for those that may hand over something, but not for those of which enough for that
+        has been read."""
+        reader, all_bytes = self._reader, self._reader.held_bytes
+        reader.set_wanted(
+            room.key
+            for room in rooms
+            if self._limits.wanted(
+                *reader.waiting(room.key), all_bytes, room.key in ready, self._turn_records
+            )
+        )
 
-    def _due(self, rooms: list[Room]) -> bool:
-        """Whether a round is worth its while now."""
-        invoker, limits = self._invoker, self._limits
-        flush, turn_records = self._flush, self._turn_records
-        keys = [(room.topic, room.partition) for room in rooms]
-        ready = [key for key in keys if self._reader.ready(key, flush)]
+    def _due(self, ready: set[PartitionKey]) -> bool:
+        """Whether a round is worth its while now, with partitions that are ready for one."""
+        invoker, limits, turn_records = self._invoker, self._limits, self._turn_records
         if any(limits.starving(invoker.queue(key), turn_records) for key in ready):
             return True
         if not invoker.has_finished:

@@ -200,9 +200,8 @@ class Workers:
     def _all_halted(self) -> bool:
         """Whether every partition there is was stopped by a failure."""
         status = self.status()
-        begun = all(worker.report.status.begun for worker in self._workers)
         halted = {finished.key for finished in status.halted}
-        return begun and bool(halted) and halted >= set(status.lags)
+        return status.begun and bool(halted) and halted >= set(status.lags)
 
 
 class _Line(logging.handlers.QueueHandler):

@@ -85,6 +85,10 @@ class Room:
     records: int
     bytes: int
 
+    @property
+    def key(self) -> PartitionKey:
+        return (self.topic, self.partition)
+
 
 @dataclass(frozen=True, slots=True)
 class Round:
@@ -271,7 +275,7 @@ class RoundReader:
     def take(self) -> Iterator[RecordChunk]:
         """Hand out chunks, in order per partition, until the round is full or nothing is due."""
         round, self._round = self._round, _NOTHING
-        partitions = [self._partitions[room.topic, room.partition] for room in round.rooms]
+        partitions = [self._partitions[room.key] for room in round.rooms]
         room_for = min(round.records, sum(room.records for room in round.rooms))
         # On with what has been fetched meanwhile; what is still to come must not be waited for.
         while sum(partition.waiting for partition in partitions) < room_for:
@@ -282,7 +286,7 @@ class RoundReader:
         # Partitions, and lanes in them, take turns at the front: a short round favours none.
         self._turn += 1
         for room in _turned(round.rooms, self._turn):
-            partition = self._partitions[room.topic, room.partition]
+            partition = self._partitions[room.key]
             room_records, room_bytes = room.records, room.bytes
             for lane in _turned(partition.lanes, self._turn):
                 limit = min(records, room_records), min(size, room_bytes)
@@ -308,10 +312,10 @@ class RoundReader:
         taken = taken_bytes = 0
         while taken < due and taken_bytes < size:
             high = min(taken + step, due)
-            messages, behind = lane.messages[taken:high], lane.messages[high:]
-            if len(behind) < len(messages):
+            messages = lane.messages[taken:high]
+            if len(lane.messages) - high < len(messages):
                 # The mostly few that stay tell what the many hold.
-                total = lane.bytes - taken_bytes - bytes_of(behind)
+                total = lane.bytes - taken_bytes - bytes_of(lane.messages[high:])
             else:
                 total = bytes_of(messages)
             count, chunk_bytes = _within(messages, total, size - taken_bytes, config.batch_size)
