@@ -269,6 +269,15 @@ def _read(file: Any) -> str:
     return os.pread(file.fileno(), 10_000_000, 0).decode(errors="replace")
 
 
+def is_there(pid: int) -> bool:
+    """Whether a process still runs. A zombie is gone, even where nothing collects it."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
 def arguments(broker: KafkaBroker, server: LambdaServer | None, **options: Any) -> list[str]:
     """The command line. An option that is None is left out, one that is True has no value."""
     given: dict[str, Any] = {

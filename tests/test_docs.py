@@ -105,6 +105,25 @@ def blocks(page: Path, language: str, after: str = "") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
+# What a run of an example in a test has its own of.
+OURS = {
+    "kafka_bootstrap_servers",
+    "topics",
+    "consumer_group",
+    "function",
+    "lambda_endpoint_url",
+    "response_topic",
+    "error_topic",
+}
+
+
+def example(page: Path, after: str) -> dict[str, Any]:
+    """The options of an example's command line, those left out that name servers and topics."""
+    words = blocks(page, "sh", after)[0].replace("\\\n", " ").split()[2:]
+    given = [word.removeprefix("--").partition("=") for word in words]
+    return {name: value or True for name, _, value in given if name not in OURS}
+
+
 def rows(page: Path, after: str) -> list[list[str]]:
     """The cells of the first table behind a mark, without its head; code without its ticks."""
     text = page.read_text(encoding="utf-8").partition(f"<!-- {after} -->\n")[2]

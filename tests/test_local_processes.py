@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from pipeline.local.processes import wait_until
+from tests.sink import is_there
 
 
 def test_a_server_and_what_it_started_end_with_the_process_that_started_it(tmp_path: Path) -> None:
@@ -35,17 +35,5 @@ def test_a_server_and_what_it_started_end_with_the_process_that_started_it(tmp_p
     )
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2
-    wait_until(lambda: not any(map(_is_there, pids)), f"{pids} are still there", 60)
+    wait_until(lambda: not any(map(is_there, pids)), f"{pids} are still there", 60)
     wait_until(lambda: not folder.exists(), "the folder is still there", 60)
-
-
-def _is_there(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    try:
-        # A zombie is gone, even where nothing collects it.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -32,25 +32,7 @@ from tests.sink import (
     serve,
     start,
 )
-from tests.test_docs import CONCURRENCY, blocks
-
-# What a test sets itself, of an example's command line.
-OURS = {
-    "kafka_bootstrap_servers",
-    "topics",
-    "consumer_group",
-    "function",
-    "lambda_endpoint_url",
-    "response_topic",
-    "error_topic",
-}
-
-
-def _example(mark: str) -> dict[str, Any]:
-    """The options of an example in the docs, those left out that name servers and topics."""
-    words = blocks(CONCURRENCY, "sh", after=mark)[0].replace("\\\n", " ").split()[2:]
-    given = [word.removeprefix("--").partition("=") for word in words]
-    return {name: value or True for name, _, value in given if name not in OURS}
+from tests.test_docs import CONCURRENCY, blocks, example
 
 
 def _faults(mark: str) -> list[Fault]:
@@ -96,7 +78,7 @@ def test_throttled_calls_settle_below_what_the_function_takes(
     """With a function that takes 8 at once: 4 to 8 run, hardly one is throttled, none is lost."""
     topics = Topics(broker, names, partitions=24, count=250)
     with serve(_answer_after_100_ms, _faults("throttle.json"), concurrency=1000) as server:
-        ended = run(broker, server, **topics.options, **_example("throttled run"))
+        ended = run(broker, server, **topics.options, **example(CONCURRENCY, "throttled run"))
         calls = invocations(server)
         assert server.in_flight_max == 8
 
@@ -140,7 +122,7 @@ def test_the_least_is_kept_however_often_it_is_throttled(broker: KafkaBroker, na
 def test_an_outage_is_waited_for(broker: KafkaBroker, names: Names, on_error: str) -> None:
     """The error topic gets what failed before the breaker opened; with fail nothing halts."""
     topics = Topics(broker, names, partitions=4, count=400)
-    options = topics.options | _example("breaker run")
+    options = topics.options | example(CONCURRENCY, "breaker run")
     # Without halves what a call gives up is easily counted.
     options |= {"on_error": on_error, "bisect_on_error": None}
     options["error_topic"] = topics.errors if on_error == "log" else None
@@ -172,7 +154,7 @@ def test_an_outage_is_waited_for(broker: KafkaBroker, names: Names, on_error: st
 def test_while_it_is_open_there_is_one_probe_at_a_time(broker: KafkaBroker, names: Names) -> None:
     """And between two of them the wait."""
     topics = Topics(broker, names, partitions=8, count=100)
-    options = topics.options | _example("breaker run") | {"error_topic": topics.errors}
+    options = topics.options | example(CONCURRENCY, "breaker run") | {"error_topic": topics.errors}
     with serve(faults=_faults("outage.json")) as server:
         with start(broker, server, **options) as sink:
             sink.until(lambda: "breaker open" in sink.stderr, "the breaker did not open")
@@ -195,7 +177,7 @@ def test_while_it_is_open_there_is_one_probe_at_a_time(broker: KafkaBroker, name
 def test_bad_records_open_no_breaker(broker: KafkaBroker, names: Names) -> None:
     """One after the other in one partition, while the others go on: each costs only itself."""
     topics = Topics(broker, names, partitions=3, count=320)
-    options = topics.options | _example("breaker run") | {"error_topic": topics.errors}
+    options = topics.options | example(CONCURRENCY, "breaker run") | {"error_topic": topics.errors}
     options["batch_size"] = 32
     bad = [f"order 1/{number}" for number in (0, 32, 64, 95, 200)]
     with serve(poison(*bad)) as server:

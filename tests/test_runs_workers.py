@@ -25,17 +25,16 @@ from tests.sink import (
     assert_rising,
     by_partition,
     invocations,
+    is_there,
     numbered,
     poison,
     run,
     serve,
     start,
 )
-from tests.test_docs import blocks
+from tests.test_docs import example
 
 PAGE = Path(__file__).parent.parent / "docs" / "workers.md"
-OURS = ("kafka_bootstrap_servers", "function", "topics", "consumer_group", "response_topic")
-"""What each test has its own of."""
 
 
 def _workers(sink: Sink) -> list[int]:
@@ -44,16 +43,8 @@ def _workers(sink: Sink) -> list[int]:
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
-
-
 def _all_gone(pids: list[int]) -> bool:
-    return not any(map(_is_alive, pids))
+    return not any(map(is_there, pids))
 
 
 @pytest.fixture
@@ -114,19 +105,17 @@ def test_each_partition_is_worked_in_order_under_faults(
 
 def test_the_example_of_the_docs(broker: KafkaBroker, topics: dict[str, Any]) -> None:
     """As many workers as it says, with lanes in each partition."""
-    words = blocks(PAGE, "sh", after="workers run")[0].replace("\\\n", " ").split()[2:]
-    named = [word.removeprefix("--").partition("=") for word in words]
-    example = {name: value for name, _, value in named if name not in OURS}
+    options = topics | example(PAGE, "workers run")
     with (
         serve(faults=[slow(0.02, times=None)]) as server,
-        start(broker, server, **topics | example) as sink,
+        start(broker, server, **options) as sink,
     ):
         sink.until(lambda: len(server.calls) > 3, "no calls")
-        assert len(_workers(sink)) == int(example["workers"])
+        assert len(_workers(sink)) == int(options["workers"])
         ended = sink.wait()
         assert server.in_flight_max > 4
     _assert_done(broker, topics)
-    assert ended.summary["concurrency"]["limit"] == int(example["max_concurrency"])
+    assert ended.summary["concurrency"]["limit"] == int(options["max_concurrency"])
 
 
 def test_told_to_stop_all_end_what_is_running(broker: KafkaBroker, topics: dict[str, Any]) -> None:
