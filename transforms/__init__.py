@@ -24,4 +24,5 @@ record), `filter_rules` (what filters can say), `payload` (records to JSON), `re
 came back), `outcome` (what an invocation means), `retry` (what to do next), `concurrency` and
 `breaker` (how many invocations at once, and when none), `formats` (records to write). `invoker`
 runs those rules on threads; `aws` (over `http`), `kafka` and `registry` hold the clients.
+`coding` says how what travels between the steps becomes bytes.
 """

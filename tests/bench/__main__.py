@@ -44,7 +44,7 @@ class Scenario:
     """What the competitors are given to do.
 
     Attributes:
-        name: Of it.
+        name: What it is called in the tables and for `--only`.
         batch_size: Records per call.
         latency_ms: The function's.
         lanes: Invocations at once inside a partition.
