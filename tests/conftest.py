@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Generator, Iterator
 
 import pytest
 
 from pipeline.local.broker import KafkaBroker
+from pipeline.local.flink import FlinkCluster
 from tests.schema_registry import SchemaRegistryServer
+
+# Clusters on which a test has failed.
+_SUSPECT: set[FlinkCluster] = set()
 
 # Measurements, not tests; `./run.sh bench` runs them.
 collect_ignore = ["bench"]
@@ -46,6 +51,30 @@ def registry(broker: KafkaBroker) -> Iterator[SchemaRegistryServer]:
     """One real schema registry for the whole run. A test that stops it starts it again."""
     with SchemaRegistryServer(broker) as running:
         yield running
+
+
+@pytest.fixture
+def mended(cluster: FlinkCluster) -> FlinkCluster:
+    """The module's cluster, whole: what made a test fail is not there in the next."""
+    if cluster in _SUSPECT:
+        _SUSPECT.remove(cluster)
+        cluster.start_over()
+    elif ended := cluster.mend():
+        warnings.warn(f"started again, having ended by itself: {', '.join(ended)}", stacklevel=1)
+    return cluster
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tell of a failure on Flink what only the cluster knows."""
+    report = yield
+    cluster = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and isinstance(cluster, FlinkCluster):
+        report.sections.append(("Flink cluster", cluster.describe()))
+        _SUSPECT.add(cluster)
+    return report
 
 
 @pytest.hookimpl(tryfirst=True)

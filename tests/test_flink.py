@@ -6,9 +6,11 @@ Kafka and from the calls that the function got.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,13 +20,14 @@ from pipeline.local.broker import KafkaBroker
 from pipeline.local.faults import unavailable
 from pipeline.local.flink import FlinkCluster
 from pipeline.local.lambda_server import LambdaServer
-from pipeline.local.processes import wait_until
+from pipeline.local.processes import ServerError, wait_until
 from tests import sink
 from tests.conftest import Names
 
 pytestmark = [pytest.mark.slow, pytest.mark.flink]
 
 READERS = ("native", "beam")
+JOB_SECS = 120.0  # until a job runs; a few seconds unless something is wrong
 WAIT_SECS = 240.0
 sink.RUN_SECS = 400.0
 
@@ -85,7 +88,24 @@ class Flink:
         }
         if reader == "beam":
             given["expansion_service"] = self.cluster.expansion_service
-        return sink.start(self.broker, server, **given | options)
+        given |= options
+        run = sink.start(self.broker, server, **given)
+        if given["flink_master"] != self.cluster.address or self._comes_to_run(run):
+            return run
+        # It has done nothing so far: what is wrong is the cluster.
+        warnings.warn(f"no job came to run:\n{self.cluster.describe()}", stacklevel=2)
+        run.kill()
+        self.cluster.start_over()
+        return sink.start(self.broker, server, **given)
+
+    def _comes_to_run(self, run: sink.Sink) -> bool:
+        """Whether all tasks of the job run in time, or it has ended already."""
+        until = time.monotonic() + JOB_SECS
+        while run.process.poll() is None and time.monotonic() < until:
+            with contextlib.suppress(ServerError):
+                self.rest.wait_for_job(timeout=1)
+                return True
+        return run.process.poll() is not None
 
     def read(self, job: str) -> float:
         """How many records have been read, as the job counts them."""
@@ -109,9 +129,9 @@ class Flink:
 
 
 @pytest.fixture
-def flink(cluster: FlinkCluster, broker: KafkaBroker, names: Names) -> Iterator[Flink]:
-    yield Flink(cluster, broker, names)
-    cluster.rest.cancel_all()
+def flink(mended: FlinkCluster, broker: KafkaBroker, names: Names) -> Iterator[Flink]:
+    yield Flink(mended, broker, names)
+    mended.rest.cancel_all()
 
 
 def _assert_never_ahead(calls: Iterable[sink.Invocation]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -28,9 +30,9 @@ def cluster() -> Iterator[FlinkCluster]:
 
 
 @pytest.fixture(autouse=True)
-def no_job_is_left(cluster: FlinkCluster) -> Iterator[None]:
+def no_job_is_left(mended: FlinkCluster) -> Iterator[None]:
     yield
-    cluster.rest.cancel_all()
+    mended.rest.cancel_all()
 
 
 class Run:
@@ -140,6 +142,23 @@ def test_a_job_goes_on_from_its_last_checkpoint_after_a_crash(
     run.produce(100)
     cluster.start(victim)
 
+    run.rest.wait_until_restored(job)
+    run.produce(100)
+    run.wait_for_all()
+
+
+def test_what_ended_by_itself_is_named_and_started_again(run: Run, cluster: FlinkCluster) -> None:
+    job = run.start()
+    run.produce(100)
+    run.wait_for_all()
+    pid = cluster.pid("taskmanager-1")
+    assert pid is not None
+
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: "taskmanager-1: ended by itself" in cluster.describe(), "it is not told")
+    assert cluster.mend() == ["taskmanager-1"]
+
+    assert cluster.mend() == []
     run.rest.wait_until_restored(job)
     run.produce(100)
     run.wait_for_all()

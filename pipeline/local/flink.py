@@ -15,6 +15,7 @@ Sizes are small: the whole cluster takes about 2 GB.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -112,6 +113,11 @@ _CLUSTER_CONFIG = {
 _EXPANSION_SERVICE = "org.apache.beam.sdk.expansion.service.ExpansionService"
 _JOB_SERVER = "org.apache.beam.runners.flink.FlinkJobServerDriver"
 _ENDED = ("FINISHED", "FAILED", "CANCELED")
+
+# How much of a trace or a log is shown when something went wrong.
+_TRACE_LINES = 12
+_LOG_LINES = 10  # the last ones, and of those before as many that warn
+_WARNS = re.compile(r" (?:WARNING|SEVERE) ")  # as `_LOGGING` writes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,10 +460,48 @@ class FlinkCluster:
         for name in names:
             self._wait(name)
 
-    def restart(self, name: str) -> None:
-        """Kill a process and start it again; returns when it answers."""
-        self.kill(name)
-        self.start(name)
+    def restart(self, *names: str) -> None:
+        """Kill processes and start them again; returns when they all answer."""
+        for name in names:
+            self.kill(name)
+        self.start(*names)
+
+    def mend(self) -> list[str]:
+        """Start again what ended by itself, as whoever runs a real cluster does; their names.
+
+        A TaskManager does when its heap is full, or a task of it cannot be cancelled.
+        """
+        ended = [name for name, process in self._processes.items() if process.has_ended()]
+        self.restart(*ended)  # killed too: what they started may still be there
+        return ended
+
+    def start_over(self) -> None:
+        """End all jobs and start every process again: for when what is wrong is not known."""
+        with contextlib.suppress(ServerError):
+            self.rest.cancel_all()
+        self.restart(*self._processes)
+        self.rest.cancel_all()  # what ZooKeeper still knows
+
+    def describe(self) -> str:
+        """What there is to know when something on it went wrong: processes, jobs, ends of logs."""
+        lines = []
+        for name, process in self._processes.items():
+            state = "ended by itself" if process.has_ended() else f"pid {process.pid}"
+            lines.append(f"{name}: {state}")
+        try:
+            for job in self.rest.jobs()[:3]:
+                tasks = (
+                    f"{name} {task['status']}" for name, task in self.rest.tasks(job.id).items()
+                )
+                lines.append(f"job {job.id}: {job.status} ({', '.join(tasks)})")
+                lines += self.rest.exception(job.id).splitlines()[:_TRACE_LINES]
+        except ServerError as error:
+            lines.append(str(error))
+        for name in self._processes:
+            log = self.log(name).splitlines()
+            warned = [line for line in log[:-_LOG_LINES] if _WARNS.search(line)]
+            lines += [f"--- log of {name}", *warned[-_LOG_LINES:], "...", *log[-_LOG_LINES:]]
+        return "\n".join(lines)
 
     def close(self) -> None:
         """End all processes and remove the data."""

@@ -96,7 +96,7 @@ class ServerProcess:
         """
         deadline = time.monotonic() + timeout
         while not is_up():
-            ended = self._process is None or self._process.poll() is not None
+            ended = not self.is_running()
             if ended or time.monotonic() > deadline:
                 code = self._process.returncode if self._process else None
                 problem = (
@@ -111,6 +111,10 @@ class ServerProcess:
     def is_running(self) -> bool:
         """Whether the process is there."""
         return self._process is not None and self._process.poll() is None
+
+    def has_ended(self) -> bool:
+        """Whether it was started and has ended by itself."""
+        return self._process is not None and self._process.poll() is not None
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
         """Signal the process and wait until it is gone, then kill what it started.
