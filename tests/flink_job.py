@@ -105,6 +105,9 @@ class ReadPartitionFn(beam.DoFn):
                 "group.id": "flink-job",
                 "enable.auto.commit": False,
                 "auto.offset.reset": "earliest",
+                # Less than it is polled for: the broker answers the fetch for the partition
+                # before this one first, and if that has nothing, only after so long.
+                "fetch.wait.max.ms": 20,
             }
         )
         self._back_at: dict[Partition, float] = {}

@@ -89,8 +89,9 @@ class Flink:
         if reader == "beam":
             given["expansion_service"] = self.cluster.expansion_service
         given |= options
+        known = {job.id for job in self.rest.jobs()}
         run = sink.start(self.broker, server, **given)
-        if given["flink_master"] != self.cluster.address or self._comes_to_run(run):
+        if given["flink_master"] != self.cluster.address or self._comes_to_run(run, known):
             return run
         # It has done nothing so far: what is wrong is the cluster.
         warnings.warn(f"no job came to run:\n{self.cluster.describe()}", stacklevel=2)
@@ -98,12 +99,12 @@ class Flink:
         self.cluster.start_over()
         return sink.start(self.broker, server, **given)
 
-    def _comes_to_run(self, run: sink.Sink) -> bool:
+    def _comes_to_run(self, run: sink.Sink, known: set[str]) -> bool:
         """Whether all tasks of the job run in time, or it has ended already."""
         until = time.monotonic() + JOB_SECS
         while run.process.poll() is None and time.monotonic() < until:
             with contextlib.suppress(ServerError):
-                self.rest.wait_for_job(timeout=1)
+                self.rest.wait_for_job(known, timeout=1)
                 return True
         return run.process.poll() is not None
 

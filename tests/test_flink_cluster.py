@@ -53,6 +53,7 @@ class Run:
         emit_every_secs: float = 1,
     ) -> str:
         """Submit it; the job's id once all of it runs."""
+        known = {job.id for job in self.rest.jobs()}
         flink_job.start(
             self._broker.bootstrap_servers,
             self._topic,
@@ -71,7 +72,7 @@ class Run:
             ],
             emit_every_secs,
         )
-        return self.rest.wait_for_job()
+        return self.rest.wait_for_job(known)
 
     def produce(self, count: int) -> None:
         """Write so many records to each partition."""
@@ -160,6 +161,23 @@ def test_what_ended_by_itself_is_named_and_started_again(run: Run, cluster: Flin
 
     assert cluster.mend() == []
     run.rest.wait_until_restored(job)
+    run.produce(100)
+    run.wait_for_all()
+
+
+def test_starting_over_leaves_no_job_and_a_cluster_that_works(
+    run: Run, cluster: FlinkCluster
+) -> None:
+    run.start()
+    worker_pool = cluster.pid("worker-pool")
+    assert worker_pool is not None
+    os.kill(worker_pool, signal.SIGSTOP)
+
+    cluster.start_over()
+
+    assert run.rest.running_jobs() == []
+    assert cluster.pid("worker-pool") != worker_pool
+    run.start()
     run.produce(100)
     run.wait_for_all()
 

@@ -15,7 +15,6 @@ Sizes are small: the whole cluster takes about 2 GB.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -27,7 +26,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +105,13 @@ _CLUSTER_CONFIG = {
     # A process that was killed is missed within seconds.
     "heartbeat.interval": "1000",
     "heartbeat.timeout": "10000",
-    # Records per task are in the REST answers this fresh.
+    # And found again when it is back, instead of half a minute later.
+    "cluster.registration.max-timeout": "2000",
+    "cluster.registration.error-delay": "1000",
+    "cluster.registration.refused-registration-delay": "1000",
+    # What the REST API answers is at most so old: records per task, and everything else.
     "metrics.fetcher.update-interval": "1000",
+    "web.refresh-interval": "500",
 }
 
 _EXPANSION_SERVICE = "org.apache.beam.sdk.expansion.service.ExpansionService"
@@ -153,22 +157,23 @@ class FlinkRest:
         """The jobs that have not ended."""
         return [job for job in self.jobs() if job.status not in _ENDED]
 
-    def wait_for_job(self, name: str | None = None, timeout: float = 300) -> str:
+    def wait_for_job(self, known: Container[str] = (), timeout: float = 300) -> str:
         """Wait for a job that runs, all its tasks too; its id.
 
         Args:
-            name: Of the job; any job will do if it is None.
+            known: Ids of jobs that are not meant. The JobManager's answers may be old: one that was
+                cancelled just now may seem to run.
             timeout: Seconds.
         """
         found: list[str] = []
 
         def is_running() -> bool:
             for job in self.running_jobs():
-                if name in (None, job.name) and self._all_tasks_run(job.id):
+                if job.id not in known and self._all_tasks_run(job.id):
                     found.append(job.id)
             return bool(found)
 
-        _wait(is_running, f"no job {name or ''} runs", timeout)
+        _wait(is_running, "no such job runs", timeout)
         return found[0]
 
     def status(self, job: str) -> str:
@@ -476,11 +481,12 @@ class FlinkCluster:
         return ended
 
     def start_over(self) -> None:
-        """End all jobs and start every process again: for when what is wrong is not known."""
-        with contextlib.suppress(ServerError):
-            self.rest.cancel_all()
-        self.restart(*self._processes)
-        self.rest.cancel_all()  # what ZooKeeper still knows
+        """Start every process again, without any job: for when what is wrong is not known."""
+        for process in self._processes.values():
+            process.end(signal.SIGKILL)
+        for name in ("zookeeper", "jobs"):  # by which jobs survive the JobManager
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        self.start(*self._processes)
 
     def describe(self) -> str:
         """What there is to know when something on it went wrong: processes, jobs, ends of logs."""
