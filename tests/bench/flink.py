@@ -268,7 +268,7 @@ def bench(options: argparse.Namespace) -> int:
     process, url = stub.start()
     try:
         with (
-            KafkaBroker() as broker,
+            KafkaBroker(compiled_well=True) as broker,
             FlinkCluster(job_server=True, expansion_service=True) as cluster,
         ):
             on_flink = FlinkBench(broker, cluster)
