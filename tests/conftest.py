@@ -71,8 +71,7 @@ def pytest_runtest_makereport(
     """Tell of a failure on Flink what only the cluster knows."""
     report = yield
     cluster = getattr(item, "funcargs", {}).get("cluster")
-    went_wrong = report.failed or (report.skipped and hasattr(report, "wasxfail"))
-    if went_wrong and isinstance(cluster, FlinkCluster):
+    if report.failed and isinstance(cluster, FlinkCluster):
         report.sections.append(("Flink cluster", cluster.describe()))
         _SUSPECT.add(cluster)
     return report

@@ -482,8 +482,8 @@ class FlinkCluster:
 
     def start_over(self) -> None:
         """Start every process again, without any job: for when what is wrong is not known."""
-        for process in self._processes.values():
-            process.end(signal.SIGKILL)
+        for name in self._processes:
+            self.kill(name)
         for name in ("zookeeper", "jobs"):  # by which jobs survive the JobManager
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.start(*self._processes)
