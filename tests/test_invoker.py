@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,16 @@ from transforms.commit import ContiguousOffsets
 from transforms.invoker import Invoker, QueueView
 from transforms.key import Lanes
 from transforms.outcome import Kind, Outcome
-from transforms.records import Batch, Failure, Finished, Progress, RecordChunk, Records, Responses
+from transforms.records import (
+    Batch,
+    Failure,
+    Finished,
+    Progress,
+    RecordChunk,
+    Records,
+    Rejection,
+    Responses,
+)
 from transforms.retry import Call, RetryPolicy
 
 GUARD_SECS = 20.0
@@ -567,20 +577,55 @@ def test_nothing_is_prepared_where_partitions_take_turns() -> None:
     assert function.prepared == []
 
 
-def test_an_exception_while_preparing_stops_everything() -> None:
-    """It is a bug of ours, as one in the call itself would be."""
-    error = ZeroDivisionError("a bug")
+def test_what_cannot_be_prepared_ahead_is_called_when_its_turn_comes() -> None:
+    """The reply that is under way has nothing to do with it."""
     function = Function()
 
     def prepare(batch: Batch, call: Call) -> Any:
-        raise error
+        raise OSError("no token")
 
     function.prepare = prepare
     with _running(function, True) as invoker:
         function.hold(A)
-        invoker.submit([_batch(A, 0), _batch(A, 1)])
-        assert invoker.wait(lambda i: i.broken is not None, GUARD_SECS)
-        assert invoker.broken is error
+        invoker.submit(_batch(A, start) for start in range(3))
+        function.let_go()
+        finished = _drain(invoker)
+        assert invoker.broken is None
+    assert _offsets(finished[A]) == [0, 1, 2]
+    assert function.of(A) == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_what_is_never_called_is_not_prepared() -> None:
+    """An empty range, and a record that was refused before."""
+    function = Function()
+    refused = replace(_batch(A, 5), rejection=Rejection("InvalidRecord", "InvalidJson", "no JSON"))
+    with _running(function, True) as invoker:
+        function.hold(A)
+        invoker.submit([_batch(A, 0), Batch(*A, 1, 5, Records(), []), refused, _batch(A, 6)])
+        function.let_go()
+        _drain(invoker)
+    assert function.prepared == []
+    assert function.of(A) == [(0, 0), (6, 6)]
+
+
+@pytest.mark.parametrize("put_back", [False, True])
+def test_a_prepared_call_is_old_by_either_clock(put_back: bool) -> None:
+    """Monotonic time stands still while a machine is suspended; a clock may have been wrong."""
+    now = [1e9]
+
+    def answer(batch: Batch, call: Call) -> Outcome:
+        if batch.start == 1:
+            now[0] += -61.0 if put_back else 61.0
+        return _answered(batch, call)
+
+    function = Function(answer)
+    with _running(function, True, clock=lambda: now[0], timer=Timer()) as invoker:
+        function.hold(A)
+        invoker.submit(_batch(A, start) for start in range(4))
+        function.let_go()
+        finished = _drain(invoker)
+    assert _offsets(finished[A]) == [0, 1, 2, 3]
+    assert function.sent_prepared == [(A, 1), (A, 3)]
 
 
 # -- failures -----------------------------------------------------------------------------

@@ -34,7 +34,8 @@ Request = Any
 """A call that is ready to be sent, as the function that prepares it makes it."""
 
 PrepareFunction = Callable[[Batch, Call], Request | None]
-"""Gets a call ready to be sent; None if it cannot be. Calls may be prepared and never made."""
+"""Gets a call ready to be sent, ahead of its turn; None if it cannot be, and it may raise: then the
+call is made without. Calls may be prepared and never made."""
 
 CallFunction = Callable[[Batch, Call, Request | None, Callable[[], None]], Outcome]
 """Makes a call, by what was prepared for it if there is something. What it is given last it runs
@@ -53,7 +54,8 @@ class _Prepared:
 
     batch: Batch
     request: Request
-    since: float
+    since: tuple[float, float]
+    """By the clock, and by the timer, which stands still while a machine is suspended."""
 
 
 @dataclass(slots=True, eq=False)
@@ -112,7 +114,7 @@ class Invoker:
     Args:
         prepare: Gets a call ready to be sent.
         call: Invokes the function with a part of a batch and classifies what came back; any
-            exception that this or `prepare` raises is taken for a bug and ends the run.
+            exception that this raises is taken for a bug and ends the run.
         policy: When to repeat, split and give up.
         max_concurrency: Calls at once, at most.
         clock: Seconds since the epoch, for record age.
@@ -471,7 +473,7 @@ class Invoker:
         prepared, queue.prepared = queue.prepared, None
         fits = prepared and prepared.batch is batch and call == _first_call(batch)
         request = prepared.request if prepared and fits else None
-        if prepared and started - prepared.since > _PREPARED_SECS:
+        if prepared and self._is_old(prepared):
             request = None
         try:
             outcome = self._call(batch, call, request, partial(self._prepare_next, queue))
@@ -490,10 +492,24 @@ class Invoker:
             if crowd or self._ending or not queue.batches:
                 return
             batch = queue.batches[0]
-        since = self._timer()
-        request = self._prepare(batch, _first_call(batch))
+        if not len(batch) or batch.rejection:
+            # It is finished without a call.
+            return
+        since = self._clock(), self._timer()
+        try:
+            request = self._prepare(batch, _first_call(batch))
+        except Exception:
+            # The reply that is under way has nothing to do with it. If it is still so when the
+            # batch has its turn, it is raised there.
+            _LOGGER.debug("not prepared ahead", exc_info=True)
+            return
         if request is not None:
             queue.prepared = _Prepared(batch, request, since)
+
+    def _is_old(self, prepared: _Prepared) -> bool:
+        clock, timer = prepared.since
+        # A clock that was put back has signed for a time to come.
+        return max(abs(self._clock() - clock), self._timer() - timer) > _PREPARED_SECS
 
     def _ended(self, batch: Batch, call: Call, outcome: Outcome, begun: _Begun) -> Outcome:
         """A call has ended. Its outcome, with what the breaker makes of it."""
