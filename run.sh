@@ -125,7 +125,7 @@ has_java() {
 # Each argument is a server: kafka, flink.
 has_jars() { "$VENV/bin/python" -m pipeline.local.jars fetched "$@"; }
 
-has_registry() { "$VENV/bin/python" -m tests.schema_registry --fetched; }
+has_registry() { "$VENV/bin/python" -m tests.servers.schema_registry --fetched; }
 
 # Maven is needed only to fetch the jars.
 has_maven() { command -v mvn >/dev/null || { has_jars "$@" && has_registry; }; }
@@ -163,7 +163,7 @@ require_servers() {
 
 require_registry() {
   if ! has_registry; then say "fetching the schema registry (about 110 MB, once)"; fi
-  "$VENV/bin/python" -m tests.schema_registry --fetch
+  "$VENV/bin/python" -m tests.servers.schema_registry --fetch
 }
 
 # Whether the arguments ask for a Flink cluster.

@@ -6,17 +6,17 @@ from typing import Any
 
 import apache_beam as beam
 
-from pipeline.options import Config
-from transforms.batch import BatchByPartition
-from transforms.commit import CommitOffsets
-from transforms.decode import DecodeRecords
-from transforms.filter import FilterRecords
-from transforms.invoke import InvokeLambda
-from transforms.key import KeyByLane
-from transforms.read import ReadRound
-from transforms.read_beam import BeamReadConfig, ReadRows
-from transforms.read_native import ReadPartitions
-from transforms.write import WriteToKafka
+from pipeline.options.declare import Config
+from transforms.batch.batch import BatchByPartition
+from transforms.batch.key import KeyByLane
+from transforms.commit.commit import CommitOffsets
+from transforms.decode.decode import DecodeRecords
+from transforms.filter.filter import FilterRecords
+from transforms.invoke.invoke import InvokeLambda
+from transforms.kafka.beam_reader import BeamReadConfig, ReadRows
+from transforms.read.rounds import ReadRound
+from transforms.read.streaming import ReadPartitions
+from transforms.write.write import WriteToKafka
 
 
 def build(

@@ -19,13 +19,13 @@ from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pipeline import logs
+from pipeline.watch import logs
 
 if TYPE_CHECKING:
-    from pipeline.options import Resolved
-    from pipeline.rounds import Rounds
-    from pipeline.streaming import StreamRun
-    from pipeline.workers import Workers
+    from pipeline.options.declare import Resolved
+    from pipeline.run.rounds import Rounds
+    from pipeline.run.workers import Workers
+    from pipeline.submit.streaming import StreamRun
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     wants_json = "--log_format=json" in arguments or ("--log_format", "json") in pairwise(arguments)
     logs.configure("json" if wants_json else "text")
     with _importing():
-        from pipeline.explain import explain
-        from pipeline.options import format_help, resolve
+        from pipeline.options.declare import format_help, resolve
+        from pipeline.options.explain import explain
         from transforms.errors import SinkError, UsageError
 
     wants_help = "--help" in arguments or "-h" in arguments
     if arguments[:1] == ["redrive"]:
-        from pipeline import redrive
+        from pipeline.redrive import command as redrive
 
         if wants_help:
             print(redrive.help_text())
@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(resolved: Resolved, started: float) -> int:
     with _importing():
-        from pipeline.options import DIRECT_RUNNERS
-        from pipeline.progress import Progress, print_summary
-        from pipeline.rounds import Rounds, Status
+        from pipeline.options.declare import DIRECT_RUNNERS
+        from pipeline.run.rounds import Rounds, Status
+        from pipeline.watch.progress import Progress, print_summary
 
     config = resolved.config
     assert config
@@ -95,13 +95,13 @@ def _run(resolved: Resolved, started: float) -> int:
     run: Rounds | Workers | StreamRun | None = None
     try:
         if direct and config.run.workers > 1:
-            from pipeline.workers import Workers
+            from pipeline.run.workers import Workers
 
             run = Workers(config, stop, started)
         elif direct:
             run = Rounds(config, stop, started)
         else:
-            from pipeline.streaming import StreamRun
+            from pipeline.submit.streaming import StreamRun
 
             run = StreamRun(config, resolved.runner, resolved.beam_arguments, stop, started)
         with Progress(run.status, live):

@@ -13,11 +13,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline import connector, flex_template, mapping, redrive
-from pipeline.carried import Row
-from pipeline.explain import explain
-from pipeline.options import GROUPS, Option, resolve
-from pipeline.options import OPTIONS as DECLARED
+from pipeline.migrate import connector, mapping
+from pipeline.migrate.carried import Row
+from pipeline.options.declare import GROUPS, Option, resolve
+from pipeline.options.declare import OPTIONS as DECLARED
+from pipeline.options.explain import explain
+from pipeline.redrive import command as redrive
+from pipeline.submit import flex_template
 
 ROOT = Path(__file__).parent.parent
 README, OPTIONS = "README.md", "docs/options.md"
@@ -26,7 +28,7 @@ METADATA, TEMPLATE = "templates/dataflow/metadata.json", "templates/dataflow/REA
 
 _HEAD = """# Options
 
-Made from the declaration in `pipeline/options.py` by `python -m pipeline.docs`; do not edit.
+Made by `python -m pipeline.docs` from `pipeline/options/declare.py`; do not edit.
 
 Write `--OPTION=VALUE`. A flag alone means true. Options that nobody knows, and all that do not fit
 together, are named before anything runs (exit code 2). Beam's own options are taken too, such as

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.flink import FlinkCluster
-from tests.schema_registry import SchemaRegistryServer
+from tests.servers.schema_registry import SchemaRegistryServer
 
 # Clusters on which a test has failed.
 _SUSPECT: set[FlinkCluster] = set()

@@ -27,14 +27,14 @@ from pipeline.local.broker import KafkaBroker, StoredRecord
 from pipeline.local.faults import Fault
 from pipeline.local.lambda_server import FunctionSpec, LambdaContext, LambdaServer
 from pipeline.local.processes import wait_until
-from transforms.formats import ORIGINAL_HEADER, decode_original
+from tests import ROOT
+from transforms.write.formats import ORIGINAL_HEADER, decode_original
 
 FUNCTION = "process-orders"
 ACCESS_KEY, SECRET_KEY = "AKIDFORTESTS", "secret-key-for-tests"
 RUN_SECS = 120.0
 """After so long a run is taken for stuck; none here needs a quarter of it."""
 
-_ROOT = Path(__file__).parent.parent
 
 Partition = tuple[str, int]
 Coordinates = tuple[str, int, int]
@@ -192,7 +192,7 @@ class Sink:
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipeline", *arguments],
-            cwd=_ROOT,
+            cwd=ROOT,
             env=dict(env),
             stdin=subprocess.DEVNULL,
             stdout=self._stdout,

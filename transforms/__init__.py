@@ -1,28 +1,29 @@
 """The steps of the pipeline, in the order of the data.
 
-========  ======================  =============================================================
-step      file                    in -> out
-========  ======================  =============================================================
-Read      transforms/read.py      Round -> RecordChunk
-Key       transforms/key.py       RecordChunk -> ((topic, partition), RecordChunk)
-Batch     transforms/batch.py     ((topic, partition), RecordChunk) -> Batch
-Invoke    transforms/invoke.py    Batch -> Finished (responses and failures of one batch)
-Write     transforms/write.py     Finished -> Progress, once Kafka has acknowledged
-Commit    transforms/commit.py    Progress -> committed offsets of the consumer group
-========  ======================  =============================================================
+========  ===========================  ========================================================
+step      file                         in -> out
+========  ===========================  ========================================================
+Read      transforms/read/rounds.py    Round -> RecordChunk
+Key       transforms/batch/key.py      RecordChunk -> ((topic, partition), RecordChunk)
+Batch     transforms/batch/batch.py    ((topic, partition), RecordChunk) -> Batch
+Invoke    transforms/invoke/invoke.py  Batch -> Finished (responses and failures of one batch)
+Write     transforms/write/write.py    Finished -> Progress, once Kafka has acknowledged
+Commit    transforms/commit/commit.py  Progress -> committed offsets of the consumer group
+========  ===========================  ========================================================
 
-In a streaming run Read is transforms/read_native.py or, with `--kafka_reader=beam`,
-transforms/read_beam.py; the other steps are the same files.
+In a streaming run Read is transforms/read/streaming.py or, with `--kafka_reader=beam`,
+transforms/kafka/beam_reader.py; the other steps are the same files.
 
-With `--schema_registry_url` there is one more step, Decode, behind Read: transforms/decode.py,
-RecordChunk -> RecordChunk with what schemas make of its records. With `--filter_criteria` there is
-one more step, Filter, before Key: transforms/filter.py, RecordChunk -> RecordChunk without the
-records that no filter matches.
+With `--schema_registry_url` there is one more step, Decode, behind Read:
+transforms/decode/decode.py, RecordChunk -> RecordChunk with what schemas make of its records. With
+`--filter_criteria` there is one more step, Filter, before Key: transforms/filter/filter.py,
+RecordChunk -> RecordChunk without the records that no filter matches.
 
-The rules are pure functions beside them: `schemas` and its formats (what a schema makes of a
-record), `filter_rules` (what filters can say), `payload` (records to JSON), `reply` (checking what
-came back), `outcome` (what an invocation means), `retry` (what to do next), `concurrency` and
-`breaker` (how many invocations at once, and when none), `formats` (records to write). `invoker`
-runs those rules on threads; `aws` (over `http`), `kafka` and `registry` hold the clients.
-`coding` says how what travels between the steps becomes bytes.
+Each step has a folder, and its rules are pure functions beside it: in `decode/` the formats (what a
+schema makes of a record), in `filter/` `rules` (what filters can say), in `batch/` `payload` and
+`envelope` (records to JSON), in `invoke/` `reply` (checking what came back), `outcome` (what an
+invocation means), `retry` (what to do next), `concurrency` and `breaker` (how many invocations at
+once, and when none), in `write/` `formats` (records to write). `invoke/invoker.py` runs those rules
+on threads. `aws/` and `kafka/` hold the clients. The files beside the folders are the ground that
+all of them stand on; `coding` says how what travels between the steps becomes bytes.
 """

@@ -12,7 +12,7 @@
     ├── WorkerError           a process of the run has ended by itself   exit code 1
     └── Stopped               told to stop while a step waited           exit code 0
 
-Errors of single invocations are no exceptions but values: see `transforms.outcome`.
+Errors of single invocations are no exceptions but values: see `transforms.invoke.outcome`.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from pipeline.local.processes import (
     java_command,
     wait_until,
 )
-from transforms.kafka import NO_COORDINATOR
+from transforms.kafka.client import NO_COORDINATOR
 
 # Records in one call of the consumer: large enough that the call itself costs nothing.
 _READ_CHUNK = 10_000

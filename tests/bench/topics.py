@@ -10,7 +10,7 @@ import orjson
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from transforms.key import Lanes
+from transforms.batch.key import Lanes
 
 
 class WrongResult(Exception):

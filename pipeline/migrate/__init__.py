@@ -1,0 +1,1 @@
+"""Migrate: the configurations of other systems, as options of ours."""

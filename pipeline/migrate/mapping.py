@@ -1,0 +1,309 @@
+"""Mapping: an event source mapping of Lambda for Kafka -> option values. Pure.
+
+Takes the output of ``aws lambda get-event-source-mapping``, and that of
+``list-event-source-mappings`` if it has one mapping. What is not in it keeps the mapping's own
+default, not ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from pipeline.migrate.carried import (
+    Carried,
+    Row,
+    becomes,
+    find_row,
+    looked_up,
+    refused,
+    single,
+    unneeded,
+)
+
+_MARKS = ("EventSourceMappings", "FunctionArn", "EventSourceArn", "SelfManagedEventSource", "UUID")
+_LIST = "EventSourceMappings"
+
+# With a destination AWS gives up after so many, even where no limit is set.
+_RETRIES_WITH_DESTINATION = "10"
+_CALLS_PER_POLLER = 5
+_MAX_CONCURRENCY = 1000
+
+_SASL = "security.protocol=SASL_SSL, sasl.mechanism={}, sasl.username=... and sasl.password=..."
+_OAUTH = "sasl.oauthbearer."
+# What kind of access is which lines of a properties file.
+_ACCESS = {
+    "BASIC_AUTH": _SASL.format("PLAIN"),
+    "SASL_SCRAM_256_AUTH": _SASL.format("SCRAM-SHA-256"),
+    "SASL_SCRAM_512_AUTH": _SASL.format("SCRAM-SHA-512"),
+    "CLIENT_CERTIFICATE_TLS_AUTH": "security.protocol=SSL, ssl.certificate.location=..., "
+    "ssl.key.location=... and ssl.key.password=...",
+    "SERVER_ROOT_CA_CERTIFICATE": "ssl.ca.location=...",
+    "OAUTHBEARER_AUTH": f"security.protocol=SASL_SSL, sasl.mechanism=OAUTHBEARER, {_OAUTH}method="
+    f"oidc, {_OAUTH}client.id=..., {_OAUTH}client.secret=... and {_OAUTH}token.endpoint.url=...",
+    "OAUTHBEARER_SCOPE": f"{_OAUTH}scope=...",
+    "OAUTHBEARER_AUDIENCE": f"{_OAUTH}extensions=audience=...",
+    "OAUTHBEARER_LOGICAL_CLUSTER": f"{_OAUTH}extensions=logicalCluster=...",
+    "OAUTHBEARER_IDENTITY_POOL": f"{_OAUTH}extensions=identityPoolId=...",
+}
+_REGISTRY_ACCESS = {
+    "BASIC_AUTH": "basic.auth.user.info=NAME:PASSWORD",
+    "CLIENT_CERTIFICATE_TLS_AUTH": "ssl.certificate.location=... and ssl.key.location=...",
+    "SERVER_ROOT_CA_CERTIFICATE": "ssl.ca.location=...",
+}
+_NETWORK = ("VPC_SUBNET", "VPC_SECURITY_GROUP")
+
+_DESTINATIONS = {"sqs": "a queue", "sns": "an SNS topic", "s3": "a bucket"}
+
+
+def _joined(value: Any) -> str:
+    """A list of texts as an option has it."""
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError("it is not a list of texts")
+    return ",".join(value)
+
+
+def _attributes(value: Any) -> str:
+    return _joined([config.get("Attribute") for config in _mappings(value)])
+
+
+def _timestamp(value: Any) -> str:
+    """As ISO 8601; some versions of the command line interface print seconds since the epoch."""
+    text = single(value)
+    if re.fullmatch(r"\d{1,11}(\.\d+)?", text):
+        return datetime.fromtimestamp(float(text), timezone.utc).isoformat()
+    return text
+
+
+def _calls(value: Any) -> str:
+    """Invocations at once of so many pollers."""
+    if not single(value).isdecimal():
+        raise ValueError("it is not a whole number")
+    return str(min(_CALLS_PER_POLLER * int(value), _MAX_CONCURRENCY))
+
+
+def _event_source(value: Any) -> str:
+    service = _service(arn := single(value))
+    if service != "kafka":
+        raise ValueError(f"this is a mapping of {service or 'something else'}, not of Kafka")
+    return arn
+
+
+def _registry(value: Any) -> str:
+    if (uri := single(value)).startswith("arn:"):
+        raise ValueError(
+            "schemas are read from a Confluent registry, this is one of Glue's; give "
+            "--schema_registry_url"
+        )
+    return uri
+
+
+def _destination(carried: Carried, name: str, value: Any) -> None:
+    carried.assume("error_record", "aws")
+    target = str(value)
+    if target.startswith("kafka://"):
+        carried.take("error_topic", target.removeprefix("kafka://"), name)
+        return
+    kind = _DESTINATIONS.get(_service(target), "no Kafka topic")
+    why = f"it is {kind}; error records go to a Kafka topic here, give --error_topic"
+    carried.refuse(name, why, "error_topic")
+
+
+def _filters(carried: Carried, name: str, value: Any) -> None:
+    if value:
+        carried.take("filter_criteria", carried.file, name)
+
+
+def _access(carried: Carried, name: str, value: Any) -> None:
+    for access in _mappings(value):
+        kind = str(access.get("Type"))
+        if kind in _NETWORK:
+            carried.note(f"{name}.{kind}", "the pipeline runs where the brokers can be reached")
+            continue
+        lines = _ACCESS.get(kind, "one that librdkafka has")
+        why = f"a login of Kafka; put {lines} into --kafka_config_file"
+        carried.refuse(f"{name}.{kind}", why, "kafka_config_file")
+
+
+def _registry_access(carried: Carried, name: str, value: Any) -> None:
+    for access in _mappings(value):
+        kind = str(access.get("Type"))
+        lines = _REGISTRY_ACCESS.get(kind, "its settings")
+        carried.refuse(
+            f"{name}.{kind}",
+            f"a login of the schema registry; put {lines}, with schema.registry. in front, into "
+            f"--kafka_config_file",
+            "kafka_config_file",
+        )
+
+
+def _responses(carried: Carried, name: str, value: Any) -> None:
+    for kind in value if isinstance(value, list) else [value]:
+        if kind == "ReportBatchItemFailures":
+            carried.take("reply", "batch_item_failures", name)
+            # Of a Kafka batch just the records that are named come again.
+            carried.assume("partial_failure", "named")
+        else:
+            carried.refuse(name, f"{kind} is not known here; choose --reply", "reply")
+
+
+def _state(carried: Carried, name: str, value: Any) -> None:
+    if value in ("Disabled", "Disabling", "false"):
+        carried.note(name, "the mapping is disabled; the pipeline runs all the same")
+    else:
+        carried.note(
+            name,
+            "disable the mapping before the pipeline runs: both would go on in one consumer group",
+        )
+
+
+_SELF_MANAGED, _MSK = "SelfManagedKafkaEventSourceConfig", "AmazonManagedKafkaEventSourceConfig"
+
+ROWS = (
+    becomes("Topics", "topics", convert=_joined),
+    becomes(f"{_SELF_MANAGED}.ConsumerGroupId {_MSK}.ConsumerGroupId", "consumer_group"),
+    becomes(
+        "SelfManagedEventSource.Endpoints.KAFKA_BOOTSTRAP_SERVERS",
+        "kafka_bootstrap_servers",
+        convert=_joined,
+    ),
+    becomes("EventSourceArn", "event_source_arn", convert=_event_source),
+    becomes("FunctionArn", "function"),
+    becomes("StartingPosition", "starting_position"),
+    becomes("StartingPositionTimestamp", "starting_timestamp", convert=_timestamp),
+    becomes("BatchSize", "batch_size", "100"),
+    becomes("MaximumBatchingWindowInSeconds", "batch_window_secs", "0.5"),
+    becomes("ParallelizationFactor", "parallelization_factor", "1"),
+    looked_up(
+        "MaximumRetryAttempts",
+        "--max_retries; with a destination 10 in place of -1",
+        "-1",
+        "max_retries",
+    ),
+    becomes("MaximumRecordAgeInSeconds", "max_record_age_secs", "-1"),
+    becomes("BisectBatchOnFunctionError", "bisect_on_error", "false"),
+    Row(
+        ("FunctionResponseTypes",),
+        "--reply=batch_item_failures with --partial_failure=named; without it --reply=none",
+        _responses,
+        "none",
+    ),
+    Row(
+        ("DestinationConfig.OnFailure.Destination",),
+        "`kafka://TOPIC`: --on_error=log, --error_topic and --error_record=aws; a queue, an SNS "
+        "topic or a bucket is refused; none: --on_error=log, so a line of the log",
+        _destination,
+        "none",
+    ),
+    unneeded("DestinationConfig.OnSuccess.Destination", "a mapping of Kafka has no use for it"),
+    Row(("FilterCriteria.Filters",), "--filter_criteria", _filters),
+    refused(
+        "FilterCriteriaError.*",
+        "the filters are not in the file; ask for the mapping with the right to decrypt them, or "
+        "give --filter_criteria",
+        answers="filter_criteria",
+    ),
+    looked_up("FilterCriteriaError.Message", "the same"),
+    unneeded("KMSKeyArn", "the filters in the file are plain"),
+    becomes("*.SchemaRegistryConfig.SchemaRegistryURI", "schema_registry_url", convert=_registry),
+    becomes("*.SchemaRegistryConfig.EventRecordFormat", "event_record_format"),
+    becomes(
+        "*.SchemaRegistryConfig.SchemaValidationConfigs", "schema_validation", convert=_attributes
+    ),
+    Row(
+        ("*.SchemaRegistryConfig.AccessConfigs",),
+        "lines for --kafka_config_file; refused without it",
+        _registry_access,
+    ),
+    Row(
+        ("SourceAccessConfigurations",),
+        "lines for --kafka_config_file; a login is refused without it",
+        _access,
+    ),
+    refused(
+        f"{_SELF_MANAGED}.ConsumptionMode",
+        "a queue has no order and no offsets; topics are read in order here",
+        harmless=("Stream",),
+    ),
+    becomes("ProvisionedPollerConfig.MaximumPollers", "max_concurrency", convert=_calls),
+    unneeded("ProvisionedPollerConfig.*", "nothing has to be kept ready"),
+    Row(("State", "Enabled"), "disable the mapping before the pipeline runs", _state),
+    refused("TumblingWindowInSeconds", "windows with a state are not known here", harmless=("0",)),
+    refused("Queues DocumentDBEventSourceConfig.*", "only mappings of Kafka are known here"),
+    unneeded("ScalingConfig.*", "it is for queues"),
+    unneeded("MetricsConfig.* LoggingConfig.*", "metrics and logs are always there"),
+    looked_up(
+        "UUID EventSourceMappingArn LastModified LastProcessingResult StateTransitionReason "
+        "ResponseMetadata.*",
+        "what AWS says of the mapping",
+    ),
+)
+
+
+def is_mapping(content: Mapping[str, object]) -> bool:
+    """Whether a file's content is what AWS says of event source mappings."""
+    return any(mark in content for mark in _MARKS)
+
+
+def carry(carried: Carried, content: Mapping[str, Any]) -> None:
+    """Put an event source mapping into `carried`.
+
+    Args:
+        carried: Empty, with the command line's options.
+        content: One mapping, or the list of one; all scalars as text.
+    """
+    if _LIST in content:
+        mappings = _mappings(content[_LIST])
+        if len(mappings) != 1:
+            count = f"the file has {len(mappings)} mappings"
+            carried.refuse(_LIST, f"{count}; put the one to carry over into a file of its own")
+            return
+        content = mappings[0]
+    settings = dict(_leaves(content))
+    for name, value in settings.items():
+        row = find_row(ROWS, name)
+        if row is None:
+            why = "not known here, so it may matter; take it out of the file if it does not"
+            carried.refuse(name, why)
+        elif row.take:
+            row.take(carried, name, value)
+    _defaults(carried)
+    _retries(carried, settings.get("MaximumRetryAttempts"))
+
+
+def _defaults(carried: Carried) -> None:
+    carried.assume("envelope", "kafka_event")
+    carried.assume("batch_size", "100")
+    carried.assume("batch_window_secs", "0.5")
+    carried.assume("bisect_on_error", "false")
+    carried.assume("max_record_age_secs", "-1")
+    # Without a destination AWS drops; here it goes on, too, with a line of the log for each.
+    carried.assume("on_error", "log")
+
+
+def _retries(carried: Carried, attempts: Any) -> None:
+    if attempts in (None, "-1") and carried.in_force("error_topic"):
+        carried.assume("max_retries", _RETRIES_WITH_DESTINATION)
+    elif attempts is None:
+        carried.assume("max_retries", "-1")
+    else:
+        carried.take("max_retries", str(attempts), "MaximumRetryAttempts")
+
+
+def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """All that is in a structure, by the path that leads to it; lists count as one."""
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _leaves(inner, f"{path}{name}.")
+        else:
+            yield path + name, inner
+
+
+def _service(arn: str) -> str:
+    return [*arn.split(":"), "", "", ""][2]
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []

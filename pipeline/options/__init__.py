@@ -1,0 +1,1 @@
+"""Options: declared once, checked, and made into the configuration. Starts nothing."""

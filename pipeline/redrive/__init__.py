@@ -1,0 +1,1 @@
+"""Redrive: the command of that name."""

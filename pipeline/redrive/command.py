@@ -1,0 +1,558 @@
+"""Redrive: put the original records of an error topic through the pipeline again.
+
+In windows: read some error records, hand their originals to the steps of the pipeline, wait until
+all have come to an end, commit, go on. The main run's offsets are left alone. Why windows, and how
+an error record is never redriven twice: docs/adr/0011-redrive.md.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import monotonic
+from typing import Any
+
+import orjson
+from confluent_kafka import KafkaException, TopicPartition
+
+from pipeline.build import build
+from pipeline.cli import DONE, HALTED, stop_on_signals, tune_interpreter
+from pipeline.options.declare import (
+    DIRECT_RUNNERS,
+    Config,
+    Group,
+    Option,
+    Parser,
+    format_group,
+    format_help,
+    parse_timestamp,
+    parse_value,
+)
+from pipeline.options.declare import resolve as resolve_options
+from pipeline.options.explain import explain
+from pipeline.run.preflight import check_outputs
+from pipeline.run.rounds import Graph, Status, Totals, drain
+from pipeline.watch.logs import say
+from pipeline.watch.progress import Progress, halted_text, summary
+from transforms.errors import KafkaError, UsageError
+from transforms.invoke.invoke import shared_invoker
+from transforms.kafka.client import describe, reason
+from transforms.kafka.offsets import SourceConfig, SourceOffsets
+from transforms.read.rounds import ReadConfig, Room, Round, RoundReader
+from transforms.records import PartitionKey
+from transforms.redrive.steps import (
+    CommitRedriven,
+    ErrorRecord,
+    Ledger,
+    Original,
+    RedriveConfig,
+    Redriven,
+    Selection,
+    TakeRedriven,
+    cannot_remember,
+    commit,
+    error_records,
+    marks,
+    read_originals,
+    shared_ledger,
+)
+
+COMMAND = "redrive"
+_TIMEOUT_SECS = 15.0
+_POLL_SECS = 0.2
+_COLLECT_SECS = 1.0
+
+GROUP = Group(
+    "Redrive",
+    (
+        Option(
+            "since",
+            "Only error records written at this ISO 8601 time or later; UTC if it names no zone.",
+            example="2026-11-01T00:00:00Z",
+        ),
+        Option(
+            "condition",
+            "Only error records with one of these conditions, comma separated.",
+            kind="list",
+            example="RetryAttemptsExhausted",
+        ),
+        Option(
+            "error_type",
+            "Only error records with one of these error types, comma separated.",
+            kind="list",
+            example="ValueError",
+        ),
+        Option(
+            "limit",
+            "Error records to redrive at most.",
+            kind="int",
+            unit="error records",
+            low=1,
+        ),
+        Option(
+            "dry_run",
+            "Count what would be redriven, by condition, error type and partition. Nothing is "
+            "invoked, written or committed.",
+            kind="flag",
+            default=False,
+        ),
+        Option(
+            "redrive_group",
+            "Consumer group that remembers what is redriven. Not given: --consumer_group with "
+            "-redrive behind it.",
+            example="orders-to-lambda-redrive",
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowLimits:
+    """What bounds a window, and so the memory of a redrive.
+
+    Attributes:
+        records: Originals after which no more is read.
+        bytes: The same in bytes of originals.
+        read_records: Error records to read at a time.
+        read_bytes: Bytes of error records to read at a time, without their headers.
+    """
+
+    records: int = 25_000
+    bytes: int = 32 * 2**20
+    read_records: int = 1_000
+    read_bytes: int = 4 * 2**20
+
+
+@dataclass(slots=True)
+class Tally:
+    """Error records, and the records in them."""
+
+    error_records: int = 0
+    records: int = 0
+
+    def add(self, records: int) -> None:
+        self.error_records += 1
+        self.records += records
+
+    def facts(self) -> dict[str, int]:
+        return {"error_records": self.error_records, "records": self.records}
+
+
+@dataclass(slots=True)
+class Counts:
+    """What was found in the error topic.
+
+    Attributes:
+        taken: Error records that are redriven, and the records in them.
+        repeated: Records among those that an error record before held, too.
+        conditions: The same by condition.
+        error_types: The same by error type.
+        partitions: The same by topic and partition of the records.
+        left: Error records that are not redriven, by why.
+    """
+
+    taken: Tally = field(default_factory=Tally)
+    repeated: int = 0
+    conditions: dict[str, Tally] = field(default_factory=dict)
+    error_types: dict[str, Tally] = field(default_factory=dict)
+    partitions: dict[str, Tally] = field(default_factory=dict)
+    left: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(
+            ("before", "not_selected", "over_limit", "other_topics", "without_originals"), 0
+        )
+    )
+
+    def take(self, record: ErrorRecord, originals: Sequence[Original]) -> None:
+        """Count an error record that is redriven."""
+        self.taken.add(len(originals))
+        partition = f"{originals[0]['topic']}-{originals[0]['partition']}"
+        for tallies, name in (
+            (self.conditions, record.condition),
+            (self.error_types, record.error_type),
+            (self.partitions, partition),
+        ):
+            tallies.setdefault(name, Tally()).add(len(originals))
+
+    def facts(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        by = {
+            "conditions": self.conditions,
+            "error_types": self.error_types,
+            "partitions": self.partitions,
+        }
+        return {
+            **self.taken.facts(),
+            "repeated": self.repeated,
+            **{
+                name: {key: tally.facts() for key, tally in sorted(tallies.items())}
+                for name, tallies in by.items()
+            },
+            "left": dict(self.left),
+        }
+
+    def text(self) -> str:
+        """The same for people."""
+        lines = [
+            f"error records: {self.taken.error_records}, records in them: {self.taken.records}, "
+            f"of those repeated: {self.repeated}"
+        ]
+        for title, tallies in (
+            ("condition", self.conditions),
+            ("error type", self.error_types),
+            ("partition", self.partitions),
+        ):
+            if tallies:
+                width = max(map(len, (title, *tallies)))
+                lines.append(f"{title:{width}}  error records    records")
+                lines += [
+                    f"{name:{width}}  {tally.error_records:>13}  {tally.records:>9}"
+                    for name, tally in sorted(tallies.items())
+                ]
+        lines.append(self.left_text())
+        return "\n".join(lines)
+
+    def left_text(self) -> str:
+        """Error records that are not redriven."""
+        left = ", ".join(
+            f"{name.replace('_', ' ')}: {count}" for name, count in self.left.items() if count
+        )
+        return f"left where they are: {left or 'none'}"
+
+
+class Redrive:
+    """Redrives what is in an error topic when it begins.
+
+    Args:
+        config: The pipeline.
+        redrive: What to redrive, and which group remembers it.
+        stop: Set from outside to end after what is running.
+        dry_run: Only count.
+        started: When the program began, by `timer`.
+        limits: What bounds a window.
+        timer: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        redrive: RedriveConfig,
+        stop: threading.Event,
+        dry_run: bool = False,
+        started: float | None = None,
+        limits: WindowLimits = WindowLimits(),
+        timer: Callable[[], float] = monotonic,
+    ) -> None:
+        self._config = config
+        self._redrive = redrive
+        self._stop = stop
+        self._dry_run = dry_run
+        self._timer = timer
+        self._started = timer() if started is None else started
+        self._limits = limits
+        self._totals = Totals()
+        self._ledger: Ledger = shared_ledger(redrive)
+        self._invoker = shared_invoker(config.invoke)
+        # Each error record is due at once.
+        self._reader = RoundReader(ReadConfig(redrive.kafka, 1, 1, 0))
+        self._ends: dict[PartitionKey, int] = {}
+        self._pattern = re.compile(redrive.topics_regex) if redrive.topics_regex else None
+        self._marks: dict[PartitionKey, int] = {}
+        self.counts = Counts()
+
+    def run(self) -> Status:
+        """Redrive to the end of what there was at the start.
+
+        Raises:
+            SinkError: It cannot go on; what was finished before is committed.
+        """
+        if self._config.run.preflight and not self._dry_run:
+            check_outputs(self._config)
+        self._begin()
+        if self._dry_run:
+            while window := self._window():
+                self._hand_over(window)
+                self._ledger.take()
+            return self.status()
+        graph = Graph(
+            lambda pipeline: build(
+                pipeline, self._config, TakeRedriven(self._redrive), CommitRedriven(self._redrive)
+            )
+        )
+        while not self._invoker.broken and (window := self._window()):
+            if not self._ledger.has_room_for(record for record, _ in window):
+                raise KafkaError(cannot_remember(self._redrive))
+            self._hand_over(window)
+            graph.run(self._totals)
+            self._finish_window(graph)
+        drain(self._invoker, self._config.invoke, lambda: graph.run(self._totals))
+        self._marks = marks(self._redrive)
+        return self.status()
+
+    @property
+    def redriven(self) -> int:
+        """Error records that were redriven by this run."""
+        return self._ledger.redriven
+
+    def status(self) -> Status:
+        """How it stands; may be called from another thread."""
+        return Status(
+            totals=self._totals,
+            in_flight=self._invoker.in_flight,
+            lags={
+                key: max(0, end - self._reader.position(key))
+                for key, end in dict(self._ends).items()
+            },
+            halted=self._invoker.halted,
+            committed=dict(self._marks),
+            elapsed_secs=self._timer() - self._started,
+        )
+
+    # -- one window ------------------------------------------------------------------------
+
+    def _window(self) -> list[tuple[ErrorRecord, list[Original]]]:
+        """The next error records to redrive; none at the end, or when told to stop."""
+        limits = self._limits
+        window: list[tuple[ErrorRecord, list[Original]]] = []
+        records = size = 0
+        while not self._stop.is_set() and records < limits.records and size < limits.bytes:
+            keys = [key for key, end in self._ends.items() if self._reader.position(key) < end]
+            if not keys:
+                break
+            self._reader.set_wanted(keys)
+            self._reader.fill(_POLL_SECS)
+            rooms = tuple(Room(*key, limits.read_records, limits.read_bytes) for key in keys)
+            self._reader.begin(Round(rooms, limits.read_records, limits.read_bytes, flush=True))
+            for chunk in self._reader.take():
+                end = self._ends[chunk.topic, chunk.partition]
+                redriven = self._ledger.partitions[chunk.partition]
+                for record in error_records(chunk):
+                    # Behind the end are those that this run has written.
+                    if record.offset >= end or self._was_redriven(record):
+                        continue
+                    originals = self._choose(record)
+                    if originals is None:
+                        redriven.leave(record.offset)
+                        continue
+                    redriven.take(record.offset)
+                    window.append((record, originals))
+                    records += len(originals)
+                    size += sum(map(len, record.originals))
+                redriven.look(min(chunk.next_offset, end))
+        return window
+
+    def _hand_over(self, window: Sequence[tuple[ErrorRecord, Sequence[Original]]]) -> None:
+        fresh = self._ledger.begin(window)
+        self.counts.repeated += sum(len(originals) for _, originals in window) - fresh
+
+    def _was_redriven(self, record: ErrorRecord) -> bool:
+        known = record.offset in self._ledger.partitions[record.partition]
+        self.counts.left["before"] += known
+        return known
+
+    def _choose(self, record: ErrorRecord) -> list[Original] | None:
+        """The originals of an error record that is to be redriven; counts it either way."""
+        left = self.counts.left
+        if not self._redrive.selection.takes(record):
+            left["not_selected"] += 1
+            return None
+        originals = read_originals(record)
+        if originals is None:
+            left["without_originals"] += 1
+            return None
+        if not all(self._reads(original["topic"]) for original in originals):
+            left["other_topics"] += 1
+            return None
+        limit = self._redrive.limit
+        if limit is not None and self.counts.taken.error_records >= limit:
+            left["over_limit"] += 1
+            return None
+        self.counts.take(record, originals)
+        return originals
+
+    def _reads(self, topic: str) -> bool:
+        """Whether the pipeline reads a topic; an error topic may serve several."""
+        if self._pattern:
+            return bool(self._pattern.fullmatch(topic))
+        return topic in self._redrive.topics
+
+    def _finish_window(self, graph: Graph) -> None:
+        """Collect until all that was handed over has come to an end."""
+        invoker = self._invoker
+        while invoker.pending_batches or invoker.has_finished:
+            if self._stop.is_set() or invoker.broken:
+                return
+            invoker.wait(
+                lambda it: (
+                    bool(it.broken)
+                    or not it.pending_batches
+                    or it.finished_age_secs >= _COLLECT_SECS
+                ),
+                _POLL_SECS,
+            )
+            if invoker.finished_age_secs >= _COLLECT_SECS or not invoker.pending_batches:
+                graph.run(self._totals)
+        # Error records whose records all had come to an end before wait for no progress.
+        commit(self._redrive)
+        self._marks = marks(self._redrive)
+
+    # -- where to begin --------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Look up what is redriven already and where the topic ends, and begin to read."""
+        config, consumer = self._redrive, self._reader.consumer
+        source = SourceOffsets(SourceConfig(config.kafka, (config.error_topic,)), consumer)
+        keys = source.partitions()
+        if not keys:
+            raise KafkaError(
+                f"--error_topic={config.error_topic} not found in {describe(config.kafka)}"
+            )
+        ranges = {key: source.range(key) for key in keys}
+        committed = source.committed(keys)
+        since = self._since(keys)
+        for key, (low, high) in ranges.items():
+            offset, metadata = committed.get(key, (low, ""))
+            try:
+                # Behind the end: the topic was made anew.
+                redriven = Redriven(offset, metadata, low) if offset <= high else Redriven(low)
+            except ValueError:
+                raise KafkaError(
+                    f"--redrive_group={config.kafka.group} is in use by another program; give "
+                    f"another one"
+                ) from None
+            redriven.skip(min(since.get(key, low), high))
+            self._ledger.partitions[key[1]] = redriven
+        self._ends = {key: high for key, (_, high) in ranges.items()}
+        self._reader.assign({key: [self._ledger.partitions[key[1]].position] for key in keys})
+
+    def _since(self, keys: Iterable[PartitionKey]) -> dict[PartitionKey, int]:
+        """Where --since begins, so that what is older need not be read."""
+        since_ms = self._redrive.selection.since_ms
+        if since_ms is None:
+            return {}
+        asked = [TopicPartition(*key, since_ms) for key in keys]
+        try:
+            found = self._reader.consumer.offsets_for_times(asked, timeout=_TIMEOUT_SECS)
+        except KafkaException as error:
+            raise KafkaError(f"{describe(self._redrive.kafka)}: {reason(error)}") from None
+        # Below 0 nothing is that young.
+        return {(o.topic, o.partition): o.offset if o.offset >= 0 else 2**63 - 1 for o in found}
+
+
+def make_config(config: Config, values: Mapping[str, Any]) -> RedriveConfig:
+    """What to redrive, of the pipeline's options and the command's own."""
+    assert config.write.error_topic
+    since = parse_timestamp(values["since"]) if values["since"] else None
+    group = values["redrive_group"] or f"{config.kafka.group}-redrive"
+    return RedriveConfig(
+        kafka=replace(config.kafka, group=group),
+        error_topic=config.write.error_topic,
+        selection=Selection(
+            max(0, int(since.timestamp() * 1000)) if since else None,
+            values["condition"] or (),
+            values["error_type"] or (),
+        ),
+        topics=config.source.topics,
+        topics_regex=config.source.topics_regex,
+        lanes=config.lanes,
+        limit=values["limit"],
+    )
+
+
+def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Divide the command line.
+
+    Args:
+        arguments: Without the program's name and the command's.
+
+    Returns:
+        The values of the command's own options, what is wrong with them, and all the rest.
+    """
+    parser = Parser()
+    for option in GROUP.options:
+        if option.kind == "flag":
+            parser.add_argument(f"--{option.name}", nargs="?", const="true")
+        else:
+            parser.add_argument(f"--{option.name}", action="append")
+    own, rest = parser.parse_known_args(arguments)
+    problems: list[str] = []
+    values = {}
+    for option in GROUP.options:
+        given = getattr(own, option.name)
+        if isinstance(given, list):
+            # What may be a list may be given more than once.
+            given = ",".join(given) if option.kind == "list" else given[-1]
+        values[option.name] = parse_value(option, given, problems)
+    if values["since"] and parse_timestamp(values["since"]) is None:
+        problems.append(
+            f"--since={values['since']} is not an ISO 8601 time, such as 2026-11-01T00:00:00Z"
+        )
+    return values, problems, rest
+
+
+def help_text() -> str:
+    """The command's own options, then those of a run."""
+    usage = f"usage: beam-lambda-sink {COMMAND} --error_topic=TOPIC --OPTION=VALUE ..."
+    about = "Puts the original records of an error topic through the pipeline again."
+    of_a_run = format_help().splitlines()[2:]
+    return "\n".join([usage, "", about, "", *format_group(GROUP), *of_a_run])
+
+
+def main(arguments: Sequence[str], started: float) -> int:
+    """The command.
+
+    Args:
+        arguments: Without the program's name and the command's.
+        started: When the program began, in monotonic seconds.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SinkError: The options do not fit, or it cannot go on.
+    """
+    values, problems, rest = parse(arguments)
+    resolved = resolve_options(rest)
+    problems += resolved.problems
+    if "error_topic" not in resolved.values:
+        problems.append("--error_topic is missing: it is what is redriven")
+    if resolved.runner not in DIRECT_RUNNERS:
+        problems.append(f"--runner={resolved.runner}: {COMMAND} runs on the DirectRunner")
+    if resolved.explain:
+        print(explain(resolved))
+    if problems or resolved.config is None:
+        raise UsageError(problems)
+    if resolved.explain:
+        return DONE
+    # Whatever is in an error topic is old; being so must not put it there again.
+    policy = replace(resolved.config.invoke.policy, max_record_age_secs=-1)
+    config = replace(resolved.config, invoke=replace(resolved.config.invoke, policy=policy))
+    redrive = make_config(config, values)
+    stop = threading.Event()
+    stop_on_signals(stop)
+    tune_interpreter()
+    run = Redrive(config, redrive, stop, values["dry_run"], started)
+    with Progress(run.status, live=False):
+        status = run.run()
+    _say(config.run.summary, run, status, values["dry_run"])
+    for line in halted_text(status, redrive.kafka.group):
+        say(line)
+    return HALTED if status.halted else DONE
+
+
+def _say(format: str, run: Redrive, status: Status, dry_run: bool) -> None:
+    counts, redriven = run.counts, run.redriven
+    if format == "json":
+        facts = counts.facts() | {"redriven": redriven, "dry_run": dry_run}
+        print(orjson.dumps({**summary(status), COMMAND: facts}).decode(), flush=True)
+    elif format == "text" and dry_run:
+        print(counts.text(), flush=True)
+    elif format == "text":
+        taken = counts.taken
+        print(
+            f"error records: {taken.error_records}, redriven: {redriven}, records in them: "
+            f"{taken.records}, answered: {status.totals['write.responses']}, failed again: "
+            f"{status.totals['write.errors']}\n{counts.left_text()}",
+            flush=True,
+        )

@@ -1,0 +1,1 @@
+"""Run: rounds on this machine. Knows the steps through `pipeline.build` only."""

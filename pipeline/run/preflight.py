@@ -1,0 +1,75 @@
+"""Preflight: find what would fail later, before anything is read."""
+
+from __future__ import annotations
+
+import time
+
+from pipeline.options.declare import Config
+from transforms.decode.registry import shared_registry
+from transforms.errors import KafkaError
+from transforms.invoke.invoke import shared_function
+from transforms.kafka.client import describe
+from transforms.kafka.offsets import SourceOffsets
+from transforms.write.write import (
+    TopicWriter,
+    error_format,
+    error_writer,
+    response_format,
+    response_writer,
+)
+
+_APPEAR_SECS = 5.0
+
+
+def preflight(config: Config, source: SourceOffsets) -> None:
+    """Check the topics and the schema registry, then the function by a DryRun.
+
+    A missing response or error topic is made by a broker that makes topics by itself, as it
+    would be at the first record written.
+
+    Raises:
+        KafkaError: The brokers cannot be reached, or a topic is missing.
+        RegistryError: The schema registry does not answer.
+        FunctionConfigError: The function cannot be invoked.
+    """
+    found = {topic for topic, _ in source.partitions()}
+    missing = [topic for topic in config.source.topics if topic not in found]
+    if missing:
+        raise KafkaError(
+            f"--topics: {', '.join(missing)} not found in {describe(config.kafka)}; "
+            f"create it first, or check the name"
+        )
+    if not found:
+        raise KafkaError(
+            f"--topics_regex={config.source.topics_regex} matches no topic of "
+            f"{describe(config.kafka)}; --no_preflight waits for one"
+        )
+    check_outputs(config)
+
+
+def check_outputs(config: Config) -> None:
+    """Check the response and the error topic, then the function.
+
+    Raises:
+        KafkaError: A topic is missing.
+        FunctionConfigError: The function cannot be invoked.
+    """
+    # The clients made here are those the run goes on with.
+    if config.write.response_topic:
+        _check_output("response_topic", response_writer(config.write))
+    if config.write.error_topic:
+        _check_output("error_topic", error_writer(config.write))
+    if config.write.registry:
+        shared_registry(config.write.registry).check()
+        # Registers the schemas of what is written.
+        response_format(config.write, ranges=config.invoke.reply == "any")
+        error_format(config.write)
+    shared_function(config.invoke.function).check()
+
+
+def _check_output(option: str, writer: TopicWriter) -> None:
+    deadline = time.monotonic() + _APPEAR_SECS
+    while why := writer.problem():
+        if time.monotonic() > deadline:
+            raise KafkaError(f"--{option}={writer.topic} cannot be written: {why}")
+        time.sleep(0.1)

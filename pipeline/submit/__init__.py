@@ -1,0 +1,1 @@
+"""Submit: streaming jobs for Flink and Dataflow, and what stays beside them."""

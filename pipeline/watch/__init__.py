@@ -1,0 +1,1 @@
+"""Watch: what a run shows of itself: logs, progress, summary."""

@@ -1,0 +1,60 @@
+"""Logs: to stderr, as text or one JSON object a line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import datetime, timezone
+
+import orjson
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, tz=timezone.utc)
+        facts = {
+            "time": moment.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            facts["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(facts).decode()
+
+
+class _Stderr:
+    """Whatever stderr is now: the live table puts itself in front of it while it is shown."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def configure(format: str) -> None:
+    """Send all logs to stderr. Ours from INFO on, everybody else's from WARNING on."""
+    handler = logging.StreamHandler(_Stderr())
+    if format == "json":
+        handler.setFormatter(_JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # Said by Beam at import where its Google Cloud extra is not installed; it is not needed here.
+    handler.addFilter(lambda record: "apitools not found" not in record.getMessage())
+    # A failed round is reported by us, in one line; Beam would log the whole stack before.
+    for quiet in ("apache_beam", "botocore", "urllib3"):
+        logging.getLogger(quiet).setLevel(logging.CRITICAL)
+    for ours in ("pipeline", "transforms"):
+        logging.getLogger(ours).setLevel(logging.INFO)
+    # One line per attempt to connect; `transforms.kafka.client.ErrorLog` says it once in a while.
+    logging.getLogger("librdkafka").setLevel(logging.CRITICAL)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+def say(line: str) -> None:
+    """Print one of a run's last words on stderr: as it is, or as a log line if those are JSON."""
+    if any(isinstance(handler.formatter, _JsonFormatter) for handler in logging.root.handlers):
+        logging.getLogger("pipeline").error("%s", line)
+    else:
+        print(line, file=sys.stderr, flush=True)

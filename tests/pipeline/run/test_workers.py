@@ -1,0 +1,121 @@
+"""Shares of partitions, and how what workers say of themselves is put together. No processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.options.declare import Config
+from pipeline.run.rounds import Share, Status, Totals
+from pipeline.run.workers import merge, share_of
+from transforms.records import Failure, Finished, PartitionKey, Records
+
+COUNTS = st.integers(1, 16)
+KEYS = st.lists(st.tuples(st.text(min_size=1), st.integers(0, 100)))
+
+
+def _shares(count: int) -> list[Share]:
+    return [Share(index, count) for index in range(count)]
+
+
+@given(COUNTS, KEYS)
+def test_every_partition_belongs_to_exactly_one(count: int, keys: list[PartitionKey]) -> None:
+    """Whichever others there are: what is found later moves nothing."""
+    for key in keys:
+        assert sum(share.has(key) for share in _shares(count)) == 1
+
+
+@given(COUNTS, st.text(min_size=1), st.integers(1, 64))
+def test_a_topic_is_dealt_out_evenly(count: int, topic: str, partitions: int) -> None:
+    """No process has two partitions more than another."""
+    own = [
+        sum(share.has((topic, partition)) for partition in range(partitions))
+        for share in _shares(count)
+    ]
+    assert max(own) - min(own) <= 1
+
+
+@given(COUNTS, st.integers(0, 1000))
+def test_parts_are_the_total(count: int, total: int) -> None:
+    """And none is larger by two than another."""
+    parts = [share.part_of(total) for share in _shares(count)]
+    assert sum(parts) == total
+    assert max(parts) - min(parts) <= 1
+
+
+@given(st.integers(1, 64), st.data())
+def test_all_together_invoke_no_more_than_one_would(count: int, data: st.DataObject) -> None:
+    """And each of them may invoke."""
+    high = data.draw(st.integers(count, 1000))
+    low = data.draw(st.integers(1, high))
+    config = Config.from_options(
+        {
+            "kafka_bootstrap_servers": "broker-1:9092",
+            "topics": "orders",
+            "consumer_group": "group",
+            "function": "process-orders",
+            "workers": str(count),
+            "max_concurrency": str(high),
+            "min_concurrency": str(low),
+        }
+    )
+    parts = [share_of(config, share) for share in _shares(count)]
+    most = [part.invoke.function.max_concurrency for part in parts]
+    least = [part.invoke.min_concurrency for part in parts]
+    assert sum(most) == high
+    assert all(1 <= each <= own for each, own in zip(least, most, strict=True))
+    assert all(part.source == config.source for part in parts)
+
+
+def _halt(partition: int) -> Finished:
+    records = Records([7], [0], [None], [None], [None])
+    failure = Failure(records, (), "RetryAttemptsExhausted", "ValueError", "no", 1, 200, "Error")
+    return Finished("orders", partition, 7, 7, halted=failure)
+
+
+def test_what_workers_say_is_added_up() -> None:
+    """Sums, and what is known of each partition; one that has not begun counts for nothing."""
+    statuses = [
+        Status(
+            totals=Totals(Counter({"write.responses": 5, "invoke.retries": 1}), 2),
+            in_flight=3,
+            lags={("orders", 0): 4},
+            halted=[],
+            committed={("orders", 0): 11},
+            elapsed_secs=1,
+            limit=10,
+            in_flight_max=5,
+            begun=True,
+        ),
+        Status(
+            totals=Totals(Counter({"write.responses": 2, "write.errors": 1}), 3),
+            in_flight=1,
+            lags={("orders", 1): None},
+            halted=[_halt(1)],
+            committed={("orders", 1): 7},
+            elapsed_secs=2,
+            limit=9,
+            in_flight_max=4,
+            breaker_open=True,
+            breaker_openings=2,
+            begun=True,
+        ),
+    ]
+
+    together = merge(statuses, 6.5)
+
+    assert together.totals.counters == {
+        "write.responses": 7,
+        "write.errors": 1,
+        "invoke.retries": 1,
+    }
+    assert (together.totals.rounds, together.totals.records) == (5, 8)
+    assert (together.in_flight, together.in_flight_max, together.limit) == (4, 9, 19)
+    assert together.lags == {("orders", 0): 4, ("orders", 1): None}
+    assert together.committed == {("orders", 0): 11, ("orders", 1): 7}
+    assert [finished.key for finished in together.halted] == [("orders", 1)]
+    assert (together.breaker_open, together.breaker_openings) == (True, 2)
+    assert (together.elapsed_secs, together.begun) == (6.5, True)
+    assert not merge([*statuses, Status.of_nothing(0)], 7).begun

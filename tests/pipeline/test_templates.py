@@ -1,0 +1,143 @@
+"""The templates parse, and fit the program they start."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import stat
+from configparser import ConfigParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.options.declare import parse_arguments
+from tests import ROOT
+from transforms.kafka.client import (
+    KafkaConfig,
+    client_settings,
+    make_consumer,
+    make_producer,
+    parse_properties,
+)
+
+DIRECT = ROOT / "templates" / "direct"
+PROPERTIES = DIRECT / "kafka.properties"
+MOUNTED = "/etc/beam-lambda-sink/kafka.properties"
+
+ENVIRONMENT = {"KAFKA_USERNAME": "someone", "KAFKA_PASSWORD": "a=secret"}
+
+# What an end takes behind --function_timeout_secs: see pipeline.run.rounds.
+DRAIN_SECS = 10
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a name that is there twice, where YAML would take the last one."""
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    names = [loader.construct_object(name) for name, _ in node.value]
+    assert len(set(names)) == len(names), f"twice in {names}"
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+@pytest.fixture
+def deployment() -> dict[str, Any]:
+    with (DIRECT / "deployment.yaml").open(encoding="utf-8") as file:
+        return yaml.load(file, _StrictLoader)
+
+
+@pytest.fixture
+def unit() -> ConfigParser:
+    parser = ConfigParser(interpolation=None, strict=True, delimiters=("=",))
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    with (DIRECT / "beam-lambda-sink.service").open(encoding="utf-8") as file:
+        parser.read_file(file)
+    return parser
+
+
+def _check_arguments(arguments: list[str], stop_secs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken together as the program does, with this folder's file where it will be mounted."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    assert f"--kafka_config_file={MOUNTED}" in arguments
+    here = [argument.replace(MOUNTED, str(PROPERTIES)) for argument in arguments]
+    config, runner = parse_arguments(here)
+    assert runner == "DirectRunner"
+    assert stop_secs > config.invoke.function.timeout_secs + DRAIN_SECS
+    assert config.run.until == "forever"
+
+
+def test_the_unit_fits_the_program(unit: ConfigParser, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unit.sections() == ["Unit", "Service", "Install"]
+    service = unit["Service"]
+    program, *arguments = shlex.split(service["ExecStart"].replace("\\\n", " "))
+    assert Path(program).is_absolute() and Path(program).name == "beam-lambda-sink"
+    # systemd would replace them.
+    assert not set("%$") & set(service["ExecStart"])
+    _check_arguments(arguments, int(service["TimeoutStopSec"]), monkeypatch)
+    assert service["KillSignal"] == "SIGTERM"
+    # What another start would not mend: pipeline.cli.
+    assert service["Restart"] == "on-failure"
+    assert service["RestartPreventExitStatus"].split() == ["2", "3"]
+
+
+def test_the_deployment_fits_the_program(
+    deployment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (deployment["apiVersion"], deployment["kind"]) == ("apps/v1", "Deployment")
+    spec = deployment["spec"]
+    # Never two processes with one consumer group.
+    assert spec["replicas"] == 1
+    assert spec["strategy"] == {"type": "Recreate"}
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    _check_arguments(container["args"], pod["terminationGracePeriodSeconds"], monkeypatch)
+
+
+def test_the_parts_of_the_deployment_fit_each_other(deployment: dict[str, Any]) -> None:
+    """Labels, volumes, and the Secrets that templates/README.md says how to make."""
+    spec = deployment["spec"]
+    labels = spec["template"]["metadata"]["labels"]
+    assert spec["selector"]["matchLabels"].items() <= labels.items()
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    (mount,) = container["volumeMounts"]
+    (volume,) = pod["volumes"]
+    assert mount["name"] == volume["name"]
+    assert mount["mountPath"] == str(Path(MOUNTED).parent)
+    assert volume["secret"]["defaultMode"] == stat.S_IRUSR | stat.S_IRGRP
+
+    readme = (DIRECT.parent / "README.md").read_text(encoding="utf-8")
+    made = re.findall(r"create (?:secret generic|serviceaccount) (\S+)", readme)
+    (environment,) = container["envFrom"]
+    assert set(made) == {
+        environment["secretRef"]["name"],
+        volume["secret"]["secretName"],
+        pod["serviceAccountName"],
+    }
+    assert set(re.findall(r"--from-literal=(\w+)=", readme)) == set(ENVIRONMENT)
+
+
+def test_the_properties_need_just_the_environment_that_is_given() -> None:
+    text = PROPERTIES.read_text(encoding="utf-8")
+    settings = parse_properties(text, ENVIRONMENT)
+    assert settings["sasl.username"] == "someone"
+    assert settings["sasl.password"] == "a=secret"
+    assert set(re.findall(r"\$\{env:(\w+)\}", text)) - {"NAME"} == set(ENVIRONMENT)
+
+
+def test_librdkafka_takes_the_properties(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    # Nobody listens there; a client is made without a connection.
+    config = KafkaConfig("127.0.0.1:1", "group", str(PROPERTIES))
+    make_consumer(config).close()
+    for prefix in ("response.", "error."):
+        settings = client_settings(config, prefix)
+        assert settings["compression.type"] == "lz4"
+        make_producer(settings)

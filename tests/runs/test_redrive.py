@@ -1,0 +1,361 @@
+"""Whole runs: what failed is redriven, once, and nothing of it is lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.local.broker import KafkaBroker
+from pipeline.local.lambda_server import LambdaContext, LambdaServer
+from tests import ROOT
+from tests.conftest import Names
+from tests.sink import (
+    FUNCTION,
+    Coordinates,
+    Ended,
+    Sink,
+    answer,
+    answered,
+    arguments,
+    assert_answers_match,
+    assert_caught_up,
+    assert_one_at_a_time,
+    environment,
+    failed,
+    invocations,
+    numbered,
+    originals,
+    run,
+    serve,
+)
+
+
+class Topics:
+    """A pipeline's topics, with records that have failed."""
+
+    def __init__(self, broker: KafkaBroker, names: Names, partitions: int = 2) -> None:
+        self.broker = broker
+        self.source, self.responses = names.topic("orders"), names.topic("responses")
+        self.errors, self.group = names.topic("errors"), names.group()
+        for topic in (self.source, self.responses, self.errors):
+            broker.create_topic(topic, partitions=partitions)
+        self.options = {
+            "topics": self.source,
+            "response_topic": self.responses,
+            "error_topic": self.errors,
+            "consumer_group": self.group,
+            "on_error": "log",
+            "batch_size": 10,
+        }
+
+    def fail(self, handler: Callable[[Any, LambdaContext], Any], **options: Any) -> None:
+        """Run with a function that fails some."""
+        with serve(handler) as server:
+            run(self.broker, server, **self.options, **options)
+        assert_caught_up(self.broker, self.group, self.source)
+
+    def start(self, server: LambdaServer | None, **options: Any) -> Sink:
+        """Start a redrive."""
+        given = arguments(self.broker, server, **(self.options | options))
+        return Sink(["redrive", *given], environment())
+
+    def redrive(self, server: LambdaServer | None, code: int = 0, **options: Any) -> Ended:
+        """Redrive to the end."""
+        with self.start(server, **options) as sink:
+            return sink.wait(code)
+
+    def missing(self) -> set[Coordinates]:
+        """Records that have no answer."""
+        sent = {(r.topic, r.partition, r.offset) for r in self.broker.read_all(self.source)}
+        return sent - set(answered(self.broker, self.responses))
+
+
+def broken(event: Any, context: LambdaContext) -> Any:
+    """Fails each batch with a record whose number ends in 3, with one of two errors."""
+    for entry in event:
+        value = entry["payload"]["value"]
+        if value.endswith("3"):
+            raise (ValueError if int(value.split("/")[1]) < 50 else TypeError)(value)
+    return answer(event)
+
+
+def test_what_failed_is_redriven_once(broker: KafkaBroker, names: Names) -> None:
+    """Counted first, then redriven through the mended function, then nothing is left."""
+    topics = Topics(broker, names)
+    broker.produce(topics.source, numbered(2, 100))
+    topics.fail(broken, bisect_on_error=True)
+    bad = topics.missing()
+    assert len(bad) == 20 == len(failed(broker, topics.errors))
+
+    with serve(answer) as server:
+        counted = topics.redrive(server, dry_run=True).summary["redrive"]
+        assert not server.calls
+        # A dry run remembers nothing: the same again.
+        assert topics.redrive(None, dry_run=True).summary["redrive"] == counted
+
+        ended = topics.redrive(server)
+        calls = invocations(server)
+        assert {call.key: Counter(call.offsets) for call in calls}.keys() == {
+            (topics.source, 0),
+            (topics.source, 1),
+        }
+        sent = [(c.topic, c.partition, offset) for c in calls for offset in c.offsets]
+        assert sorted(sent) == sorted(bad)
+        assert_one_at_a_time(calls)
+        assert [len(call.offsets) for call in calls] == [10, 10]
+
+        again = topics.redrive(server)
+        assert len(invocations(server)) == len(calls)
+
+    assert (counted["error_records"], counted["records"], counted["dry_run"]) == (20, 20, True)
+    assert counted["error_types"] == {
+        name: {"error_records": 10, "records": 10} for name in ("TypeError", "ValueError")
+    }
+    assert counted["conditions"] == {"RetryAttemptsExhausted": {"error_records": 20, "records": 20}}
+    assert counted["partitions"].keys() == {f"{topics.source}-{n}" for n in (0, 1)}
+    facts = ended.summary
+    assert (facts["redrive"]["error_records"], facts["responses"], facts["errors"]) == (20, 20, 0)
+    assert again.summary["redrive"]["error_records"] == again.summary["records"] == 0
+
+    assert topics.missing() == set()
+    assert_answers_match(broker, [topics.source], topics.responses)
+    assert_caught_up(broker, f"{topics.group}-redrive", topics.errors)
+    assert_caught_up(broker, topics.group, topics.source)
+
+
+def test_the_example_in_the_docs(broker: KafkaBroker, names: Names, tmp_path: Path) -> None:
+    """Its commands, one after the other, print what it shows."""
+    topics = Topics(broker, names)
+    broker.produce(topics.source, numbered(2, 100))
+    topics.fail(broken, bisect_on_error=True)
+    page = (ROOT / "docs" / "redrive.md").read_text(encoding="utf-8")
+
+    def blocks(language: str) -> list[str]:
+        return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+
+    with serve(answer) as server:
+        own = {
+            "kafka_bootstrap_servers": broker.bootstrap_servers,
+            "topics": topics.source,
+            "consumer_group": topics.group,
+            "function": FUNCTION,
+            "response_topic": topics.responses,
+            "error_topic": topics.errors,
+        }
+        lines = blocks("yaml")[0].splitlines()
+        shown = dict(line.split(": ", 1) for line in lines)
+        assert shown.keys() >= own.keys()
+        config = tmp_path / "pipeline.yaml"
+        config.write_text("".join(f"{name}: {text}\n" for name, text in (shown | own).items()))
+        commands = "".join(blocks("sh")).splitlines()
+        printed = blocks("text")
+        assert len(commands) == len(printed) == 3
+        for command, expected in zip(commands, printed):
+            given = command.replace("pipeline.yaml", str(config)).split()[2:]
+            with Sink([*given, f"--lambda_endpoint_url={server.url}"], environment()) as sink:
+                found = sink.wait().stdout.replace(f"{topics.source}-", "orders-")
+            assert [line.split() for line in found.splitlines()] == [
+                line.split() for line in expected.splitlines()
+            ]
+    assert topics.missing() == set()
+
+
+def test_what_fails_again_is_a_new_error_record(broker: KafkaBroker, names: Names) -> None:
+    """The run does not feed on it; the next one does."""
+    topics = Topics(broker, names, partitions=1)
+    broker.produce(topics.source, numbered(1, 30))
+    topics.fail(broken)
+    before = broker.end_offsets(topics.errors)[0]
+    assert before == 3
+    for count in (1, 2):
+        with serve(broken) as server:
+            facts = topics.redrive(server, bisect_on_error=True).summary
+            # Whole batches in the first place; then only what is still bad.
+            assert facts["errors"] == 3
+            assert facts["redrive"]["error_records"] == 3
+        assert broker.end_offsets(topics.errors)[0] == before + 3 * count
+    assert len(topics.missing()) == 3
+
+
+def test_a_selection_leaves_the_others_for_later(broker: KafkaBroker, names: Names) -> None:
+    """By error type, by limit, then all: each error record once, none left out in the end."""
+    topics = Topics(broker, names)
+    broker.produce(topics.source, numbered(2, 100))
+    topics.fail(broken, bisect_on_error=True)
+    sent: Counter[Coordinates] = Counter()
+
+    def redriven(**options: Any) -> dict[str, Any]:
+        with serve(answer) as server:
+            facts = topics.redrive(server, **options).summary["redrive"]
+            for call in invocations(server):
+                sent.update((call.topic, call.partition, offset) for offset in call.offsets)
+        return facts
+
+    facts = redriven(error_type="TypeError", limit=4)
+    assert facts["error_records"] == 4
+    assert facts["left"]["not_selected"] == 10 and facts["left"]["over_limit"] == 6
+    facts = redriven(error_type="TypeError")
+    assert (facts["error_records"], facts["left"]["before"]) == (6, 4)
+    assert redriven(condition="InvalidReply")["error_records"] == 0
+    assert redriven(since="2999-01-01T00:00:00Z")["error_records"] == 0
+    assert len(topics.missing()) == 10
+    facts = redriven(since="2020-01-01T00:00:00Z")
+    assert facts["error_records"] == 10
+    assert redriven()["error_records"] == 0
+    assert set(sent.values()) == {1} and len(sent) == 20
+    assert topics.missing() == set()
+    assert_caught_up(broker, f"{topics.group}-redrive", topics.errors)
+
+
+def test_only_what_the_pipeline_reads_is_redriven(broker: KafkaBroker, names: Names) -> None:
+    """An error topic may serve other pipelines, and hold what is nobody's."""
+    topics, other = Topics(broker, names, partitions=1), Topics(broker, Names(), partitions=1)
+    broker.produce(topics.source, numbered(1, 10))
+    broker.produce(other.source, numbered(1, 10))
+    topics.fail(broken)
+    other.options["error_topic"] = topics.errors
+    other.fail(broken)
+    broker.produce(topics.errors, [(0, b"key", b"not ours")])
+    with serve(answer) as server:
+        facts = topics.redrive(server).summary["redrive"]
+        assert {call.topic for call in invocations(server)} == {topics.source}
+    assert facts["error_records"] == 1
+    assert facts["left"]["other_topics"] == facts["left"]["without_originals"] == 1
+    assert topics.missing() == set() and len(other.missing()) == 10
+
+
+def test_a_record_in_two_error_records_is_sent_once(broker: KafkaBroker, names: Names) -> None:
+    """As after a crash between writing an error record and committing."""
+    topics = Topics(broker, names, partitions=1)
+    broker.produce(topics.source, numbered(1, 10))
+    topics.fail(broken)
+    (record,) = broker.read_all(topics.errors)
+    broker.produce(topics.errors, [(0, record.key, record.value, record.headers)])
+    with serve(answer) as server:
+        facts = topics.redrive(server).summary["redrive"]
+        assert [call.offsets for call in invocations(server)] == [tuple(range(10))]
+    assert (facts["error_records"], facts["repeated"]) == (2, 10)
+    assert_caught_up(broker, f"{topics.group}-redrive", topics.errors)
+
+
+def test_a_halted_partition_costs_only_itself(broker: KafkaBroker, names: Names) -> None:
+    """With --on_error=fail; the next redrive begins with the record that halted it."""
+    topics = Topics(broker, names)
+    broker.produce(topics.source, numbered(2, 50))
+    topics.fail(broken, bisect_on_error=True)
+
+    def stubborn(event: Any, context: LambdaContext) -> Any:
+        if any(entry["payload"]["value"] == "order 1/23" for entry in event):
+            raise ValueError("still")
+        return answer(event)
+
+    with serve(stubborn) as server:
+        ended = topics.redrive(server, 3, on_error="fail", batch_size=1)
+    assert f"halted: {topics.source}-1 at offset 23" in ended.stderr
+    assert {offset for _, partition, offset in topics.missing() if partition == 0} == set()
+    assert {offset for _, partition, offset in topics.missing()} == {23, 33, 43}
+    with serve(answer) as server:
+        assert topics.redrive(server).summary["redrive"]["error_records"] == 3
+    assert topics.missing() == set()
+
+
+@pytest.mark.slow
+def test_a_crash_loses_nothing(broker: KafkaBroker, names: Names) -> None:
+    """Killed with calls under way: what was not committed is redriven by the next run."""
+    topics = Topics(broker, names)
+    broker.produce(topics.source, numbered(2, 400))
+    topics.fail(broken, bisect_on_error=True)
+    bad = topics.missing()
+    assert len(bad) == 80
+    hold = threading.Event()
+
+    def slow(event: Any, context: LambdaContext) -> Any:
+        if any(entry["payload"]["value"] == "order 1/253" for entry in event):
+            hold.wait(60)
+        return answer(event)
+
+    with serve(slow) as server:
+        with topics.start(server, batch_size=5) as sink:
+            sink.until(
+                lambda: len(bad & set(answered(broker, topics.responses))) >= 40,
+                "the other partition was not redriven",
+            )
+            sink.kill()
+        hold.set()
+    assert topics.missing()
+    with serve(answer) as server:
+        facts = topics.redrive(server).summary["redrive"]
+    assert facts["error_records"] >= len(bad) - 75
+    assert topics.missing() == set()
+    with serve(answer) as server:
+        assert topics.redrive(server).summary["redrive"]["error_records"] == 0
+
+
+def test_redriven_as_the_pipeline_is(broker: KafkaBroker, names: Names) -> None:
+    """Its envelope, its lanes, keys, headers and timestamps; age is no reason to give up again."""
+    topics = Topics(broker, names, partitions=1)
+    topics.options.pop("response_topic")
+    topics.options |= {"envelope": "kafka_event", "parallelization_factor": 3}
+    records = [(0, b"k%d" % n, b"\xff%d" % n, [("h", b"\x00")], 1_000 + n) for n in range(12)]
+    broker.produce(topics.source, records)
+
+    def fails(event: Any, context: LambdaContext) -> None:
+        raise ValueError("all of them")
+
+    events: list[dict[str, Any]] = []
+    topics.fail(fails, max_record_age_secs=-1)
+    with serve(lambda event, context: events.append(event)) as server:
+        topics.redrive(server, max_record_age_secs=60)
+    found = [record for event in events for record in event["records"][f"{topics.source}-0"]]
+    assert sorted(record["offset"] for record in found) == list(range(12))
+    assert {record["timestamp"] - record["offset"] for record in found} == {1_000}
+    assert all(record["headers"] == [{"h": [0]}] for record in found)
+
+
+def test_a_group_of_another_program_is_not_used(broker: KafkaBroker, names: Names) -> None:
+    """Its metadata is not overwritten."""
+    from confluent_kafka import Consumer, TopicPartition
+
+    topics = Topics(broker, names, partitions=1)
+    broker.produce(topics.errors, [(0, None, b"x")])
+    consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": "theirs"})
+    mark = TopicPartition(topics.errors, 0, 0, metadata="their own")
+    consumer.commit(offsets=[mark], asynchronous=False)
+    ended = topics.redrive(None, 1, redrive_group="theirs", preflight="false")
+    assert ended.errors == [
+        "error: --redrive_group=theirs is in use by another program; give another one"
+    ]
+    (found,) = consumer.committed([TopicPartition(topics.errors, 0)], timeout=10)
+    assert found.metadata == "their own"
+    consumer.close()
+
+
+def test_an_error_topic_that_is_not_there(broker: KafkaBroker, names: Names) -> None:
+    """One line, and exit code 1; without one at all it is 2."""
+    topics = Topics(broker, names, partitions=1)
+    missing = names.topic("missing")
+    (error,) = topics.redrive(None, 1, error_topic=missing, preflight="false").errors
+    assert f"--error_topic={missing} not found" in error
+    ended = topics.redrive(None, 2, error_topic=None, on_error=None)
+    assert "error: --error_topic is missing: it is what is redriven" in ended.errors
+
+
+def test_an_error_record_keeps_its_originals_when_it_comes_again(
+    broker: KafkaBroker, names: Names
+) -> None:
+    """Byte for byte, so that it can be redriven as often as it takes."""
+    topics = Topics(broker, names, partitions=1)
+    broker.produce(topics.source, [(0, b"\xff", None, [("a", None)], 5), (0, None, b"3")])
+    always = serve(lambda event, context: json.loads("{"))
+    with always as server:
+        run(broker, server, **topics.options)
+        topics.redrive(server)
+    first, second = map(originals, broker.read_all(topics.errors))
+    assert first == second and len(first) == 2

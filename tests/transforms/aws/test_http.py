@@ -1,0 +1,487 @@
+"""HTTP: what goes out byte for byte, what may come back, and through which doors."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import urllib3.exceptions as http_errors
+from botocore.httpsession import create_urllib3_context
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from transforms.aws.http import Endpoint
+
+GUARD_SECS = 20.0
+
+HEADERS = {"Host": "there", "Content-Length": "4"}
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+class Peer:
+    """Takes connections one after the other and gives each request the next of its replies.
+
+    Attributes:
+        received: The requests, whole.
+        connections: How many were made.
+        closed: Set once it has closed a connection behind a reply.
+    """
+
+    def __init__(self, replies: list[bytes], tls: ssl.SSLContext | None = None) -> None:
+        self._replies = replies
+        self._tls = tls
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self.port = self._listener.getsockname()[1]
+        self.received: list[bytes] = []
+        self.connections = 0
+        self.closed = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+                self._open.append(connection)
+                self.connections += 1
+                if self._tls:
+                    connection = self._tls.wrap_socket(connection, server_side=True)
+                    self._open.append(connection)
+            except OSError:
+                if self._listener.fileno() < 0:
+                    return
+                continue
+            threading.Thread(target=self._serve, args=[connection], daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        while request := read_request(connection):
+            self.received.append(request)
+            if self._replies:
+                self.reply(connection, self._replies.pop(0))
+        connection.close()
+
+    def reply(self, connection: socket.socket, reply: bytes) -> None:
+        connection.sendall(reply.removesuffix(CLOSE))
+        if reply.endswith(CLOSE):
+            connection.shutdown(socket.SHUT_RDWR)
+            self.closed.set()
+
+    def close(self) -> None:
+        self._listener.close()
+        for connection in self._open:
+            connection.close()
+
+
+CLOSE = b"<closes>"
+"""At the end of a reply: the connection is closed behind it."""
+
+
+def read_request(connection: socket.socket) -> bytes:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        try:
+            piece = connection.recv(1 << 16)
+        except OSError:
+            return b""
+        if not piece:
+            return b""
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = next(
+        (int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length:")), 0
+    )
+    while len(body) < length:
+        piece = connection.recv(1 << 16)
+        if not piece:
+            return b""
+        body += piece
+    return head + b"\r\n\r\n" + body
+
+
+@contextmanager
+def peer(*replies: bytes, tls: ssl.SSLContext | None = None) -> Iterator[Peer]:
+    server = Peer(list(replies), tls)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def endpoint(port: int, scheme: str = "http", host: str = "127.0.0.1", **more) -> Endpoint:
+    settings = {"connections": 2, "connect_secs": GUARD_SECS, "read_secs": GUARD_SECS}
+    return Endpoint(f"{scheme}://{host}:{port}/a%20b?c=d", **(settings | more))
+
+
+def test_what_goes_out() -> None:
+    """The target, the headers and the body, as they were given, in one piece."""
+    with peer(OK) as server:
+        endpoint(server.port).post(HEADERS, [b"bo", b"dy"])
+    assert server.received == [
+        b"POST /a%20b?c=d HTTP/1.1\r\nHost: there\r\nContent-Length: 4\r\n\r\nbody"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reply", "body"),
+    [
+        (OK, b"ok"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b""),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, b"ok"),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\n\r\n",
+            b"abcde",
+        ),
+        (b"HTTP/1.1 200\r\ncontent-length:2\r\n\r\nok", b"ok"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300_000, b"x" * 300_000),
+    ],
+    ids=["length", "empty", "none", "continue", "chunked", "terse", "large"],
+)
+def test_replies_on_a_connection_that_is_kept(reply: bytes, body: bytes) -> None:
+    """However a reply says where it ends, the next request goes over the same connection."""
+    with peer(reply, OK) as server:
+        there = endpoint(server.port)
+        assert there.post(HEADERS, [b"body"]).body == body
+        assert there.post(HEADERS, [b"body"]).body == b"ok"
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "body"),
+    [
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", b"ok"),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", b"ok"),
+    ],
+    ids=["close", "old"],
+)
+def test_replies_on_a_connection_that_ends(reply: bytes, body: bytes) -> None:
+    """The reply is whole, and the next request goes over a new connection."""
+    with peer(reply, OK) as server:
+        there = endpoint(server.port)
+        assert there.post(HEADERS, [b"body"]).body == body
+        assert there.post(HEADERS, [b"body"]).body == b"ok"
+        assert server.connections == 2
+
+
+def test_status_and_headers() -> None:
+    """Headers are found whatever their case; no status is an error of this layer, none followed."""
+    reply = (
+        b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere/\r\nX-Some: Thing\r\n"
+        b"Content-Length: 0\r\n\r\n"
+    )
+    with peer(reply) as server:
+        response = endpoint(server.port).post(HEADERS, [b"body"])
+    assert response.status == 302
+    assert response.headers["x-sOME"] == "Thing"
+
+
+@pytest.mark.parametrize(
+    "unusual",
+    [b"", b"X-Folded: a\r\n b\r\n", b"X-Latin: \xe9\r\n", b"X Y: z\r\n"],
+    ids=["nothing", "folded", "latin", "space"],
+)
+def test_a_head_is_read_alike_whoever_reads_it(unusual: bytes) -> None:
+    """Headers of a head as most are, and of one that takes a reader for all there is."""
+    head = (
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nConnection: keep-alive\r\nX-Two: a\r\n"
+        b"x-two:  b: c \r\nX-None:\r\n"
+    )
+    with peer(head + unusual + b"\r\nok") as server:
+        response = endpoint(server.port).post(HEADERS, [b"body"])
+    assert (response.status, response.body) == (200, b"ok")
+    assert response.headers["X-Two"] == "a, b: c "
+    assert response.headers["X-None"] == ""
+    assert response.headers["Content-Length"] == "2"
+
+
+def test_a_connection_that_the_other_side_closed_in_between() -> None:
+    """It is found out before anything is sent on it."""
+    with peer(OK + CLOSE, OK) as server:
+        there = endpoint(server.port)
+        for _ in range(2):
+            assert there.post(HEADERS, [b"body"]).status == 200
+            # Until what the server did is known here.
+            server.closed.wait(GUARD_SECS)
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        CLOSE,
+        b"HTTP/1.1 200 OK\r\nContent-Le" + CLOSE,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 20000\r\n\r\nok" + CLOSE,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nab" + CLOSE,
+        b"HTTP/1.1 200 OK\r\n\r\nmaybe all, maybe not" + CLOSE,
+        b"this is not HTTP at all\r\n\r\n",
+    ],
+    ids=["nothing", "half a head", "half a body", "half a chunk", "no length", "something else"],
+)
+@pytest.mark.parametrize("before", [0, 1], ids=["new", "kept"])
+def test_no_whole_reply(reply: bytes, before: int) -> None:
+    """Never taken for an answer, sent once only, and the next request is none the worse."""
+    with peer(*[OK] * before, reply, OK) as server:
+        there = endpoint(server.port)
+        for _ in range(before):
+            there.post(HEADERS, [b"body"])
+        with pytest.raises(http_errors.ProtocolError):
+            there.post(HEADERS, [b"body"])
+        assert len(server.received) == before + 1
+        assert there.post(HEADERS, [b"body"]).body == b"ok"
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["new", "kept"])
+def test_a_reply_that_does_not_come(before: int) -> None:
+    """It is waited for as long as was said, whatever the connection has been through."""
+    with peer(*[OK] * before) as silent:
+        there = endpoint(silent.port, read_secs=0.2)
+        for _ in range(before):
+            there.post(HEADERS, [b"body"])
+        with pytest.raises(http_errors.ReadTimeoutError):
+            there.post(HEADERS, [b"body"])
+
+
+def test_nobody_there() -> None:
+    """A port where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(http_errors.NewConnectionError):
+        endpoint(port).post(HEADERS, [b"body"])
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["new", "kept"])
+def test_a_refusal_before_the_body_was_read(before: int) -> None:
+    """A server that answers and closes while it is still being sent to: the answer counts."""
+    reply = b"HTTP/1.1 413 Too Large\r\nConnection: close\r\nContent-Length: 3\r\n\r\nbig"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                for _ in range(before):
+                    read_request(connection)
+                    connection.sendall(OK)
+                connection.recv(100)
+                connection.sendall(reply)
+                connection.shutdown(socket.SHUT_WR)
+                # Until the client gives up: closing with bytes unread would reset the connection.
+                while connection.recv(1 << 16):
+                    pass
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        body = b"x" * 8_000_000
+        headers = HEADERS | {"Content-Length": str(len(body))}
+        there = endpoint(listener.getsockname()[1])
+        for _ in range(before):
+            there.post(HEADERS, [b"body"])
+        response = there.post(headers, [body])
+        thread.join(GUARD_SECS)
+    assert (response.status, response.body) == (413, b"big")
+
+
+def test_what_the_body_does_after_its_last_chunk() -> None:
+    """It is done when all has been sent, while the reply is waited for."""
+    order: list[str] = []
+    sent = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            read_request(connection)
+            order.append("received")
+            sent.set()
+            assert done.wait(GUARD_SECS)
+            order.append("answered")
+            connection.sendall(OK)
+
+    done = threading.Event()
+
+    def body() -> Iterator[bytes]:
+        yield b"body"
+        assert sent.wait(GUARD_SECS)
+        order.append("meanwhile")
+        done.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=[listener], daemon=True)
+        thread.start()
+        assert endpoint(listener.getsockname()[1]).post(HEADERS, body()).body == b"ok"
+        thread.join(GUARD_SECS)
+    assert order == ["received", "meanwhile", "answered"]
+
+
+def test_many_at_once() -> None:
+    """Threads share it; more than it keeps connections for is no error."""
+    with peer(*[OK] * 40) as server:
+        there = endpoint(server.port, connections=2)
+        bodies: list[bytes] = []
+
+        def work() -> None:
+            for _ in range(5):
+                bodies.append(there.post(HEADERS, [b"body"]).body)
+
+        run_together(work, 8)
+    assert bodies == [b"ok"] * 40
+
+
+def run_together(work: Callable[[], None], count: int) -> None:
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(GUARD_SECS)
+
+
+# -- TLS ----------------------------------------------------------------------------------
+
+
+def make_certificate(folder: Path) -> Path:
+    """A file with a key and a self-signed certificate for localhost."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    names = [x509.DNSName("localhost")]
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "certificate.pem"
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def server_side(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+@pytest.fixture
+def trusting(certificate: Path) -> ssl.SSLContext:
+    context = create_urllib3_context()
+    context.load_verify_locations(certificate)
+    return context
+
+
+def test_tls(server_side: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
+    """A certificate that is trusted, and is for the host; the connection is kept."""
+    large = b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300_000
+    with peer(OK, large, tls=server_side) as server:
+        there = endpoint(server.port, "https", "localhost", tls=trusting)
+        assert there.post(HEADERS, [b"body"]).body == b"ok"
+        assert len(there.post(HEADERS, [b"body"]).body) == 300_000
+        assert server.connections == 1
+
+
+def test_tls_of_somebody_else(server_side: ssl.SSLContext) -> None:
+    """A certificate that nobody vouches for is refused before anything is sent."""
+    with peer(OK, tls=server_side) as server:
+        there = endpoint(server.port, "https", "localhost", tls=create_urllib3_context())
+        with pytest.raises(http_errors.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
+            there.post(HEADERS, [b"body"])
+        assert not server.received
+
+
+def test_tls_for_another_host(server_side: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
+    """A trusted certificate for another name is refused too."""
+    with peer(OK, tls=server_side) as server:
+        there = endpoint(server.port, "https", "127.0.0.1", tls=trusting)
+        with pytest.raises(http_errors.SSLError, match="match"):
+            there.post(HEADERS, [b"body"])
+        assert not server.received
+
+
+# -- proxies ------------------------------------------------------------------------------
+
+
+def test_a_proxy_for_http() -> None:
+    """It is told the whole URL, and who asks."""
+    with peer(OK) as proxy:
+        there = endpoint(1, host="there", proxy_url=f"http://me:secret@127.0.0.1:{proxy.port}")
+        assert there.post(HEADERS, [b"body"]).body == b"ok"
+    (request,) = proxy.received
+    assert request.startswith(b"POST http://there:1/a%20b?c=d HTTP/1.1\r\nHost: there\r\n")
+    assert b"\r\nproxy-authorization: Basic bWU6c2VjcmV0\r\n" in request
+
+
+class Tunnel:
+    """A proxy that answers CONNECT and then passes on what it gets."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.asked: list[bytes] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        connection, _ = self._listener.accept()
+        self.asked.append(read_request(connection))
+        target = socket.create_connection(("127.0.0.1", self._target))
+        connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        threading.Thread(target=self._pass_on, args=[target, connection], daemon=True).start()
+        self._pass_on(connection, target)
+
+    def _pass_on(self, source: socket.socket, to: socket.socket) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                to.sendall(data)
+        except OSError:
+            pass
+        to.close()
+
+
+def test_a_proxy_for_https(server_side: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
+    """It makes a tunnel, through which TLS goes to the server itself; the tunnel is kept."""
+    with peer(OK, OK, tls=server_side) as server:
+        tunnel = Tunnel(server.port)
+        proxy = f"http://me:secret@127.0.0.1:{tunnel.port}"
+        there = endpoint(server.port, "https", "localhost", tls=trusting, proxy_url=proxy)
+        for _ in range(2):
+            assert there.post(HEADERS, [b"body"]).body == b"ok"
+    (asked,) = tunnel.asked
+    assert asked.startswith(f"CONNECT localhost:{server.port} HTTP/1.".encode())
+    assert b"roxy-authorization: Basic bWU6c2VjcmV0" in asked.replace(b"Proxy-A", b"proxy-a")
+    assert server.received[0].startswith(b"POST /a%20b?c=d HTTP/1.1\r\n")
+    assert b"roxy-" not in server.received[0]
+
+
+def test_no_proxy_there() -> None:
+    """Said of the proxy, not of the server behind it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    there = endpoint(1, "https", "there", proxy_url=f"http://127.0.0.1:{port}")
+    with pytest.raises(http_errors.ProxyError):
+        there.post(HEADERS, [b"body"])

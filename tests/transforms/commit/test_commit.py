@@ -1,0 +1,196 @@
+"""Commit: the mark of a partition never passes what is not done."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transforms.commit.commit import HALT_NOTE, ContiguousOffsets, read_halt
+from transforms.records import Failure, Finished, Progress, Records, halt_name
+
+
+def _range(start: int, next_offset: int, partition: int = 0, lane: int = 0) -> Progress:
+    return Progress("t", partition, start, next_offset, lane)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "marks"),
+    [
+        ([(0, 5)], [5]),
+        ([(0, 5), (5, 9)], [5, 9]),
+        ([(7, 9), (9, 12)], [9, 12]),
+        # One that waits for its predecessor, and more than one.
+        ([(0, 5), (9, 12), (5, 9)], [5, None, 12]),
+        ([(0, 1), (3, 4), (2, 3), (1, 2)], [1, None, None, 4]),
+        # The same again, and ranges that overlap.
+        ([(0, 5), (0, 5)], [5, None]),
+        ([(0, 5), (3, 8)], [5, 8]),
+        ([(0, 5), (6, 7), (3, 6)], [5, None, 7]),
+        ([(0, 5), (6, 7), (6, 9), (5, 6)], [5, None, None, 9]),
+        ([(0, 5), (6, 9), (6, 7), (5, 6)], [5, None, None, 9]),
+        ([(4, 5), (0, 3)], [5, None]),
+        # An empty one moves nothing.
+        ([(3, 3), (3, 4)], [None, 4]),
+    ],
+)
+def test_the_mark_moves_when_its_next_range_is_done(ranges, marks) -> None:
+    """Each range moves the mark as far as there is no hole, and says so only if it moved."""
+    offsets = ContiguousOffsets()
+    assert [offsets.add(_range(*each)) for each in ranges] == marks
+
+
+def test_partitions_have_their_own_marks() -> None:
+    """What one partition misses does not hold back another."""
+    offsets = ContiguousOffsets()
+    assert offsets.add(_range(0, 5, partition=0)) == 5
+    assert offsets.add(_range(3, 4, partition=1)) == 4
+    assert offsets.add(_range(8, 9, partition=0)) is None
+    assert offsets.add(_range(4, 9, partition=1)) == 9
+    assert offsets.add(Progress("other", 0, 8, 9)) == 9
+    assert offsets.add(_range(5, 8, partition=0)) == 9
+
+
+def test_where_a_partition_begins_can_be_told() -> None:
+    """Told where it begins, the first range to come is held back if it is not the first one."""
+    offsets = ContiguousOffsets()
+    assert not offsets.marks(("t", 0))
+    offsets.begin(("t", 0), [0])
+    assert offsets.add(_range(5, 9)) is None
+    assert offsets.add(_range(0, 5)) == 9
+    assert offsets.marks(("t", 0)) == [9]
+
+
+@given(
+    borders=st.lists(st.integers(0, 300), min_size=2, max_size=20, unique=True).map(sorted),
+    again=st.lists(st.integers(0, 100), max_size=5),
+    shuffle=st.randoms(use_true_random=False),
+    told=st.booleans(),
+)
+@settings(deadline=None, max_examples=300)
+def test_any_order_of_arrival_ends_at_the_end(borders, again, shuffle, told) -> None:
+    """For any division and any order, the mark is the end of what is done without a hole."""
+    ranges = list(itertools.pairwise(borders))
+    arrivals = [*ranges, *(ranges[index % len(ranges)] for index in again)]
+    if told:
+        shuffle.shuffle(arrivals)
+    else:
+        # With nothing said, the first to come has to be the first one.
+        rest = arrivals[1:]
+        shuffle.shuffle(rest)
+        arrivals = [arrivals[0], *rest]
+    offsets, mark, arrived = ContiguousOffsets(), borders[0], set()
+    if told:
+        offsets.begin(("t", 0), [borders[0]])
+    for start, next_offset in arrivals:
+        moved = offsets.add(_range(start, next_offset))
+        arrived.add((start, next_offset))
+        done = borders[0]
+        for each in ranges:
+            if each not in arrived:
+                break
+            done = each[1]
+        assert moved == (done if done > mark else None)
+        mark = done
+    assert mark == borders[-1]
+
+
+# -- lanes --------------------------------------------------------------------------------
+
+
+def test_the_mark_is_the_lowest_of_the_lanes() -> None:
+    """A lane that is ahead moves nothing, and one of which nothing was heard holds all back."""
+    offsets = ContiguousOffsets(lanes=3)
+    offsets.begin(("t", 0), [10, 10, 10])
+    assert offsets.add(_range(10, 50, lane=1)) is None
+    assert offsets.add(_range(10, 30, lane=0)) is None
+    assert offsets.add(_range(10, 20, lane=2)) == 20
+    assert offsets.add(_range(20, 90, lane=2)) == 30
+    assert offsets.add(_range(40, 60, lane=0)) is None
+    assert offsets.add(_range(30, 40, lane=0)) == 50
+    assert offsets.add(_range(10, 20, lane=2)) is None
+
+
+def test_partitions_with_lanes_have_their_own_marks() -> None:
+    """The same lane of another partition is another lane."""
+    offsets = ContiguousOffsets(lanes=2)
+    for partition in (0, 1):
+        offsets.begin(("t", partition), [0, 0])
+    assert offsets.add(_range(0, 9, partition=0, lane=0)) is None
+    assert offsets.add(_range(0, 9, partition=1, lane=1)) is None
+    assert offsets.add(_range(0, 5, partition=1, lane=0)) == 5
+    assert offsets.add(_range(0, 4, partition=0, lane=1)) == 4
+
+
+def test_lanes_may_begin_at_different_offsets() -> None:
+    """As an earlier run left them; the partition is done up to the one that is behind."""
+    offsets = ContiguousOffsets(lanes=3)
+    offsets.begin(("t", 0), [40, 10, 25])
+    assert offsets.add(_range(10, 30, lane=1)) == 25
+    assert offsets.add(_range(40, 50, lane=0)) is None
+    assert offsets.add(_range(25, 60, lane=2)) == 30
+    assert offsets.marks(("t", 0)) == [50, 30, 60]
+
+
+@given(
+    # Per lane the borders of its ranges behind the common beginning.
+    lanes=st.lists(
+        st.lists(st.integers(1, 200), max_size=8, unique=True).map(sorted), min_size=1, max_size=6
+    ),
+    shuffle=st.randoms(use_true_random=False),
+)
+@settings(deadline=None, max_examples=300)
+def test_the_mark_never_passes_what_a_lane_has_not_done(lanes, shuffle) -> None:
+    """In any order of arrival: all below the mark is done in each lane, and no more could be."""
+    borders = [[0, *ends] for ends in lanes]
+    arrivals = [
+        _range(*pair, lane=lane)
+        for lane, ends in enumerate(borders)
+        for pair in itertools.pairwise(ends)
+    ]
+    shuffle.shuffle(arrivals)
+    offsets, mark = ContiguousOffsets(len(lanes)), 0
+    offsets.begin(("t", 0), [0] * len(lanes))
+    done: list[set[int]] = [set() for _ in lanes]
+    for progress in arrivals:
+        moved = offsets.add(progress)
+        done[progress.lane] |= set(range(progress.start, progress.next_offset))
+        lowest = min(
+            next(offset for offset in itertools.count() if offset not in each) for each in done
+        )
+        assert moved == (lowest if lowest > mark else None)
+        mark = lowest
+
+
+# -- halts --------------------------------------------------------------------------------
+
+
+def _halted(topic: str, error_type: str = "ValueError") -> Finished:
+    records = Records([41], [1], [None], [b"secret"], [None])
+    failure = Failure(records, (), "RetryAttemptsExhausted", error_type, "why", 1, 200, "Unhandled")
+    return Finished(topic, 3, 30, 41, halted=failure)
+
+
+@pytest.mark.parametrize("error_type", ["ValueError", "a|b", "x" * 9000])
+def test_a_halt_can_be_read_from_what_is_kept_with_the_offset(error_type: str) -> None:
+    """Kafka keeps up to 4 KB."""
+    note = HALT_NOTE + halt_name(_halted("t" * 249, error_type))
+    assert len(note) < 4096
+    assert "secret" not in note
+    halt = read_halt(note)
+    assert halt and halt.halted
+    assert halt.key == ("t" * 249, 3)
+    assert list(halt.halted.records.offsets) == [41]
+    assert halt.halted.condition == "RetryAttemptsExhausted"
+    assert error_type.startswith(halt.halted.error_type)
+
+
+@pytest.mark.parametrize("note", ["", "lanes 4 100 1,2", "halted", "halted by hand", HALT_NOTE])
+def test_other_notes_are_no_halts(note: str) -> None:
+    assert read_halt(note) is None
+
+
+def test_what_is_not_halted_has_no_name() -> None:
+    assert halt_name(Finished("t", 0, 1, 2)) == ""

@@ -1,0 +1,240 @@
+"""Kafka settings: what the properties file may say, and that its values stay secret."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transforms.errors import KafkaError, UsageError
+from transforms.kafka.client import (
+    KafkaConfig,
+    client_settings,
+    load_properties,
+    make_producer,
+    parse_properties,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        ("\n  \n\t\n", {}),
+        ("# a comment\n! another\n  # and one more", {}),
+        ("a=b", {"a": "b"}),
+        ("  a  =  b  ", {"a": "b"}),
+        ("a=", {"a": ""}),
+        ("a=b=c==", {"a": "b=c=="}),
+        ("a=b # no comment", {"a": "b # no comment"}),
+        ("a=1\na=2", {"a": "2"}),
+        ("a=1\r\nb=2\r\n", {"a": "1", "b": "2"}),
+        ("response.linger.ms=5\nerror.acks.x=1", {"response.linger.ms": "5", "error.acks.x": "1"}),
+        ("schema.registry.url=http://x", {"schema.registry.url": "http://x"}),
+        ("a=${env:ONE}", {"a": "1"}),
+        ("a=<${env:ONE}${env:TWO}>", {"a": "<12>"}),
+        ("a=${env:NESTED}", {"a": "${env:ONE}"}),
+        ("a=${ONE} $ONE", {"a": "${ONE} $ONE"}),
+        ("a=${env:EMPTY}", {"a": ""}),
+        ("# ${env:NOWHERE}", {}),
+        # Each output may be on another cluster; the source's brokers are an option.
+        ("response.bootstrap.servers=h:1", {"response.bootstrap.servers": "h:1"}),
+        ("error.bootstrap.servers=h:1", {"error.bootstrap.servers": "h:1"}),
+        ("ssl.keystore.location=/k.p12", {"ssl.keystore.location": "/k.p12"}),
+    ],
+)
+def test_what_a_properties_file_says(text: str, expected: dict) -> None:
+    """Lines of name=value; comments and empty lines are passed over, the environment filled in."""
+    environ = {"ONE": "1", "TWO": "2", "NESTED": "${env:ONE}", "EMPTY": ""}
+    assert parse_properties(text, environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("s3cret", ["line 1", "name=value"]),
+        ("=s3cret", ["line 1", "name=value"]),
+        ("a=s3cret${env:NOWHERE}", ["line 1", "(a)", "'NOWHERE'"]),
+        ("a=${env:}", ["line 1", "environment variable"]),
+        ("group.id=s3cret", ["line 1", "group.id", "--consumer_group"]),
+        ("bootstrap.servers=s3cret", ["bootstrap.servers", "--kafka_bootstrap_servers"]),
+        ("metadata.broker.list=s3cret", ["broker.list", "--kafka_bootstrap_servers"]),
+        ("enable.auto.commit=s3cret", ["enable.auto.commit"]),
+        ("enable.auto.offset.store=s3cret", ["enable.auto.offset.store"]),
+        ("auto.offset.reset=s3cret", ["auto.offset.reset", "--starting_position"]),
+        ("enable.idempotence=s3cret", ["enable.idempotence", "always on"]),
+        ("response.enable.idempotence=s3cret", ["response.enable.idempotence", "always on"]),
+        ("acks=s3cret", ["acks", "always all"]),
+        ("error.acks=s3cret", ["error.acks", "always all"]),
+        ("request.required.acks=s3cret", ["request.required.acks", "always all"]),
+        ("transactional.id=s3cret", ["transactional.id"]),
+        ("enable.partition.eof=s3cret", ["enable.partition.eof"]),
+        ("sasl.jaas.config=s3cret", ["Java", "sasl.username and sasl.password"]),
+        ("response.sasl.jaas.config=s3cret", ["Java", "sasl.username"]),
+        ("ssl.truststore.location=s3cret.jks", ["Java", "ssl.ca.location"]),
+        ("ssl.truststore.password=s3cret", ["Java", "ssl.ca.location"]),
+        ("ssl.keystore.location=s3cret.jks", ["Java", "ssl.key.location"]),
+        ("sasl.login.callback.handler.class=s3cret", ["Java", "sasl.oauthbearer.method=oidc"]),
+    ],
+)
+def test_what_a_properties_file_must_not_say(line: str, parts: list[str]) -> None:
+    """Each problem names the line and what to do instead, and never shows a value."""
+    with pytest.raises(UsageError) as raised:
+        parse_properties(line, {})
+    (problem,) = raised.value.problems
+    for part in parts:
+        assert part in problem
+    assert "s3cret" not in problem
+
+
+def test_all_problems_of_a_file_are_reported_at_once() -> None:
+    """One look at the messages is enough to mend the whole file."""
+    text = "# fine\nnonsense\nacks=1\nok=1\na=${env:A}${env:B}\nsasl.jaas.config=x"
+    with pytest.raises(UsageError) as raised:
+        parse_properties(text, {})
+    lines = [problem.split(" ")[1] for problem in raised.value.problems]
+    assert lines == ["2", "3", "5", "5", "6"]
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z]{1,8}(\.[a-z]{1,8}){0,3}", fullmatch=True).filter(
+            lambda name: name != "acks" and not name.endswith(".acks")
+        ),
+        st.text(st.characters(categories=["L", "N", "P", "S"], exclude_characters="${}")),
+        max_size=6,
+    )
+)
+@settings(deadline=None)
+def test_any_setting_comes_through_as_it_is(wanted: dict) -> None:
+    """Names and values that are not ours to decide are not touched."""
+    text = "\n".join(f"{name} = {value}" for name, value in wanted.items())
+    assert parse_properties(text, {}) == wanted
+
+
+@given(st.text(max_size=60), st.dictionaries(st.text(max_size=3), st.text(max_size=3)))
+@settings(deadline=None)
+def test_any_text_is_read_or_refused(text: str, environ: dict) -> None:
+    """Whatever is in the file, the answer is settings or a list of problems."""
+    try:
+        found = parse_properties(text, environ)
+    except UsageError as error:
+        assert error.problems
+    else:
+        assert all(isinstance(value, str) for value in found.values())
+
+
+# -- files --------------------------------------------------------------------------------
+
+
+def _config(tmp_path: Path, text: str) -> KafkaConfig:
+    file = tmp_path / "kafka.properties"
+    file.write_text(text)
+    return KafkaConfig("main:9092", "g", str(file))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """The option, the path and the reason, in one line."""
+    path = tmp_path / "none.properties"
+    with pytest.raises(UsageError) as raised:
+        load_properties(str(path))
+    assert raised.value.problems == (
+        f"--kafka_config_file={path} cannot be read: No such file or directory",
+    )
+
+
+def test_a_folder_and_a_file_of_bytes_are_named(tmp_path: Path) -> None:
+    """What is no text file is refused in one line too."""
+    (tmp_path / "bytes").write_bytes(b"a=\xff")
+    for path, reason in ((tmp_path, "directory"), (tmp_path / "bytes", "not UTF-8")):
+        with pytest.raises(UsageError) as raised:
+            load_properties(str(path))
+        (problem,) = raised.value.problems
+        assert str(path) in problem
+        assert reason in problem
+
+
+def test_problems_in_a_file_name_the_file(tmp_path: Path) -> None:
+    """Each line says which file it is about."""
+    config = _config(tmp_path, "a\nb")
+    with pytest.raises(UsageError) as raised:
+        load_properties(config.config_file or "")
+    assert [problem.split(": ")[0] for problem in raised.value.problems] == [
+        f"--kafka_config_file={config.config_file}"
+    ] * 2
+
+
+def test_the_environment_fills_in_a_file(tmp_path: Path) -> None:
+    """Secrets come from the environment that is handed in."""
+    config = _config(tmp_path, "sasl.password=${env:PASSWORD}")
+    found = load_properties(config.config_file or "", {"PASSWORD": "p"})
+    assert found == {"sasl.password": "p"}
+
+
+# -- clients ------------------------------------------------------------------------------
+
+FILE = """
+security.protocol=SSL
+linger.ms=7
+client.id=mine
+response.linger.ms=8
+response.bootstrap.servers=response:9092
+error.linger.ms=9
+error.message.max.bytes=500
+schema.registry.url=http://registry
+"""
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("", {"bootstrap.servers": "main:9092", "linger.ms": "7"}),
+        ("response.", {"bootstrap.servers": "response:9092", "linger.ms": "8"}),
+        (
+            "error.",
+            {"bootstrap.servers": "main:9092", "linger.ms": "9", "message.max.bytes": "500"},
+        ),
+    ],
+)
+def test_each_client_gets_its_settings(tmp_path: Path, prefix: str, expected: dict) -> None:
+    """Common settings go to all, those with a prefix to one, and over the common ones."""
+    common = {"security.protocol": "SSL", "client.id": "mine"}
+    assert client_settings(_config(tmp_path, FILE), prefix) == common | expected
+
+
+def test_without_a_file_there_is_a_default() -> None:
+    """The brokers, and a name to find us by."""
+    assert client_settings(KafkaConfig("h:1", "g"), "error.") == {
+        "bootstrap.servers": "h:1",
+        "client.id": "beam-lambda-sink",
+    }
+
+
+def test_a_config_says_nothing_of_what_is_in_the_file(tmp_path: Path) -> None:
+    """A config may be logged and pickled: it has the file's name, not its values."""
+    config = _config(tmp_path, "sasl.password=s3cret")
+    assert "s3cret" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"no.such.setting": "1"}, {"linger.ms": "soon"}, {"request.required.acks": "0"}],
+)
+def test_settings_that_librdkafka_refuses_are_one_line(wrong: dict) -> None:
+    """The message is librdkafka's own, and says where to look."""
+    with pytest.raises(KafkaError) as raised:
+        make_producer({"bootstrap.servers": "127.0.0.1:1", **wrong})
+    text = str(raised.value)
+    assert "\n" not in text
+    assert "--kafka_config_file" in text
+
+
+def test_a_refused_value_from_the_environment_is_not_shown(monkeypatch) -> None:
+    """librdkafka quotes what it refuses, and that may have been a secret."""
+    monkeypatch.setenv("A_SECRET", "s3cret")
+    with pytest.raises(KafkaError) as raised:
+        make_producer({"bootstrap.servers": "127.0.0.1:1", "batch.size": "s3cret"})
+    assert "batch.size" in str(raised.value)
+    assert "s3cret" not in str(raised.value)

@@ -1,0 +1,184 @@
+"""Destination: error records in AWS's form, one for each failed record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from transforms.batch.envelope import Envelope
+from transforms.batch.payload import PayloadFormat, encode_records
+from transforms.invoke import retry
+from transforms.records import NO_TIMESTAMP, Decoded, Failure, Records
+from transforms.write.destination import destination_records
+from transforms.write.formats import ORIGINAL_HEADER, ErrorRecord, decode_original
+
+MSK = "arn:aws:kafka:us-east-1:123456789012:cluster/orders/5a7c-2"
+SERVERS = "b-1.example:9098"
+EVENT = Envelope("kafka_event", SERVERS, MSK)
+NOW_MS = 1_573_755_365_568
+TIMESTAMP = 1_573_755_364_835
+
+RECORDS = Records(
+    [100, 102],
+    [TIMESTAMP, NO_TIMESTAMP],
+    [b"test-key", None],
+    [b"test-value", None],
+    [[("trace", b"\xff"), ("trace", b"\x01")], None],
+)
+
+
+def _failure(records: Records = RECORDS, **changes) -> Failure:
+    entries = encode_records("my-topic", 0, records, PayloadFormat()).entries
+    facts = {
+        "condition": retry.RETRIES_EXHAUSTED,
+        "error_type": "ValueError",
+        "message": "bad",
+        "attempts": 3,
+        "status_code": 200,
+        "function_error": "Unhandled",
+        "log_result": "bG9n",
+        "payload": '{"errorMessage":"bad"}',
+        "executed_version": "$LATEST",
+        "request_id": "e4b46cbf",
+    }
+    return Failure(records, entries, **(facts | changes))
+
+
+def _written(
+    failure: Failure, event: Envelope = EVENT, max_bytes: int = 10**6
+) -> list[ErrorRecord]:
+    records = destination_records("my-topic", 0, failure, "my-function", event, max_bytes, NOW_MS)
+    return list(records)
+
+
+def test_what_aws_writes() -> None:
+    """The whole record: what is known of the failure, and the event with that one record."""
+    first, second = _written(_failure())
+    assert first.key == b"test-key"
+    event = {
+        "eventSource": "aws:kafka",
+        "eventSourceArn": MSK,
+        "bootstrapServers": SERVERS,
+        "records": {
+            "my-topic-0": [
+                {
+                    "topic": "my-topic",
+                    "partition": 0,
+                    "offset": 100,
+                    "timestamp": TIMESTAMP,
+                    "timestampType": "CREATE_TIME",
+                    "key": "dGVzdC1rZXk=",
+                    "value": "dGVzdC12YWx1ZQ==",
+                    "headers": [{"trace": [-1]}, {"trace": [1]}],
+                }
+            ]
+        },
+    }
+    assert json.loads(first.value) == {
+        "requestContext": {
+            "requestId": "e4b46cbf",
+            "functionArn": "my-function",
+            "condition": "RetriesExhausted",
+            "approximateInvokeCount": 3,
+        },
+        "responseContext": {
+            "statusCode": 200,
+            "executedVersion": "$LATEST",
+            "functionError": "Unhandled",
+        },
+        "version": "1.0",
+        "timestamp": "2019-11-14T18:16:05.568Z",
+        "KafkaBatchInfo": {
+            "batchSize": 1,
+            "eventSourceArn": MSK,
+            "bootstrapServers": SERVERS,
+            "payloadSize": len(first.value.split(b',"payload":', 1)[1]) - 1,
+            "recordInfo": {"offset": "100", "timestamp": "2019-11-14T18:16:04.835Z"},
+        },
+        "payload": event,
+    }
+    assert second.key is None
+    value = json.loads(second.value)
+    assert value["KafkaBatchInfo"]["recordInfo"] == {"offset": "102", "timestamp": None}
+    (record,) = value["payload"]["records"]["my-topic-0"]
+    assert "key" not in record and "value" not in record
+
+
+def test_each_record_has_its_own_original_and_facts() -> None:
+    """So that it can be put back, whatever form the value has."""
+    for written, offset, key in zip(_written(_failure()), (100, 102), (b"test-key", None)):
+        (original,) = [value for name, value in written.headers if name == ORIGINAL_HEADER]
+        record = decode_original(original)
+        assert (record["topic"], record["offset"], record["key"]) == ("my-topic", offset, key)
+        facts = {name: value for name, value in written.headers if name != ORIGINAL_HEADER}
+        assert facts["lambda.condition"] == b"RetryAttemptsExhausted"
+        assert facts["lambda.error.type"] == b"ValueError"
+        assert facts["lambda.attempts"] == b"3"
+        assert ("lambda.first.timestamp" in facts) == (offset == 100)
+        assert "lambda.input.payload.omitted" not in facts
+
+
+def test_a_self_managed_kafka_has_no_arn() -> None:
+    """Neither in the facts nor in the event."""
+    first, _ = _written(_failure(), Envelope("kafka_event", SERVERS))
+    value = json.loads(first.value)
+    assert "eventSourceArn" not in value["KafkaBatchInfo"]
+    assert value["payload"]["eventSource"] == "SelfManagedKafka"
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        (retry.RETRIES_EXHAUSTED, "RetriesExhausted"),
+        (retry.INVALID_REPLY, "RetriesExhausted"),
+        (retry.AGE_EXCEEDED, "MaximumRecordAgeExceeded"),
+        (retry.SIZE_EXCEEDED, "MaximumPayloadSizeExceeded"),
+        (retry.INVALID_CONTENT, "InvalidRequestContent"),
+        ("SCHEMA_NOT_FOUND", "SCHEMA_NOT_FOUND"),
+    ],
+)
+def test_the_condition_in_aws_s_words(condition: str, expected: str) -> None:
+    """Where AWS has one; the header keeps ours."""
+    first, _ = _written(_failure(condition=condition))
+    assert json.loads(first.value)["requestContext"]["condition"] == expected
+    assert ("lambda.condition", condition.encode()) in first.headers
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status_code": 0, "attempts": 0, "condition": retry.AGE_EXCEEDED},
+        {"status_code": 0, "attempts": 2},
+        {"status_code": 413, "condition": retry.SIZE_EXCEEDED},
+    ],
+)
+def test_no_answer_no_response_context(changes) -> None:
+    """Never asked, never answered, or too large to be asked: null."""
+    first, _ = _written(_failure(**changes))
+    assert json.loads(first.value)["responseContext"] is None
+
+
+def test_what_a_schema_made_of_it_is_in_the_event() -> None:
+    """The payload is what the function of an event source mapping would have got."""
+    decoded = [Decoded(value=b'{"v":1}', value_schema=("AVRO", "7")), None]
+    first, second = _written(_failure(replace(RECORDS, decoded=decoded)))
+    (record,) = json.loads(first.value)["payload"]["records"]["my-topic-0"]
+    assert record["value"] == "eyJ2IjoxfQ=="
+    assert record["valueSchemaMetadata"] == {"dataFormat": "AVRO", "schemaId": "7"}
+    assert "valueSchemaMetadata" not in json.loads(second.value)["payload"]["records"]["my-topic-0"]
+
+
+def test_a_record_too_large_for_the_topic_goes_without_its_event() -> None:
+    """The original is kept, and a header says what is left out; the others are whole."""
+    large = Records([1, 2], [1, 2], [b"k", b"k"], [b"x" * 3000, b"x"], [None, None])
+    first, second = _written(_failure(large), max_bytes=6000)
+    assert json.loads(first.value)["payload"] is None
+    assert json.loads(first.value)["KafkaBatchInfo"]["payloadSize"] > 4000
+    assert ("lambda.input.payload.omitted", b"true") in first.headers
+    assert [decode_original(v)["value"] for n, v in first.headers if n == ORIGINAL_HEADER] == [
+        b"x" * 3000
+    ]
+    assert json.loads(second.value)["payload"]
+    assert all(record.size_bytes <= 6000 for record in (first, second))

@@ -1,0 +1,1 @@
+"""AWS: the clients, and how their requests are signed and sent. Knows no step."""

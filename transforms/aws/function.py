@@ -1,0 +1,390 @@
+"""AWS Lambda: one payload -> `Reply` or `Fault`. The only file that knows boto3.
+
+boto3 finds credentials, region and endpoint, and signs; the request itself goes out and comes back
+by `transforms.aws.http`, at a third of boto3's price (docs/adr/0012-lean-invocations.md). There is
+one attempt: retries are ours (`transforms.invoke.retry`), and a read timeout repeated by the client
+would run the function twice unseen.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import botocore.exceptions as aws_errors
+import urllib3.exceptions as http_errors
+from botocore.awsrequest import AWSRequest, HeadersDict
+from botocore.config import Config
+from botocore.credentials import (
+    AssumeRoleCredentialFetcher,
+    AssumeRoleWithWebIdentityCredentialFetcher,
+    DeferredRefreshableCredentials,
+)
+from botocore.httpsession import create_urllib3_context, get_cert_path, mask_proxy_url
+from botocore.parsers import create_parser
+from botocore.session import Session, get_session
+from botocore.utils import get_environ_proxies
+
+from transforms.aws.http import Endpoint, Response
+from transforms.aws.web_identity import google_token
+from transforms.errors import FunctionConfigError
+from transforms.invoke.outcome import Fault, Kind, Reply, classify_fault
+
+MAX_SYNC_BYTES = 6_291_455
+"""A synchronous request has to be smaller than 6,291,456 bytes."""
+MAX_ASYNC_BYTES = 1_048_576
+
+FUNCTION = re.compile(
+    r"(?:(?P<arn>arn:aws[a-zA-Z-]*:lambda:(?P<region>[a-z0-9-]+):\d{12}:function|"
+    r"\d{12}:function|function):)?"
+    r"(?P<name>[a-zA-Z0-9_.-]{1,64})(?::(?P<qualifier>\$LATEST|[a-zA-Z0-9_-]{1,128}))?"
+)
+
+# Of what the client raises before anything is sent, this is for the user to mend.
+_CONFIG_ERRORS = (
+    aws_errors.NoCredentialsError,
+    aws_errors.PartialCredentialsError,
+    aws_errors.NoRegionError,
+    aws_errors.ProfileNotFound,
+    aws_errors.ConfigNotFound,
+    aws_errors.ConfigParseError,
+    aws_errors.InvalidConfigError,
+    aws_errors.ParamValidationError,
+    aws_errors.InvalidRegionError,
+    aws_errors.UnauthorizedSSOTokenError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionConfig:
+    """Which function, and how to reach it. Holds no credentials: those come from AWS's own chain.
+
+    Attributes:
+        function: Name, ARN, ``name:version`` or ``name:alias``.
+        invocation_type: ``sync`` (wait for the reply) or ``async`` (Lambda queues the event).
+        region: AWS region; None for the ARN's, else the chain's.
+        role_arn: Role to assume, or None.
+        web_identity: Whose token the role is assumed with, ``google``; None for the chain's
+            credentials.
+        token_audience: Audience of that token.
+        endpoint_url: Another endpoint than AWS's, or None.
+        timeout_secs: The function's own timeout; the client waits 5 s longer.
+        max_concurrency: Calls at once, so connections in the pool.
+        log_tail: Whether replies carry the end of the function's log.
+    """
+
+    function: str
+    invocation_type: str = "sync"
+    region: str | None = None
+    role_arn: str | None = None
+    web_identity: str | None = None
+    token_audience: str = "sts.amazonaws.com"
+    endpoint_url: str | None = None
+    timeout_secs: int = 900
+    max_concurrency: int = 100
+    log_tail: bool = False
+
+
+def make_client(config: FunctionConfig) -> Any:
+    """A boto3 Lambda client: it knows where to send an invocation, and how to sign it.
+
+    Raises:
+        FunctionConfigError: Region, profile or endpoint are missing or malformed.
+    """
+    match = FUNCTION.fullmatch(config.function)
+    # botocore itself reads AWS_DEFAULT_REGION only; AWS's other SDKs, and so people, AWS_REGION.
+    region = config.region or (match["region"] if match else None) or os.environ.get("AWS_REGION")
+    settings = Config(user_agent="beam-lambda-sink", parameter_validation=False)
+    try:
+        session = get_session()
+        if config.role_arn:
+            session = _assume(session, config.role_arn, config, region)
+        return boto3.Session(botocore_session=session, region_name=region).client(
+            "lambda", endpoint_url=config.endpoint_url, config=settings
+        )
+    except (aws_errors.BotoCoreError, ValueError) as error:
+        raise FunctionConfigError(advice(config, type(error).__name__, str(error))) from None
+
+
+def _assume(source: Session, role_arn: str, config: FunctionConfig, region: str | None) -> Session:
+    """A session whose credentials are the role's, renewed before they expire."""
+    name = {"RoleSessionName": "beam-lambda-sink"}
+    create = partial(source.create_client, region_name=region)
+    fetcher: Any
+    if config.web_identity:
+        token = partial(google_token, config.token_audience)
+        fetcher = AssumeRoleWithWebIdentityCredentialFetcher(create, token, role_arn, name)
+    else:
+        credentials = source.get_credentials()
+        if credentials is None:
+            raise aws_errors.NoCredentialsError
+        fetcher = AssumeRoleCredentialFetcher(create, credentials, role_arn, name)
+    assumed = get_session()
+    # There is no public way to hand a session credentials that renew themselves.
+    assumed._credentials = DeferredRefreshableCredentials(fetcher.fetch_credentials, "assume-role")
+    return assumed
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An invocation that is signed and can be sent; a signature is good for five minutes.
+
+    Attributes:
+        headers: All of its headers.
+        payload: Its body.
+    """
+
+    headers: dict[str, str]
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """What all invocations of a function have in common, as boto3 makes them."""
+
+    url: str
+    headers: dict[str, str]
+    context: dict[str, Any]
+    signer: Any
+
+
+class _NotSent(Exception):
+    """Ends what boto3 does before it signs and sends."""
+
+
+class LambdaFunction:
+    """Invokes one function. Thread-safe.
+
+    Args:
+        config: Which function and how.
+        make: Makes the client; injected for tests.
+    """
+
+    def __init__(
+        self, config: FunctionConfig, make: Callable[[FunctionConfig], Any] = make_client
+    ) -> None:
+        self._config = config
+        # Has to be kept: the signer does not.
+        self._client = make(config)
+        match = FUNCTION.fullmatch(config.function)
+        qualifier = match["qualifier"] if match else None
+        name = config.function.removesuffix(f":{qualifier}") if qualifier else config.function
+        arguments: dict[str, Any] = {"FunctionName": name}
+        if qualifier:
+            arguments["Qualifier"] = qualifier
+        if config.invocation_type == "async":
+            arguments["InvocationType"] = "Event"
+        elif config.log_tail:
+            arguments["LogType"] = "Tail"
+        try:
+            self._template = _template(self._client, arguments)
+            self._proxy = _proxy(self._template.url)
+            self._endpoint = Endpoint(
+                self._template.url,
+                connections=config.max_concurrency,
+                connect_secs=5,
+                read_secs=config.timeout_secs + 5,
+                tls=_tls(self._template.url),
+                proxy_url=self._proxy,
+            )
+        except (aws_errors.BotoCoreError, http_errors.HTTPError, OSError, ValueError) as error:
+            raise FunctionConfigError(advice(config, type(error).__name__, str(error))) from None
+
+    def invoke(self, payload: bytes, client_context: str | None = None) -> Reply | Fault:
+        """One invocation, one attempt; the reply is read to its end.
+
+        Args:
+            payload: The event, as JSON.
+            client_context: Base64 of a JSON object for the function's context, or None.
+        """
+        request = self.prepare(payload, client_context)
+        return request if isinstance(request, Fault) else self.send(request)
+
+    def prepare(self, payload: bytes, client_context: str | None = None) -> Request | Fault:
+        """The first half of `invoke`: make the request and sign it. Sends nothing to Lambda."""
+        more = {"X-Amz-Client-Context": client_context} if client_context else {}
+        return self._prepare(payload, more)
+
+    def send(self, request: Request, meanwhile: Callable[[], None] | None = None) -> Reply | Fault:
+        """The second half of `invoke`.
+
+        Args:
+            request: What to send.
+            meanwhile: Done once the request is on its way, before the reply is waited for.
+        """
+
+        def body() -> Iterator[bytes]:
+            yield request.payload
+            if meanwhile:
+                meanwhile()
+
+        try:
+            response = self._endpoint.post(request.headers, body())
+        except http_errors.HTTPError as error:
+            return self._no_reply(error)
+        return _answered(response)
+
+    def check(self) -> None:
+        """A DryRun: is there such a function, and may we invoke it? Runs nothing.
+
+        Raises:
+            FunctionConfigError: It cannot be invoked, or Lambda cannot be reached.
+        """
+        request = self._prepare(b"", {"X-Amz-Invocation-Type": "DryRun"})
+        result = request if isinstance(request, Fault) else self.send(request)
+        if isinstance(result, Fault) and classify_fault(result).kind is not Kind.THROTTLED:
+            raise FunctionConfigError(advice(self._config, result.code, result.message))
+
+    def _prepare(self, payload: bytes, more_headers: dict[str, str]) -> Request | Fault:
+        try:
+            template = self._template
+            request = AWSRequest("POST", template.url, template.headers | more_headers, payload)
+            request.context = dict(template.context)
+            template.signer.sign("Invoke", request)
+        except aws_errors.ClientError as error:
+            # Of STS, when a role is assumed.
+            return _refused(error)
+        except _CONFIG_ERRORS as error:
+            return Fault(400, type(error).__name__, str(error))
+        except aws_errors.BotoCoreError as error:
+            return Fault(0, type(error).__name__, str(error))
+        headers = dict(request.headers.items())
+        # Not signed, as proxies may change them.
+        headers |= {"Accept-Encoding": "identity", "Content-Length": str(len(payload))}
+        return Request(headers, payload)
+
+    def _no_reply(self, error: http_errors.HTTPError) -> Fault:
+        """In the words of boto3, which are what people look for."""
+        url = self._template.url
+        named: aws_errors.BotoCoreError
+        match error:
+            case http_errors.SSLError():
+                named = aws_errors.SSLError(endpoint_url=url, error=error)
+            case http_errors.NewConnectionError():
+                named = aws_errors.EndpointConnectionError(endpoint_url=url)
+            case http_errors.ProxyError():
+                named = aws_errors.ProxyConnectionError(proxy_url=mask_proxy_url(self._proxy))
+            case http_errors.ConnectTimeoutError():
+                named = aws_errors.ConnectTimeoutError(endpoint_url=url)
+            case http_errors.ReadTimeoutError():
+                named = aws_errors.ReadTimeoutError(endpoint_url=url)
+            case http_errors.ProtocolError():
+                named = aws_errors.ConnectionClosedError(endpoint_url=url)
+            case _:
+                named = aws_errors.HTTPClientError(error=error)
+        return Fault(0, type(named).__name__, str(named))
+
+
+def _template(client: Any, arguments: dict[str, Any]) -> _Template:
+    """Let boto3 make an invocation, up to where it would sign it."""
+    made: list[_Template] = []
+
+    def keep(request: AWSRequest, request_signer: Any, **_: Any) -> None:
+        headers = dict(request.headers.items())
+        # Else it would be added on the way, and signed as the signer makes it out.
+        headers["Host"] = urlsplit(request.url).netloc
+        made.append(_Template(request.url, headers, request.context, request_signer))
+        raise _NotSent
+
+    client.meta.events.register_first("before-sign.lambda.Invoke", keep)
+    try:
+        client.invoke(**arguments)
+    except _NotSent:
+        pass
+    finally:
+        client.meta.events.unregister("before-sign.lambda.Invoke", keep)
+    return made[0]
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a URL."""
+    proxy = get_environ_proxies(url).get(urlsplit(url).scheme)
+    if not proxy or "://" in proxy:
+        return proxy
+    return "http:" + proxy if proxy.startswith("//") else "http://" + proxy
+
+
+def _tls(url: str) -> ssl.SSLContext | None:
+    """What to trust, from where boto3 would take it."""
+    if urlsplit(url).scheme != "https":
+        return None
+    bundle = get_session().get_config_variable("ca_bundle")
+    context = create_urllib3_context()
+    context.load_verify_locations(
+        get_cert_path(bundle or os.environ.get("REQUESTS_CA_BUNDLE") or True)
+    )
+    return context
+
+
+def _answered(response: Response) -> Reply | Fault:
+    headers = response.headers
+    if response.status > 300:
+        parts = {
+            "status_code": response.status,
+            "headers": HeadersDict(headers),
+            "body": response.body,
+        }
+        parsed = create_parser("rest-json").parse(parts, None)
+        return _refused(aws_errors.ClientError(parsed, "Invoke"))
+    return Reply(
+        status_code=response.status,
+        payload=response.body,
+        function_error=headers.get("X-Amz-Function-Error"),
+        log_result=headers.get("X-Amz-Log-Result"),
+        executed_version=headers.get("X-Amz-Executed-Version"),
+        request_id=headers.get("x-amzn-RequestId"),
+    )
+
+
+def _refused(error: aws_errors.ClientError) -> Fault:
+    response: Any = error.response
+    metadata = response.get("ResponseMetadata", {})
+    details = response.get("Error", {})
+    try:
+        retry_after = float(metadata.get("HTTPHeaders", {}).get("retry-after", ""))
+    except ValueError:
+        retry_after = None
+    return Fault(
+        status_code=metadata.get("HTTPStatusCode", 0),
+        code=details.get("Code", "Unknown"),
+        message=details.get("Message") or str(error),
+        retry_after_secs=retry_after,
+        request_id=metadata.get("RequestId"),
+    )
+
+
+_CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"
+_INVALID = "the AWS credentials are not valid"
+_NETWORK = "check the network and --lambda_endpoint_url"
+_ADVICE = {
+    "ResourceNotFoundException": "check --function and --aws_region",
+    "AccessDeniedException": "the credentials need lambda:InvokeFunction on it",
+    "UnrecognizedClientException": _INVALID,
+    "InvalidSignatureException": _INVALID,
+    "InvalidClientTokenId": _INVALID,
+    "MissingAuthenticationTokenException": _INVALID,
+    "NoCredentialsError": _CREDENTIALS,
+    "PartialCredentialsError": _CREDENTIALS,
+    "NoRegionError": "set --aws_region, or AWS_REGION",
+    "ProfileNotFound": "check AWS_PROFILE",
+    "AccessDenied": "check --aws_role_arn and its trust policy",
+    "InvalidIdentityToken": "check the trust policy of --aws_role_arn: accounts.google.com",
+    "MetadataRetrievalError": "--aws_web_identity=google needs a machine of Google Cloud; from "
+    "elsewhere --preflight=false leaves the check out",
+    "EndpointConnectionError": _NETWORK,
+    "ConnectTimeoutError": _NETWORK,
+}
+
+
+def advice(config: FunctionConfig, code: str, message: str) -> str:
+    """One line for the user: which function, what AWS says, what to do."""
+    what = " ".join(message.split()).rstrip(".")
+    todo = f"; {_ADVICE[code]}" if code in _ADVICE else ""
+    return f"--function={config.function} cannot be invoked: {code}: {what}{todo}"

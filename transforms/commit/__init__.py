@@ -1,0 +1,1 @@
+"""Commit: how far everything is finished, made durable."""

@@ -1,0 +1,328 @@
+"""Registry: this process's client of a Confluent schema registry. No Beam.
+
+A registry that is out of reach is waited for: what cannot be asked now is no reason to give up a
+record. What only a person can mend (a refused login, a wrong setting) ends the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from transforms.decode.schemas import AVRO, PROTOBUF, SchemaText
+from transforms.errors import RegistryError, Stopped, UsageError
+from transforms.kafka.client import SCHEMA_REGISTRY_PREFIX, load_properties
+from transforms.per_process import per_process
+
+if TYPE_CHECKING:
+    # Imported where it is used: it takes a quarter of a second, and few runs have a registry.
+    from confluent_kafka.schema_registry import SchemaRegistryClient
+
+_LOGGER = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_TIMEOUT_SECS = 10.0
+_FIRST_DELAY_SECS, _LONGEST_DELAY_SECS = 0.2, 5.0
+_WARN_SECS = 10.0
+# A schema is there before the first record that names it, so one that is missing stays missing;
+# but another node of the registry may come to know of it a little later.
+_MISSING_SECS = 10.0
+_MISSING_IDS = 1_000
+# A registry that comes up may answer before it has loaded what it has to know. So for some time
+# after it was out of reach it is not believed that it knows something not.
+_SETTLE_SECS = 10.0
+
+MAX_ID = 2**31 - 1
+
+_NUMBERS = (
+    "timeout",
+    "max.retries",
+    "retries.wait.ms",
+    "retries.max.wait.ms",
+    "cache.capacity",
+    "cache.latest.ttl.sec",
+)
+_FLAGS = {"auto.register.schemas": True, "use.latest.version": False, "normalize.schemas": False}
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryConfig:
+    """Where the registry is. Holds the name of the settings file, never what is in it.
+
+    Attributes:
+        url: Its address; of several nodes of one registry, with commas between them.
+        config_file: Properties file that may hold its settings, or None.
+    """
+
+    url: str
+    config_file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySettings:
+    """What the properties file says of the registry.
+
+    Attributes:
+        client: Settings of confluent-kafka's client.
+        auto_register: Whether schemas of ours are registered when they are missing.
+        use_latest: Whether the newest schema of a subject is written in place of ours.
+        normalize: Whether the registry normalizes schemas before it compares them.
+    """
+
+    client: dict[str, Any]
+    auto_register: bool = True
+    use_latest: bool = False
+    normalize: bool = False
+
+
+def registry_settings(config: RegistryConfig) -> RegistrySettings:
+    """Read the settings.
+
+    Raises:
+        UsageError: With all that do not fit. Never shows a value.
+    """
+    properties = load_properties(config.config_file) if config.config_file else {}
+    prefix = SCHEMA_REGISTRY_PREFIX
+    given = {k[len(prefix) :]: v for k, v in properties.items() if k.startswith(prefix)}
+    problems = []
+    client: dict[str, Any] = {"timeout": _TIMEOUT_SECS, "max.retries": 0}
+    flags = dict(_FLAGS)
+    for name, value in given.items():
+        if name == "url":
+            problems.append(f"{prefix}url is set; use --schema_registry_url")
+        elif name == "basic.auth.credentials.source":
+            # A setting of Java clients; the first of its values is how it is here anyway.
+            if value != "USER_INFO":
+                problems.append(f"{prefix}{name} is not known; give {prefix}basic.auth.user.info")
+        elif name in flags:
+            if value.lower() not in ("true", "false"):
+                problems.append(f"{prefix}{name} is neither true nor false")
+            flags[name] = value.lower() == "true"
+        elif name in _NUMBERS:
+            try:
+                client[name] = float(value)
+            except ValueError:
+                problems.append(f"{prefix}{name} is not a number")
+        else:
+            client[name] = value
+            if name.startswith("ssl.") and name.endswith(".location") and not os.path.exists(value):
+                problems.append(f"{prefix}{name}={value} is not there")
+    if problems:
+        raise UsageError([f"--kafka_config_file={config.config_file}: {p}" for p in problems])
+    return RegistrySettings({"url": config.url, **client}, *flags.values())
+
+
+def make_client(config: RegistryConfig, settings: RegistrySettings) -> SchemaRegistryClient:
+    """confluent-kafka's client; asks nothing yet.
+
+    Raises:
+        UsageError: It refuses the settings.
+    """
+    from confluent_kafka.schema_registry import SchemaRegistryClient
+
+    try:
+        return SchemaRegistryClient(settings.client)
+    except (OSError, TypeError, ValueError) as error:
+        file = f"--kafka_config_file={config.config_file}" if config.config_file else "settings"
+        raise UsageError([f"{file}: {SCHEMA_REGISTRY_PREFIX}*: {error}"]) from None
+
+
+def check_settings(config: RegistryConfig) -> None:
+    """Whether a client can be made.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    make_client(config, registry_settings(config))
+
+
+class SchemaRegistry:
+    """Asks the registry, and waits for it while it is out of reach.
+
+    Args:
+        config: Where it is.
+        make: Makes the client; injected for tests, as are the next two.
+        timer: Monotonic seconds.
+        random: From 0 to 1.
+
+    Attributes:
+        stop: Once it is set nothing is waited for any more.
+    """
+
+    def __init__(
+        self,
+        config: RegistryConfig,
+        make: Callable[[RegistryConfig, RegistrySettings], SchemaRegistryClient] = make_client,
+        timer: Callable[[], float] = monotonic,
+        random: Callable[[], float] = random.random,
+    ) -> None:
+        self.stop = threading.Event()
+        self._url = config.url
+        self._settings = registry_settings(config)
+        self._client = make(config, self._settings)
+        self._timer = timer
+        self._random = random
+        self._missing: dict[int, float] = {}
+        self._failed_at = float("-inf")
+
+    def check(self) -> None:
+        """Ask for a schema once, without waiting.
+
+        Raises:
+            RegistryError: There is no answer, or none that a registry would give.
+        """
+        try:
+            self._fetch(MAX_ID)
+        except Exception as error:
+            if not _is_missing(error):
+                raise self._refused("a look-up", error) from None
+
+    def schema(self, id: int) -> SchemaText | None:
+        """The schema of an id, None if there is none.
+
+        Raises:
+            RegistryError: The registry refuses to say.
+            Stopped: It is out of reach, and the run is to end.
+        """
+        if id > MAX_ID or self._missing.get(id, 0.0) > self._timer():
+            return None
+        schema = self._ask(f"schema {id}", lambda: self._fetch(id))
+        if schema is None:
+            if len(self._missing) >= _MISSING_IDS:
+                self._missing.clear()
+            self._missing[id] = self._timer() + _MISSING_SECS
+        return schema
+
+    def subject_schema(self, subject: str, schema: str) -> tuple[int, str]:
+        """What to write records of a subject with: an id, and the Avro schema.
+
+        Registers the schema if it is missing and the settings do not say otherwise.
+
+        Args:
+            subject: ``<topic>-key`` or ``<topic>-value``.
+            schema: The Avro schema of what we write.
+
+        Raises:
+            RegistryError: The subject has no such schema and will not take it.
+            Stopped: The registry is out of reach, and the run is to end.
+        """
+        from confluent_kafka.schema_registry import Schema
+
+        client, settings = self._client, self._settings
+        ours = Schema(schema, AVRO)
+
+        def ask() -> tuple[int | None, str | None]:
+            if settings.use_latest:
+                latest = client.get_latest_version(subject)
+                return latest.schema_id, latest.schema.schema_str
+            if settings.auto_register:
+                return client.register_schema(subject, ours, settings.normalize), schema
+            return client.lookup_schema(subject, ours, settings.normalize).schema_id, schema
+
+        found = self._ask(f"subject {subject}", ask)
+        if found is None or found[0] is None or found[1] is None:
+            wanted = "a schema" if settings.use_latest else "the schema that is written"
+            raise RegistryError(
+                f"the schema registry at {self._url} has no subject {subject} with {wanted}; "
+                f"register it, or leave out auto.register.schemas and use.latest.version"
+            )
+        return found[0], found[1]
+
+    # -- asking ----------------------------------------------------------------------------
+
+    def _fetch(self, id: int) -> SchemaText:
+        # Its cache makes no difference between a schema's forms; what is fetched is kept by ours.
+        self._client.clear_caches()
+        schema = self._client.get_schema(id)
+        if schema.schema_type == PROTOBUF:
+            self._client.clear_caches()
+            schema = self._client.get_schema(id, fmt="serialized")
+        return self._with_references(schema)
+
+    def _with_references(self, schema: Any) -> SchemaText:
+        format = schema.schema_type or AVRO
+        form = "serialized" if format == PROTOBUF else None
+        references = []
+        for reference in schema.references or ():
+            found = self._client.get_version(reference.subject, reference.version, True, form)
+            references.append((reference.name, self._with_references(found.schema)))
+        return SchemaText(format, schema.schema_str or "", tuple(references))
+
+    def _ask(self, what: str, ask: Callable[[], T]) -> T | None:
+        """The answer, None for a 404; asks again until there is one."""
+        delay_secs, warned, failed = _FIRST_DELAY_SECS, float("-inf"), False
+        while True:
+            answer, why = None, None
+            try:
+                answer = ask()
+            except Exception as error:
+                why = self._why_not(what, error)
+            if why is None:
+                if failed:
+                    _LOGGER.warning("schema registry at %s: it answers again", self._url)
+                return answer
+            failed = True
+            if self._timer() - warned >= _WARN_SECS:
+                warned = self._timer()
+                _LOGGER.warning(
+                    "schema registry at %s: no answer for %s: %s; waiting for it, no record is "
+                    "given up",
+                    self._url,
+                    what,
+                    why,
+                )
+            if self.stop.wait(self._random() * delay_secs):
+                raise Stopped(
+                    f"the schema registry at {self._url} did not answer for {what} before the "
+                    f"run was told to stop: {why}"
+                )
+            delay_secs = min(2 * delay_secs, _LONGEST_DELAY_SECS)
+
+    def _why_not(self, what: str, error: Exception) -> str | None:
+        """Why there is no answer yet; None if the answer is that there is no such thing."""
+        if _is_missing(error):
+            if self._timer() - self._failed_at > _SETTLE_SECS:
+                return None
+        elif _is_transient(error):
+            self._failed_at = self._timer()
+        else:
+            raise self._refused(what, error) from None
+        return _reason(error)
+
+    def _refused(self, what: str, error: Exception) -> RegistryError:
+        return RegistryError(
+            f"--schema_registry_url={self._url} does not give {what}: {_reason(error)}; check the "
+            f"address, and {SCHEMA_REGISTRY_PREFIX}* in --kafka_config_file"
+        )
+
+
+def _is_missing(error: Exception) -> bool:
+    # The code says that it is the registry that speaks, and not a proxy in front of it.
+    code = getattr(error, "error_code", None) or 0
+    return getattr(error, "http_status_code", None) == 404 and code // 100 == 404
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether the registry may answer later: no connection, 5xx, too many requests."""
+    status = getattr(error, "http_status_code", None)
+    return status is None or status in (404, 408, 429) or status >= 500
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, as one line."""
+    status = getattr(error, "http_status_code", None)
+    text = getattr(error, "error_message", None) or str(error) or type(error).__name__
+    text = " ".join(text.split())[:200]
+    return f"{text} (HTTP {status})" if status else text
+
+
+def shared_registry(config: RegistryConfig) -> SchemaRegistry:
+    """This process's client of the registry."""
+    return per_process(SchemaRegistry, config)

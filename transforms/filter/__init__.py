@@ -1,0 +1,1 @@
+"""Filter: which records reach the function. The rules know neither Beam nor a source."""

@@ -1,0 +1,1 @@
+"""Invoke: ordered calls, and what their outcomes mean. The call itself is in `transforms.aws`."""

@@ -1,0 +1,36 @@
+"""Client context: which records a call holds, and why they are sent again, for the function. Pure.
+
+The function finds it in its context, so that it can recognize what it has seen before. Lambda
+takes 3583 bytes, as base64.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+
+import orjson
+
+from transforms.invoke.retry import Call
+from transforms.records import Batch
+
+MAX_BYTES = 3583
+# A function may give its errors any name; this much of it, escaped, always fits.
+_REASON_CHARACTERS = 256
+
+
+def client_context(batch: Batch, call: Call) -> str:
+    """The value of Lambda's `ClientContext`: base64 of ``{"custom": {...}}``.
+
+    All fields are strings: runtimes of typed languages read nothing else, and Go's refuses the
+    invocation.
+    """
+    offsets = batch.records.offsets
+    custom = {
+        "topic": batch.topic,
+        "partition": str(batch.partition),
+        "first_offset": str(offsets[call.low]),
+        "next_offset": str(offsets[call.high - 1] + 1),
+        "attempt": str(call.attempt),
+        "reason": call.reason[:_REASON_CHARACTERS].encode(errors="replace").decode(),
+    }
+    return b64encode(orjson.dumps({"custom": custom})).decode()

@@ -1,0 +1,641 @@
+"""Invoker: an ordered asynchronous call. One per worker process, shared by all DoFn instances.
+
+Each lane of a partition has a queue that is worked strictly in order, one call at a time; different
+lanes and partitions run side by side, as many as `transforms.invoke.concurrency` allows, and take
+turns if there are more. A lane that waits (backoff, throttle, open breaker) holds no thread. While
+a lane's call runs, the thread that made it prepares the next one, and sends that as soon as the
+reply is dealt with (docs/adr/0002-ordered-asynchronous-call.md). Knows neither Beam nor boto3: the
+call is injected.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from transforms.invoke.breaker import Begun, Breaker, BreakerPolicy
+from transforms.invoke.concurrency import ConcurrencyLimit
+from transforms.invoke.outcome import Outcome
+from transforms.invoke.retry import Call, Delivery, RetryPolicy, Step, Wait
+from transforms.records import Batch, Finished, LaneKey, PartitionKey
+
+_LOGGER = logging.getLogger(__name__)
+
+Request = Any
+"""A call that is ready to be sent, as the function that prepares it makes it."""
+
+PrepareFunction = Callable[[Batch, Call], Request | None]
+"""Gets a call ready to be sent, ahead of its turn; None if it cannot be, and it may raise: then the
+call is made without. Calls may be prepared and never made."""
+
+CallFunction = Callable[[Batch, Call, Request | None, Callable[[], None]], Outcome]
+"""Makes a call, by what was prepared for it if there is something. What it is given last it runs
+once, if it can, between sending and waiting for the reply."""
+
+_Begun = tuple[int, Begun]
+"""What limit and breaker need to know of a call when it has ended."""
+
+# A prepared request is signed, and a signature is good for some minutes only.
+_PREPARED_SECS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """The first call of a batch, ready to be sent."""
+
+    batch: Batch
+    request: Request
+    since: tuple[float, float]
+    """By the clock, and by the timer, which stands still while a machine is suspended."""
+
+
+@dataclass(slots=True, eq=False)
+class _Partition:
+    """The lanes of a partition, which stop together."""
+
+    lanes: dict[int, _Queue] = field(default_factory=dict)
+    halted: Finished | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Queue:
+    """One lane: what is waiting, what is being worked on, and where it stands."""
+
+    key: LaneKey
+    partition: _Partition
+    batches: deque[Batch] = field(default_factory=deque)
+    delivery: Delivery | None = None
+    steps: Generator[Step, Outcome | None, None] | None = None
+    prepared: _Prepared | None = None
+    scheduled: bool = False
+    abandoned: bool = False
+    records: int = 0
+    bytes: int = 0
+    waiting: bool = False
+    called: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """A partition's queues, taken together, as the outside may see them.
+
+    Attributes:
+        batches: Batches not yet finished, those being worked on included.
+        records: Records in them.
+        bytes: Bytes of their payloads.
+        halted: Whether a failure stopped the partition.
+        waiting: Whether one of its lanes is backing off right now, or waits for the breaker.
+    """
+
+    batches: int = 0
+    records: int = 0
+    bytes: int = 0
+    halted: bool = False
+    waiting: bool = False
+
+
+def always(_: LaneKey) -> bool:
+    """Every key belongs to a process that has all of them."""
+    return True
+
+
+class Invoker:
+    """Works the queues of all partitions of a process.
+
+    Args:
+        prepare: Gets a call ready to be sent.
+        call: Invokes the function with a part of a batch and classifies what came back; any
+            exception that this raises is taken for a bug and ends the run.
+        policy: When to repeat, split and give up.
+        max_concurrency: Calls at once, at most.
+        clock: Seconds since the epoch, for record age.
+        random: Uniform in [0, 1), for jitter.
+        timer: Monotonic seconds, for waits.
+        min_concurrency: Calls at once that are allowed however often they are throttled.
+        breaker: When to stop calling for a while instead of giving records up.
+        may_begin: Asked before each call whether its lane still belongs to this process;
+            if not, its queue is abandoned.
+    """
+
+    def __init__(
+        self,
+        prepare: PrepareFunction,
+        call: CallFunction,
+        policy: RetryPolicy,
+        max_concurrency: int,
+        clock: Callable[[], float],
+        random: Callable[[], float],
+        timer: Callable[[], float] = monotonic,
+        min_concurrency: int = 1,
+        breaker: BreakerPolicy = BreakerPolicy(),
+        may_begin: Callable[[LaneKey], bool] = always,
+    ) -> None:
+        self._call = call
+        self._prepare = prepare
+        self._policy = policy
+        self._max_concurrency = max_concurrency
+        self._limit = ConcurrencyLimit(min_concurrency, max_concurrency)
+        self._breaker_policy = breaker
+        self._breaker = Breaker(breaker, policy.halt)
+        self._clock = clock
+        self._random = random
+        self._timer = timer
+        self._may_begin = may_begin
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        # The same lock, for the threads: one of them is woken for one task, not all.
+        self._task = threading.Condition(lock)
+        self._partitions: dict[PartitionKey, _Partition] = {}
+        self._ready: deque[_Queue] = deque()
+        self._waits: list[tuple[float, int, _Queue]] = []
+        self._held: list[_Queue] = []
+        self._order = itertools.count()
+        self._finished: list[Finished] = []
+        self._finished_records = 0
+        self._finished_since: float | None = None
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._working = 0
+        self._in_flight = 0
+        self._in_flight_max = 0
+        self._stopping = False
+        self._broken: BaseException | Outcome | None = None
+
+    # -- handing over and collecting ------------------------------------------------------
+
+    def submit(self, batches: Iterable[Batch]) -> None:
+        """Append batches to their lanes' queues. Never blocks; see `queue` for room."""
+        with self._changed:
+            for batch in batches:
+                partition = self._partitions.setdefault(batch.key, _Partition())
+                if partition.halted or self._stopping:
+                    continue
+                queue = partition.lanes.setdefault(batch.lane, _Queue(batch.lane_key, partition))
+                queue.batches.append(batch)
+                records, size = _size(batch)
+                queue.records += records
+                queue.bytes += size
+                self._schedule(queue)
+
+    def collect(self) -> list[Finished]:
+        """Take everything that has finished since the last call, in order per lane."""
+        with self._changed:
+            finished, self._finished = self._finished, []
+            self._finished_records = 0
+            self._finished_since = None
+            return finished
+
+    def abandon(self, key: LaneKey) -> None:
+        """Forget a lane: what has not begun never does, what is running counts for nothing.
+
+        What is submitted for it afterwards begins once the call that is running has ended. A
+        halt of its partition is forgotten too.
+        """
+        topic, partition_number, lane = key
+        with self._changed:
+            partition = self._partitions.get((topic, partition_number))
+            if partition:
+                partition.halted = None
+                if lane in partition.lanes:
+                    self._abandon(partition.lanes[lane])
+            self._finished = [finished for finished in self._finished if finished.lane_key != key]
+
+    def _abandon(self, queue: _Queue) -> None:
+        queue.batches.clear()
+        queue.records = queue.bytes = 0
+        if queue.delivery:
+            queue.abandoned = True
+            queue.records, queue.bytes = _size(queue.delivery.batch)
+        elif queue in self._ready:
+            self._ready.remove(queue)
+            queue.scheduled = False
+        queue.prepared = None
+
+    def wait(self, done: Callable[[Invoker], bool], timeout_secs: float) -> bool:
+        """Block until `done`, asked after every change, or the time is over; says which."""
+        with self._changed:
+            return self._changed.wait_for(lambda: done(self), timeout_secs)
+
+    # -- what can be seen -----------------------------------------------------------------
+
+    def queue(self, key: PartitionKey) -> QueueView:
+        """How one partition stands."""
+        with self._changed:
+            partition = self._partitions.get(key)
+            return _view(partition) if partition else QueueView()
+
+    @property
+    def pending_batches(self) -> int:
+        """Batches handed over and not finished, those that a halt dropped left out."""
+        with self._changed:
+            return sum(_view(partition).batches for partition in self._partitions.values())
+
+    @property
+    def finished_records(self) -> int:
+        """Records that are finished and not yet collected."""
+        return self._finished_records
+
+    @property
+    def finished_age_secs(self) -> float:
+        """How long the oldest finished batch has waited to be collected; 0 if there is none."""
+        since = self._finished_since
+        return 0.0 if since is None else self._timer() - since
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether there is anything to collect."""
+        return bool(self._finished)
+
+    @property
+    def halted(self) -> list[Finished]:
+        """The batches that stopped their partitions, one of each."""
+        with self._changed:
+            return [each.halted for each in self._partitions.values() if each.halted]
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that are running right now."""
+        return self._in_flight
+
+    @property
+    def in_flight_max(self) -> int:
+        """The most calls that have been running at once."""
+        return self._in_flight_max
+
+    @property
+    def limit(self) -> int:
+        """Calls that may run at once, as things are now."""
+        return self._limit.allowed
+
+    @property
+    def breaker_open(self) -> bool:
+        """Whether no calls are made, but for a probe now and then."""
+        return self._breaker.is_open
+
+    @property
+    def breaker_openings(self) -> int:
+        """How often the breaker has opened."""
+        return self._breaker.openings
+
+    @property
+    def broken(self) -> BaseException | Outcome | None:
+        """What stopped all work: a configuration outcome, or an exception of ours."""
+        return self._broken
+
+    # -- ending ---------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Begin no further call. Running calls end; what they finish can be collected."""
+        with self._changed:
+            self._stopping = True
+            self._task.notify_all()
+            self._changed.notify_all()
+
+    def join(self, timeout_secs: float) -> bool:
+        """After `stop`: wait until no call is running. False if the time was over first."""
+        deadline = self._timer() + timeout_secs
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - self._timer()))
+        with self._changed:
+            # What was waiting is left where it stands, with the records it has done.
+            for queue in [*self._ready, *self._held, *(wait[2] for wait in self._waits)]:
+                if queue.delivery:
+                    queue.waiting = False
+                    self._finish(queue, queue.delivery)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    @property
+    def _ending(self) -> bool:
+        """Whether no further call may begin."""
+        return self._stopping or self._broken is not None
+
+    def _queues(self) -> list[_Queue]:
+        return [queue for each in self._partitions.values() for queue in each.lanes.values()]
+
+    # -- the threads ----------------------------------------------------------------------
+
+    def _schedule(self, queue: _Queue) -> None:
+        """Put a queue that has work in line, once. Holds the lock."""
+        if queue.batches and not queue.scheduled:
+            queue.scheduled = True
+            self._ready.append(queue)
+            self._wake()
+
+    def _wake(self) -> None:
+        """See to it that somebody takes what was put in line. Holds the lock."""
+        if self._idle:
+            self._task.notify()
+        elif len(self._threads) < self._max_concurrency and not self._stopping:
+            name = f"invoke-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        try:
+            queue = self._next()
+            while queue:
+                queue = self._advance(queue) or self._next()
+        except BaseException as error:
+            _LOGGER.debug("invoke thread failed", exc_info=True)
+            with self._changed:
+                self._break(error)
+
+    def _next(self, wait: bool = True) -> _Queue | None:
+        """A queue to work on, waited for; None when no more work may begin."""
+        with self._changed:
+            while not self._ending:
+                now = self._timer()
+                due = self._line_up(now)
+                if self._ready and self._working < self._limit.allowed:
+                    queue = self._ready.popleft()
+                    if queue.delivery is None and not queue.batches:
+                        # It was abandoned while it stood in line.
+                        queue.scheduled = False
+                        continue
+                    self._working += 1
+                    if queue.delivery is None:
+                        self._start(queue)
+                    # Who put it in line may have woken one thread only, for more than one queue;
+                    # and somebody else has to be there now when the next wait is over.
+                    more = self._ready and self._working < self._limit.allowed
+                    if more or due < math.inf:
+                        self._wake()
+                    return queue
+                if not wait:
+                    break
+                self._idle += 1
+                self._task.wait(due - now if due < math.inf else None)
+                self._idle -= 1
+            return None
+
+    def _line_up(self, now: float) -> float:
+        """Put what need not wait any longer in line; when to look again. Holds the lock."""
+        while self._waits and self._waits[0][0] <= now:
+            queue = heapq.heappop(self._waits)[2]
+            queue.waiting = False
+            self._ready.append(queue)
+        if self._breaker.lets_through(now):
+            # Who has called least recently is first, so that not only the same one probes.
+            for queue in sorted(self._held, key=lambda queue: queue.called):
+                queue.waiting = False
+                self._ready.append(queue)
+            self._held.clear()
+        due = self._waits[0][0] if self._waits else math.inf
+        return min(due, self._breaker.probe_at) if self._held else due
+
+    def _start(self, queue: _Queue) -> None:
+        """Begin with a queue's next batch. Holds the lock."""
+        batch = queue.batches.popleft()
+        queue.delivery = Delivery(batch, self._policy, self._clock, self._random)
+        queue.steps = queue.delivery.steps()
+
+    def _advance(self, queue: _Queue) -> _Queue | None:
+        """Do what the steps of a queue's head say until it is finished or has to wait.
+
+        Returns the queue to go on with, if there is one: mostly the same, without anybody else
+        having been woken for it.
+        """
+        delivery, steps = queue.delivery, queue.steps
+        assert delivery and steps
+        # A call that it was put aside with was not made: it may be too late for it by now.
+        step = next(steps, None)
+        while isinstance(step, Call):
+            with self._changed:
+                # Asked here and not before: whoever halts the partition must find the queue either
+                # put aside, or at a call that has begun.
+                if not self._goes_on(queue):
+                    break
+                if not self._may_begin(queue.key):
+                    self._abandon(queue)
+                    break
+                if self._put_aside(queue):
+                    return None
+                begun = self._begin()
+                queue.called = next(self._order)
+            step = _send(steps, self._invoke(queue, delivery, step, begun))
+        with self._changed:
+            self._working -= 1
+            if isinstance(step, Wait) and self._goes_on(queue):
+                self._put_off(queue, step.secs)
+                return None
+            steps.close()
+            self._finish(queue, delivery)
+            return self._next(wait=False)
+
+    def _goes_on(self, queue: _Queue) -> bool:
+        return not (self._ending or queue.partition.halted or queue.abandoned)
+
+    def _put_aside(self, queue: _Queue) -> bool:
+        """Whether a queue's next call must not begin now; then somebody takes it up later."""
+        if not self._breaker.lets_through(self._timer()):
+            self._working -= 1
+            self._put_off(queue)
+            return True
+        if self._working > self._limit.allowed:
+            self._working -= 1
+            self._ready.append(queue)
+            return True
+        return False
+
+    def _put_off(self, queue: _Queue, secs: float = 0.0) -> None:
+        """Have a queue wait, for so long or for the breaker. Holds the lock."""
+        # What is behind a call that is repeated would wait too long.
+        queue.prepared = None
+        queue.waiting = True
+        now = self._timer()
+        if self._breaker.lets_through(now):
+            heapq.heappush(self._waits, (now + secs, next(self._order), queue))
+        else:
+            self._held.append(queue)
+        # Somebody has to wait no longer than until then.
+        self._task.notify()
+        self._changed.notify_all()
+
+    def _begin(self) -> _Begun:
+        """A call begins. Holds the lock."""
+        self._in_flight += 1
+        self._in_flight_max = max(self._in_flight_max, self._in_flight)
+        return self._limit.begin(), self._breaker.begin()
+
+    def _invoke(self, queue: _Queue, delivery: Delivery, call: Call, begun: _Begun) -> Outcome:
+        batch = delivery.batch
+        started = self._timer()
+        prepared, queue.prepared = queue.prepared, None
+        fits = prepared and prepared.batch is batch and call == _first_call(batch)
+        request = prepared.request if prepared and fits else None
+        if prepared and self._is_old(prepared):
+            request = None
+        try:
+            outcome = self._call(batch, call, request, partial(self._prepare_next, queue))
+        except BaseException:
+            with self._changed:
+                self._in_flight -= 1
+            raise
+        delivery.finished.stats.invoke_ms += round((self._timer() - started) * 1000)
+        return self._ended(batch, call, outcome, begun)
+
+    def _prepare_next(self, queue: _Queue) -> None:
+        """While the call for a queue's head is under way, prepare the one behind it."""
+        with self._changed:
+            # In a crowd others have their turn first, and it would be too old by then.
+            crowd = self._working + len(self._ready) > self._limit.allowed
+            if crowd or self._ending or not queue.batches:
+                return
+            batch = queue.batches[0]
+        if not len(batch) or batch.rejection:
+            # It is finished without a call.
+            return
+        since = self._clock(), self._timer()
+        try:
+            request = self._prepare(batch, _first_call(batch))
+        except Exception:
+            # The reply that is under way has nothing to do with it. If it is still so when the
+            # batch has its turn, it is raised there.
+            _LOGGER.debug("not prepared ahead", exc_info=True)
+            return
+        if request is not None:
+            queue.prepared = _Prepared(batch, request, since)
+
+    def _is_old(self, prepared: _Prepared) -> bool:
+        clock, timer = prepared.since
+        # A clock that was put back has signed for a time to come.
+        return max(abs(self._clock() - clock), self._timer() - timer) > _PREPARED_SECS
+
+    def _ended(self, batch: Batch, call: Call, outcome: Outcome, begun: _Begun) -> Outcome:
+        """A call has ended. Its outcome, with what the breaker makes of it."""
+        limit, breaker = begun
+        # Lanes of one partition may have batches over the same range, but not with the same record.
+        which = (batch.key, batch.records.offsets[0])
+        kind = outcome.of_function(len(call))
+        with self._changed:
+            now = self._timer()
+            held_back = bool(self._ready) and self._working >= self._limit.allowed
+            self._limit.end(limit, kind, self._in_flight, held_back)
+            self._in_flight -= 1
+            was_open = self._breaker.is_open
+            spared = self._breaker.end(breaker, which, kind, now)
+            if was_open and not self._breaker.is_open:
+                self._line_up(now)
+            if self._ready and self._working < self._limit.allowed:
+                self._wake()
+            turned = was_open != self._breaker.is_open
+        if turned:
+            self._tell(outcome, opened=not was_open)
+        return replace(outcome, spared=True) if spared else outcome
+
+    def _tell(self, outcome: Outcome, opened: bool) -> None:
+        """Say that the breaker has opened or closed."""
+        policy = self._breaker_policy
+        if not opened:
+            _LOGGER.info("breaker closed: an invocation succeeded")
+            return
+        _LOGGER.warning(
+            "breaker open: %g %% or more of the last %d invocations failed, now with %s; no "
+            "records are given up, and one invocation each %g s tries whether it is over",
+            policy.failure_rate * 100,
+            policy.invocations,
+            outcome.error_type,
+            policy.wait_secs,
+        )
+
+    def _finish(self, queue: _Queue, delivery: Delivery) -> None:
+        """The head is done, halted, or abandoned. Holds the lock."""
+        batch, finished = delivery.batch, delivery.finished
+        queue.delivery = queue.steps = None
+        queue.scheduled = False
+        records, size = _size(batch)
+        queue.records -= records
+        queue.bytes -= size
+        if queue.abandoned:
+            queue.abandoned = False
+            self._pass_on(queue)
+            self._changed.notify_all()
+            return
+        self._finished.append(finished)
+        self._finished_records += sum(map(len, finished.parts))
+        if self._finished_since is None:
+            self._finished_since = self._timer()
+        if delivery.config_error:
+            self._break(delivery.config_error)
+        elif finished.halted or queue.partition.halted:
+            self._halt(queue.partition, finished)
+        else:
+            self._pass_on(queue)
+        self._changed.notify_all()
+
+    def _pass_on(self, queue: _Queue) -> None:
+        """Put a queue in line again; who was at it takes what is first, so nobody is woken."""
+        if queue.batches:
+            queue.scheduled = True
+            self._ready.append(queue)
+
+    def _halt(self, partition: _Partition, finished: Finished) -> None:
+        """Begin no further call in any lane; what runs ends. Holds the lock."""
+        if partition.halted:
+            # Of failures that ended side by side, the first one in the log is what stands there.
+            if finished.halted and _failed_at(finished) < _failed_at(partition.halted):
+                partition.halted = finished
+            return
+        partition.halted = finished
+        queues = partition.lanes.values()
+        idle = [queue for queue in self._ready if queue in queues]
+        idle += [queue for queue in queues if queue.waiting]
+        self._ready = deque(queue for queue in self._ready if queue not in idle)
+        self._held = [queue for queue in self._held if queue not in idle]
+        self._waits = [wait for wait in self._waits if wait[2] not in idle]
+        heapq.heapify(self._waits)
+        for queue in queues:
+            queue.batches.clear()
+            queue.prepared = None
+            queue.records, queue.bytes = _size(queue.delivery.batch) if queue.delivery else (0, 0)
+        for queue in idle:
+            queue.scheduled = queue.waiting = False
+            if queue.delivery:
+                self._finish(queue, queue.delivery)
+
+    def _break(self, why: BaseException | Outcome) -> None:
+        """Stop everything; the lock is held."""
+        self._broken = self._broken or why
+        self._task.notify_all()
+        self._changed.notify_all()
+
+
+def _first_call(batch: Batch) -> Call:
+    return Call(0, len(batch), 1, "")
+
+
+def _send(steps: Generator[Step, Outcome | None, None], outcome: Outcome) -> Step | None:
+    try:
+        return steps.send(outcome)
+    except StopIteration:
+        return None
+
+
+def _failed_at(finished: Finished) -> int:
+    assert finished.halted
+    return finished.halted.records.offsets[0]
+
+
+def _size(batch: Batch) -> tuple[int, int]:
+    return len(batch), batch.payload_bytes
+
+
+def _view(partition: _Partition) -> QueueView:
+    lanes = partition.lanes.values()
+    return QueueView(
+        batches=sum(len(queue.batches) + (queue.delivery is not None) for queue in lanes),
+        records=sum(queue.records for queue in lanes),
+        bytes=sum(queue.bytes for queue in lanes),
+        halted=partition.halted is not None,
+        waiting=any(queue.waiting for queue in lanes),
+    )

@@ -1,0 +1,1 @@
+"""Kafka: clients, offsets, messages, fetching and committing. No step, and no other source."""

@@ -1,0 +1,222 @@
+"""Source: which partitions there are, where to begin with each, and where they end. No Beam."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from time import monotonic, sleep
+
+from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from transforms.errors import KafkaError
+from transforms.kafka.client import (
+    NO_COORDINATOR,
+    ErrorLog,
+    KafkaConfig,
+    client_settings,
+    describe,
+    partitions_of,
+    reason,
+)
+from transforms.records import PartitionKey
+
+_LOGGER = logging.getLogger(__name__)
+
+_TIMEOUT_SECS = 15.0
+LOOK_SECS = 3.0
+TRIM_HORIZON, LATEST, AT_TIMESTAMP = "TRIM_HORIZON", "LATEST", "AT_TIMESTAMP"
+
+_NO_OFFSET = -1001  # what librdkafka reports for a group without a committed offset
+_INTERNAL = "__"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceConfig:
+    """What to read.
+
+    Attributes:
+        kafka: The cluster and the group.
+        topics: Topics by name, or empty with a regex.
+        topics_regex: Regex for whole topic names, or None.
+        starting_position: For partitions without a committed offset.
+        starting_timestamp_ms: With AT_TIMESTAMP.
+    """
+
+    kafka: KafkaConfig
+    topics: tuple[str, ...]
+    topics_regex: str | None = None
+    starting_position: str = TRIM_HORIZON
+    starting_timestamp_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where to begin with a partition.
+
+    Attributes:
+        offset: Its first offset to read.
+        resolved: Whether it came from the starting position.
+        note: What was committed together with the offset.
+        end: The partition's next offset.
+    """
+
+    offset: int
+    resolved: bool
+    note: str = ""
+    end: int = 0
+
+
+def choose_start(
+    committed: int | None, low: int, high: int, wanted: int
+) -> tuple[Start, str | None]:
+    """Where to begin, and what to warn of. Pure.
+
+    Args:
+        committed: The group's committed offset, None if there is none.
+        low: First offset that exists.
+        high: The next offset to be written.
+        wanted: What the starting position comes to.
+    """
+    if committed is None:
+        return Start(wanted, resolved=True), None
+    if committed < low:
+        lost = f"{low - committed} offsets after the committed {committed} were deleted by the "
+        return Start(low, resolved=False), lost + f"topic's retention; going on at {low}"
+    if committed > high:
+        again = f"the committed offset {committed} is behind the topic's end {high}: the topic was "
+        return Start(wanted, resolved=True), again + f"made anew; going on at {wanted}"
+    return Start(committed, resolved=False), None
+
+
+class SourceOffsets:
+    """Asks Kafka about the source's partitions.
+
+    Args:
+        config: The group, the topics and the starting position.
+        consumer: A consumer of the group that is not subscribed.
+    """
+
+    def __init__(self, config: SourceConfig, consumer: Consumer) -> None:
+        self._config = config
+        self._kafka = config.kafka
+        self._consumer = consumer
+        self._pattern = re.compile(config.topics_regex) if config.topics_regex else None
+
+    def partitions(self, timeout_secs: float = _TIMEOUT_SECS) -> list[PartitionKey]:
+        """All partitions of the topics that exist.
+
+        Args:
+            timeout_secs: How long to wait for the brokers.
+
+        Raises:
+            KafkaError: The brokers cannot be reached.
+        """
+        try:
+            metadata = self._consumer.list_topics(timeout=timeout_secs)
+        except KafkaException as error:
+            if not self._consumer.assignment():
+                # Hands over what the connections said; once assigned, it could take a record.
+                self._consumer.poll(0)
+            raise KafkaError(
+                f"{describe(self._kafka)} cannot be reached: {ErrorLog.last or reason(error)}; "
+                f"check --kafka_bootstrap_servers and --kafka_config_file"
+            ) from None
+        topics: Iterable[str] = self._config.topics
+        if self._pattern:
+            topics = sorted(
+                name
+                for name in metadata.topics
+                if self._pattern.fullmatch(name) and not name.startswith(_INTERNAL)
+            )
+        return partitions_of(metadata, topics)
+
+    def starts(self, keys: list[PartitionKey], at_start: bool) -> dict[PartitionKey, Start]:
+        """Where to begin with partitions.
+
+        Args:
+            keys: The partitions.
+            at_start: False for partitions found later: all their records came after the
+                start, so they begin at their first one whatever the starting position.
+        """
+        known = self.committed(keys)
+        committed = {key: offset for key, (offset, _) in known.items()}
+        ranges = {key: self.range(key) for key in keys}
+        wanted = {key: low for key, (low, _) in ranges.items()}
+        if at_start and self._config.starting_position == LATEST:
+            wanted = {key: high for key, (_, high) in ranges.items()}
+        elif at_start and self._config.starting_position == AT_TIMESTAMP:
+            wanted = self._at_timestamp(ranges)
+        starts = {}
+        for key in keys:
+            low, high = ranges[key]
+            if committed.get(key, 0) > high:
+                # An open transaction hides what is behind it; is the topic's end behind it too?
+                high = self._written_end(key)
+            start, warning = choose_start(committed.get(key), low, high, wanted[key])
+            if warning:
+                _LOGGER.warning("%s-%d: %s", *key, warning)
+            if start.offset == committed.get(key):
+                start = replace(start, note=known[key][1], end=high)
+            starts[key] = start
+        return starts
+
+    def range(self, key: PartitionKey) -> tuple[int, int]:
+        """A partition's first offset and its next one, asked of the broker."""
+        try:
+            low, high = self._consumer.get_watermark_offsets(
+                TopicPartition(*key), timeout=_TIMEOUT_SECS
+            )
+        except KafkaException as error:
+            raise self._failed("offsets of " + "-".join(map(str, key)), error) from None
+        return low, high
+
+    def _written_end(self, key: PartitionKey) -> int:
+        """A partition's end, records of open transactions included."""
+        admin = AdminClient(client_settings(self._kafka))
+        request = {TopicPartition(*key): OffsetSpec.latest()}
+        try:
+            found = admin.list_offsets(request, isolation_level=IsolationLevel.READ_UNCOMMITTED)
+            return int(next(iter(found.values())).result(_TIMEOUT_SECS).offset)
+        except KafkaException as error:
+            raise self._failed("offsets of " + "-".join(map(str, key)), error) from None
+
+    def committed(self, keys: list[PartitionKey]) -> dict[PartitionKey, tuple[int, str]]:
+        """The group's committed offsets, where there are any, and the metadata kept with them."""
+        partitions = [TopicPartition(*key) for key in keys]
+        deadline = monotonic() + _TIMEOUT_SECS
+        while True:
+            try:
+                offsets = self._consumer.committed(partitions, timeout=_TIMEOUT_SECS)
+                break
+            except KafkaException as error:
+                # A broker that has just begun knows no coordinator for the group yet.
+                if error.args[0].code() not in NO_COORDINATOR or monotonic() > deadline:
+                    group = f"committed offsets of group {self._kafka.group}"
+                    raise self._failed(group, error) from None
+                sleep(0.2)
+        return {
+            (o.topic, o.partition): (o.offset, o.metadata or "")
+            for o in offsets
+            if o.offset > _NO_OFFSET
+        }
+
+    def _at_timestamp(self, ranges: dict[PartitionKey, tuple[int, int]]) -> dict[PartitionKey, int]:
+        timestamp = self._config.starting_timestamp_ms
+        assert timestamp is not None
+        try:
+            found = self._consumer.offsets_for_times(
+                [TopicPartition(*key, timestamp) for key in ranges], timeout=_TIMEOUT_SECS
+            )
+        except KafkaException as error:
+            raise self._failed("offsets by timestamp", error) from None
+        # Nothing that young: the partition begins with whatever comes next.
+        return {
+            (o.topic, o.partition): o.offset if o.offset >= 0 else ranges[o.topic, o.partition][1]
+            for o in found
+        }
+
+    def _failed(self, what: str, error: KafkaException) -> KafkaError:
+        return KafkaError(f"{describe(self._kafka)}: {what} cannot be read: {reason(error)}")

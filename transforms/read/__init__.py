@@ -1,0 +1,1 @@
+"""Read: what a source is, and how its records come into a run, in rounds or as a stream."""

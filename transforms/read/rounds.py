@@ -1,0 +1,540 @@
+"""Read: a Round of the process's reader -> RecordChunk. The bounded reader of one process's rounds.
+
+One consumer per process reads all partitions and outlives the rounds, so it fetches ahead while
+a round runs. It is assigned, never subscribed. What it has and a round does not take (no room, or
+a batch that is not due yet) stays with it, unread as far as the pipeline is concerned.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
+from time import monotonic
+from typing import Any, TypeVar
+
+import apache_beam as beam
+from apache_beam import coders
+from confluent_kafka import (
+    TIMESTAMP_LOG_APPEND_TIME,
+    TIMESTAMP_NOT_AVAILABLE,
+    Consumer,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+from confluent_kafka import KafkaError as ErrorCode
+
+from transforms.batch.key import Lanes
+from transforms.coding import SizedPickleCoder
+from transforms.errors import KafkaError
+from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
+from transforms.per_process import per_process
+from transforms.records import NO_TIMESTAMP, LaneKey, PartitionKey, RecordChunk, Records
+
+_LOGGER = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_POLL_RECORDS = 500
+# Large, since what Beam does for an element costs as much as a hundred records do.
+_CHUNK_RECORDS = 10_000
+
+# Fetched ahead, for all partitions together. The backoff is what librdkafka waits after that
+# is full; its default of a second would leave a fast pipeline with nothing to do.
+_PREFETCH = {
+    "queued.max.messages.kbytes": 16_384,
+    "queued.min.messages": 50_000,
+    "fetch.queue.backoff.ms": 20,
+}
+
+_FATAL = {
+    ErrorCode.TOPIC_AUTHORIZATION_FAILED: "the credentials may not read it",
+    ErrorCode.UNKNOWN_TOPIC_OR_PART: "it is gone",
+    ErrorCode._UNKNOWN_TOPIC: "it is gone",
+    ErrorCode._UNKNOWN_PARTITION: "it is gone",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadConfig:
+    """How records are read.
+
+    Attributes:
+        kafka: The cluster and the group.
+        batch_size: Records per batch: chunks are cut so that batches come out whole.
+        batch_bytes: Bytes at which records are due without a full batch.
+        batch_window_secs: How long a record may wait for its batch to fill.
+        lanes: How a partition's records are divided; each lane's batches are to come out whole.
+    """
+
+    kafka: KafkaConfig
+    batch_size: int = 100
+    batch_bytes: int = 6_291_455
+    batch_window_secs: float = 0.5
+    lanes: Lanes = Lanes()
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much of a partition a round may take."""
+
+    topic: str
+    partition: int
+    records: int
+    bytes: int
+
+    @property
+    def key(self) -> PartitionKey:
+        return (self.topic, self.partition)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round's reading.
+
+    Attributes:
+        rooms: Per partition what may be taken; partitions not named are left alone.
+        records: Limit for all partitions together.
+        bytes: Limit for all partitions together.
+        flush: Take incomplete batches too, once a partition has nothing more.
+    """
+
+    rooms: tuple[Room, ...]
+    records: int
+    bytes: int
+    flush: bool = False
+
+
+_NOTHING = Round((), 0, 0)
+
+
+def releasable(
+    records: int, bytes: int, waited_secs: float, ended: bool, config: ReadConfig
+) -> int:
+    """How many of a lane's waiting records may be batched now.
+
+    Whole batches always; the rest when it is due (window over, enough bytes) or nothing more
+    will come (`ended`).
+    """
+    due = ended or waited_secs >= config.batch_window_secs or bytes >= config.batch_bytes
+    return records if due else records - records % config.batch_size
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What the reader holds of one lane of a partition."""
+
+    number: int
+    start: int
+    messages: list[Message] = field(default_factory=list)
+    bytes: int = 0
+    since: float = 0.0
+
+
+@dataclass(slots=True)
+class _Partition:
+    """What the reader holds of one partition."""
+
+    key: PartitionKey
+    lanes: list[_Lane]
+    next_offset: int
+    at_end: bool = False
+    paused: bool = False
+
+    @property
+    def start(self) -> int:
+        """Everything below it was handed out, in every lane."""
+        return min(lane.start for lane in self.lanes)
+
+    @property
+    def waiting(self) -> int:
+        """Records that were not handed out yet."""
+        return sum(len(lane.messages) for lane in self.lanes)
+
+    @property
+    def bytes(self) -> int:
+        """Their bytes."""
+        return sum(lane.bytes for lane in self.lanes)
+
+
+class RoundReader:
+    """Reads all partitions of a process and hands out chunks, round by round.
+
+    Args:
+        config: The cluster and when records are due.
+        make: Makes the consumer; injected for tests.
+        timer: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: ReadConfig,
+        make: Callable[..., Consumer] = make_consumer,
+        timer: Callable[[], float] = monotonic,
+    ) -> None:
+        self._config = config
+        self._timer = timer
+        self.consumer = make(config.kafka, **_PREFETCH)
+        self._partitions: dict[PartitionKey, _Partition] = {}
+        self._round = _NOTHING
+        self._turn = 0
+
+    # -- what the rounds' loop needs -------------------------------------------------------
+
+    @property
+    def partitions(self) -> list[PartitionKey]:
+        return list(self._partitions)
+
+    def assign(self, marks: dict[PartitionKey, list[int]]) -> None:
+        """Begin to read partitions, each lane at its offset, besides those already read."""
+        for key, offsets in marks.items():
+            lanes = [_Lane(number, offset) for number, offset in enumerate(offsets)]
+            self._partitions[key] = _Partition(key, lanes, min(offsets))
+        self.consumer.incremental_assign(
+            [TopicPartition(*key, min(offsets)) for key, offsets in marks.items()]
+        )
+
+    def position(self, key: PartitionKey) -> int:
+        """Everything below it was handed out."""
+        return self._partitions[key].start
+
+    def end(self, key: PartitionKey) -> int | None:
+        """The partition's end as the last fetch saw it; None before the first one."""
+        try:
+            _, high = self.consumer.get_watermark_offsets(TopicPartition(*key), cached=True)
+        except KafkaException:
+            return None
+        return high if high >= 0 else None
+
+    def ready(self, key: PartitionKey, flush: bool) -> bool:
+        """Whether a round would get something of this partition now."""
+        partition = self._partitions[key]
+        if not partition.waiting:
+            # A tail of offsets without records still has to be committed.
+            return partition.start < partition.next_offset
+        return self._releasable(partition, flush)
+
+    def waiting(self, key: PartitionKey) -> tuple[int, int]:
+        """Records of a partition that were read and not handed out, and their bytes."""
+        partition = self._partitions[key]
+        return partition.waiting, partition.bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all records that were read and not handed out."""
+        return sum(partition.bytes for partition in self._partitions.values())
+
+    def set_wanted(self, keys: Iterable[PartitionKey]) -> None:
+        """Fetch for these partitions only; the others' records would only pile up here."""
+        wanted = set(keys)
+        pause = [p for p in self._partitions.values() if not p.paused and p.key not in wanted]
+        resume = [p for p in self._partitions.values() if p.paused and p.key in wanted]
+        if pause:
+            self.consumer.pause([TopicPartition(*p.key) for p in pause])
+        if resume:
+            self.consumer.resume([TopicPartition(*p.key) for p in resume])
+        for partition in pause + resume:
+            partition.paused = not partition.paused
+
+    def fill(self, timeout_secs: float) -> int:
+        """Take in what has been fetched; waits for the first of it. Returns how many records.
+
+        Raises:
+            KafkaError: A partition cannot be read any more.
+        """
+        try:
+            messages = self.consumer.consume(_POLL_RECORDS, timeout_secs)
+        except KafkaException as error:
+            raise KafkaError(f"{describe(self._config.kafka)}: {reason(error)}") from None
+        if not messages:
+            return 0
+        low = 0
+        if any(map(Message.error, messages)):
+            # In its place among the records: an end that was believed before the records that
+            # come ahead of it would make them look as if they had been read.
+            for high, message in enumerate(messages):
+                if message.error():
+                    self._take_in_all(messages[low:high])
+                    self._event(message)
+                    low = high + 1
+        self._take_in_all(messages[low:] if low else messages)
+        return len(messages)
+
+    def close(self) -> None:
+        """Leave Kafka."""
+        self.consumer.close()
+
+    # -- what a round needs ----------------------------------------------------------------
+
+    def begin(self, round: Round) -> None:
+        """Say what the next `take` may hand out."""
+        self._round = round
+
+    def take(self) -> Iterator[RecordChunk]:
+        """Hand out chunks, in order per partition, until the round is full or nothing is due."""
+        round, self._round = self._round, _NOTHING
+        partitions = [self._partitions[room.key] for room in round.rooms]
+        room_for = min(round.records, sum(room.records for room in round.rooms))
+        # On with what has been fetched meanwhile; what is still to come must not be waited for.
+        while sum(partition.waiting for partition in partitions) < room_for:
+            if self.fill(0.01) < _POLL_RECORDS:
+                break
+        records, size = round.records, round.bytes
+        begun: set[LaneKey] = set()
+        # Partitions, and lanes in them, take turns at the front: a short round favours none.
+        self._turn += 1
+        for room in _turned(round.rooms, self._turn):
+            partition = self._partitions[room.key]
+            room_records, room_bytes = room.records, room.bytes
+            for lane in _turned(partition.lanes, self._turn):
+                limit = min(records, room_records), min(size, room_bytes)
+                for chunk, chunk_bytes in self._hand_out(partition, lane, *limit, round.flush):
+                    count = len(chunk.records)
+                    room_records, room_bytes = room_records - count, room_bytes - chunk_bytes
+                    records, size = records - count, size - chunk_bytes
+                    yield _first(chunk, begun)
+            for lane in partition.lanes:
+                if not lane.messages and lane.start < partition.next_offset:
+                    # No record of this lane, and yet its offsets have to be committed.
+                    yield _first(self._chunk(partition, lane, partition.next_offset, []), begun)
+
+    def _hand_out(
+        self, partition: _Partition, lane: _Lane, records: int, size: int, flush: bool
+    ) -> Iterator[tuple[RecordChunk, int]]:
+        config = self._config
+        step = max(1, _CHUNK_RECORDS // config.batch_size) * config.batch_size
+        due = self._due(partition, lane, flush)
+        if due > records:
+            # A batch is better begun in the next round than cut in two.
+            due = records - records % config.batch_size
+        taken = taken_bytes = 0
+        while taken < due and taken_bytes < size:
+            high = min(taken + step, due)
+            messages = lane.messages[taken:high]
+            if len(lane.messages) - high < len(messages):
+                # The mostly few that stay tell what the many hold.
+                total = lane.bytes - taken_bytes - bytes_of(lane.messages[high:])
+            else:
+                total = bytes_of(messages)
+            count, chunk_bytes = _within(messages, total, size - taken_bytes, config.batch_size)
+            cut_short = count < len(messages)
+            if cut_short and taken and count < config.batch_size:
+                break
+            taken, taken_bytes = taken + count, taken_bytes + chunk_bytes
+            is_last = taken == len(lane.messages)
+            next_offset = partition.next_offset if is_last else lane.messages[taken].offset()
+            yield self._chunk(partition, lane, next_offset, messages[:count]), chunk_bytes
+            if cut_short:
+                break
+        if taken:
+            del lane.messages[:taken]
+            lane.bytes -= taken_bytes
+            lane.since = self._timer()
+
+    def _chunk(
+        self, partition: _Partition, lane: _Lane, next_offset: int, messages: list[Message]
+    ) -> RecordChunk:
+        start, lane.start = lane.start, next_offset
+        records = to_records(messages)
+        return RecordChunk(*partition.key, start, next_offset, records, lane=lane.number)
+
+    def _releasable(self, partition: _Partition, flush: bool) -> bool:
+        return any(self._due(partition, lane, flush) for lane in partition.lanes)
+
+    def _due(self, partition: _Partition, lane: _Lane, flush: bool) -> int:
+        return releasable(
+            len(lane.messages),
+            lane.bytes,
+            self._timer() - lane.since,
+            flush and partition.at_end,
+            self._config,
+        )
+
+    # -- what the consumer says ------------------------------------------------------------
+
+    def _take_in_all(self, messages: list[Message]) -> None:
+        for key, run in _by_partition(messages):
+            self._take_in(self._partitions[key], run)
+
+    def _take_in(self, partition: _Partition, messages: list[Message]) -> None:
+        # A resumed partition may repeat what was fetched before it was paused.
+        first = messages[0].offset()
+        if first < partition.next_offset:
+            messages = [m for m in messages if m.offset() >= partition.next_offset]
+            if not messages:
+                return
+        for lane, own in zip(partition.lanes, self._divide(messages)):
+            if own and own[0].offset() < lane.start:
+                # This lane is ahead of the others by what an earlier run has done.
+                own = [m for m in own if m.offset() >= lane.start]
+            if own and not lane.messages:
+                lane.since = self._timer()
+            lane.messages += own
+            lane.bytes += bytes_of(own)
+        partition.next_offset = messages[-1].offset() + 1
+        partition.at_end = False
+
+    def _divide(self, messages: list[Message]) -> list[list[Message]]:
+        """By lane."""
+        lanes = self._config.lanes
+        if lanes.count == 1:
+            return [messages]
+        divided: list[list[Message]] = [[] for _ in range(lanes.count)]
+        add = [own.append for own in divided]
+        keys, offsets = map(Message.key, messages), map(Message.offset, messages)
+        for message, lane in zip(messages, lanes.of(keys, offsets)):
+            add[lane](message)
+        return divided
+
+    def _event(self, message: Message) -> None:
+        end = end_of_partition(message, self._config.kafka)
+        partition = self._partitions.get((message.topic(), message.partition()))
+        if end is not None and partition and end >= partition.next_offset:
+            partition.next_offset = end
+            partition.at_end = True
+
+
+def end_of_partition(message: Message, kafka: KafkaConfig) -> int | None:
+    """What a message that is no record says: where the partition ends for now, or nothing.
+
+    Raises:
+        KafkaError: The partition cannot be read any more.
+    """
+    error = message.error()
+    name = f"{message.topic()}-{message.partition()}"
+    if error.code() == ErrorCode._PARTITION_EOF:
+        return int(message.offset())
+    if error.code() in (ErrorCode._AUTO_OFFSET_RESET, ErrorCode.OFFSET_OUT_OF_RANGE):
+        raise KafkaError(
+            f"{name} cannot be read at the offset it had reached: {error.str()}; "
+            f"the topic's retention is shorter than the pipeline's lag, or it was deleted. "
+            f"Run again to go on at the first offset that still exists"
+        )
+    if error.code() in _FATAL:
+        what = _FATAL[error.code()]
+        raise KafkaError(f"topic {message.topic()} cannot be read: {what} ({error.str()})")
+    if error.fatal():
+        raise KafkaError(f"{describe(kafka)}: {error.str()}")
+    _LOGGER.warning("%s: %s", describe(kafka), error.str())
+    return None
+
+
+def to_records(messages: list[Message]) -> Records:
+    """Messages as columns; each column is one pass in C."""
+    stamps = list(map(Message.timestamp, messages))
+    kinds = {kind for kind, _ in stamps}
+    timestamps = [ms for _, ms in stamps]
+    if TIMESTAMP_NOT_AVAILABLE in kinds:
+        timestamps = [ms if kind else NO_TIMESTAMP for kind, ms in stamps]
+    by_broker: list[bool] = []
+    if TIMESTAMP_LOG_APPEND_TIME in kinds:
+        by_broker = [kind == TIMESTAMP_LOG_APPEND_TIME for kind, _ in stamps]
+    return Records(
+        list(map(Message.offset, messages)),
+        timestamps,
+        list(map(Message.key, messages)),
+        list(map(Message.value, messages)),
+        list(map(Message.headers, messages)),
+        log_append=by_broker,
+    )
+
+
+def bytes_of(messages: list[Message]) -> int:
+    """About what records hold, in bytes: values and keys."""
+    return sum(map(len, messages)) + sum(map(len, filter(None, map(Message.key, messages))))
+
+
+def _within(
+    messages: list[Message], total: int, limit_bytes: int, batch_size: int
+) -> tuple[int, int]:
+    """How many records of so many bytes fit into a limit, at least one, and their bytes.
+
+    In whole batches, if there is one.
+    """
+    if total <= limit_bytes:
+        return len(messages), total
+    count = total = 0
+    for message in messages:
+        size = bytes_of([message])
+        if count and total + size > limit_bytes:
+            break
+        count, total = count + 1, total + size
+    if count > batch_size and count % batch_size:
+        count -= count % batch_size
+        total = bytes_of(messages[:count])
+    return count, total
+
+
+def _by_partition(messages: list[Message]) -> Iterator[tuple[PartitionKey, list[Message]]]:
+    """Runs of messages from the same partition, in order."""
+    for partition, run in groupby(messages, Message.partition):
+        for topic, part in groupby(run, Message.topic):
+            yield (topic, partition), list(part)
+
+
+def _turned(items: Sequence[T], turn: int) -> Iterator[T]:
+    """The same, beginning with another one at each turn."""
+    begin = turn % len(items) if items else 0
+    return chain(items[begin:], items[:begin])
+
+
+def _first(chunk: RecordChunk, begun: set[LaneKey]) -> RecordChunk:
+    """Mark a lane's first chunk of the round: the state before it is gone."""
+    if chunk.lane_key in begun:
+        return chunk
+    begun.add(chunk.lane_key)
+    return replace(chunk, first=True)
+
+
+def shared_reader(config: ReadConfig) -> RoundReader:
+    """This process's reader for the config."""
+    return per_process(RoundReader, config)
+
+
+class ReadRound(beam.PTransform):
+    """Read what the process's reader was told to hand out next (`RoundReader.begin`).
+
+    Bounded. Delivery: a record is read again by a later run unless its offset was committed.
+    Order: offsets rise per partition. Parallelism: one reader per process, all partitions.
+    The round is not part of the graph, so that one graph serves all rounds of a run.
+
+    Args:
+        config: The cluster and when records are due.
+    """
+
+    def __init__(self, config: ReadConfig) -> None:
+        super().__init__()
+        self._config = config
+
+    def expand(self, root: beam.pvalue.PBegin) -> beam.PCollection[RecordChunk]:
+        return (
+            root
+            | "Begin" >> beam.Impulse()
+            | "Take" >> beam.ParDo(_TakeFn(self._config)).with_output_types(RecordChunk)
+        )
+
+    def display_data(self) -> dict[str, Any]:
+        return {"bootstrap_servers": self._config.kafka.bootstrap_servers}
+
+
+class _TakeFn(beam.DoFn):
+    def __init__(self, config: ReadConfig) -> None:
+        self._config = config
+        self._records = beam.metrics.Metrics.counter("read", "records")
+        self._bytes = beam.metrics.Metrics.counter("read", "value_bytes")
+
+    def process(self, _: bytes) -> Iterator[RecordChunk]:
+        chunk = None
+        for chunk in shared_reader(self._config).take():
+            self._records.inc(len(chunk.records))
+            self._bytes.inc(sum(map(len, filter(None, chunk.records.values))))
+            yield chunk
+        if chunk is None:
+            # The steps behind it run only if something reaches them, and a round without new
+            # records still has to collect what earlier ones began.
+            yield RecordChunk("", 0, 0, 0, Records(), lane=0)
+
+
+coders.registry.register_coder(RecordChunk, SizedPickleCoder)

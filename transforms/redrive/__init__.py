@@ -1,0 +1,1 @@
+"""Redrive: the records of an error topic once more, each error record once."""

@@ -1,0 +1,106 @@
+"""Destination: failures -> error records as an AWS on-failure destination gets them. Pure.
+
+One Kafka record for each failed record, with the source record's key, as an event source mapping
+writes them to a Kafka topic. The headers are those of `transforms.write.formats`, the original
+among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import orjson
+
+from transforms.batch.envelope import Envelope, encode_event_records
+from transforms.invoke.retry import INVALID_REPLY, RETRIES_EXHAUSTED, SIZE_EXCEEDED
+from transforms.records import NO_TIMESTAMP, Failure
+from transforms.write.formats import ErrorRecord, error_headers, iso
+
+ERROR_RECORDS = CONFLUENT, AWS = ("confluent", "aws")
+
+# What AWS has other words for; the header has ours.
+_CONDITIONS = {RETRIES_EXHAUSTED: "RetriesExhausted", INVALID_REPLY: "RetriesExhausted"}
+
+
+def destination_records(
+    topic: str,
+    partition: int,
+    failure: Failure,
+    function: str,
+    event: Envelope,
+    max_bytes: int,
+    now_ms: int,
+) -> Iterator[ErrorRecord]:
+    """Error records for one failure, one for each of its records.
+
+    Args:
+        topic: Where the records came from.
+        partition: Where the records came from.
+        failure: The records and the facts.
+        function: The function's name or ARN.
+        event: How the records stand in `payload`: as ``kafka_event``.
+        max_bytes: Size above which a record goes without its `payload`; its original is kept.
+        now_ms: The time, in milliseconds since the epoch.
+    """
+    for index in range(len(failure)):
+        one = replace(
+            failure,
+            records=failure.records.slice(index, index + 1),
+            entries=failure.entries[index : index + 1],
+        )
+        whole = _record(topic, partition, one, function, event, now_ms, with_payload=True)
+        if whole.size_bytes > max_bytes:
+            whole = _record(topic, partition, one, function, event, now_ms, with_payload=False)
+        yield whole
+
+
+def _record(
+    topic: str,
+    partition: int,
+    failure: Failure,
+    function: str,
+    event: Envelope,
+    now_ms: int,
+    with_payload: bool,
+) -> ErrorRecord:
+    records = failure.records
+    entries = encode_event_records(topic, partition, records, event)
+    payload = event.frame(topic, partition).join(entries)
+    facts: dict[str, Any] = {
+        "requestContext": {
+            "requestId": failure.request_id,
+            "functionArn": function,
+            "condition": _CONDITIONS.get(failure.condition, failure.condition),
+            "approximateInvokeCount": failure.attempts,
+        },
+        "responseContext": _response_context(failure),
+        "version": "1.0",
+        "timestamp": iso(now_ms),
+        "KafkaBatchInfo": {
+            "batchSize": 1,
+            **{name: text for name, text in event.source.items() if name != "eventSource"},
+            "payloadSize": len(payload),
+            "recordInfo": {
+                "offset": str(records.offsets[0]),
+                "timestamp": None if (ms := records.timestamps[0]) == NO_TIMESTAMP else iso(ms),
+            },
+        },
+    }
+    value = (
+        orjson.dumps(facts)[:-1] + b',"payload":' + (payload if with_payload else b"null") + b"}"
+    )
+    headers = error_headers(topic, partition, failure, function, with_payload)
+    return ErrorRecord(records.keys[0], value, headers)
+
+
+def _response_context(failure: Failure) -> dict[str, Any] | None:
+    """What the function answered; None if it did not, or was not asked."""
+    if not failure.status_code or failure.condition == SIZE_EXCEEDED:
+        return None
+    return {
+        "statusCode": failure.status_code,
+        "executedVersion": failure.executed_version,
+        "functionError": failure.function_error,
+    }
