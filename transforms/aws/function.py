@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import boto3
 import botocore.exceptions as aws_errors
 import urllib3.exceptions as http_errors
-from botocore.awsrequest import AWSRequest, HeadersDict
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import (
     AssumeRoleCredentialFetcher,
@@ -28,14 +28,23 @@ from botocore.credentials import (
     DeferredRefreshableCredentials,
 )
 from botocore.httpsession import create_urllib3_context, get_cert_path, mask_proxy_url
-from botocore.parsers import create_parser
 from botocore.session import Session, get_session
 from botocore.utils import get_environ_proxies
 
-from transforms.aws.http import Endpoint, Response
+from transforms.aws.http import MAX_BODY_BYTES, Endpoint, Response, SendTimeoutError
 from transforms.aws.web_identity import google_token
 from transforms.errors import FunctionConfigError
-from transforms.invoke.outcome import Fault, Kind, Reply, classify_fault
+from transforms.invoke.outcome import (
+    NO_LAMBDA,
+    REPLY_TOO_LARGE,
+    Fault,
+    Kind,
+    Reply,
+    classify_fault,
+    is_out_of_time,
+    read_refusal,
+    read_wait,
+)
 
 MAX_SYNC_BYTES = 6_291_455
 """A synchronous request has to be smaller than 6,291,456 bytes."""
@@ -183,6 +192,7 @@ class LambdaFunction:
             arguments["InvocationType"] = "Event"
         elif config.log_tail:
             arguments["LogType"] = "Tail"
+        self._success = 202 if config.invocation_type == "async" else 200
         try:
             self._template = _template(self._client, arguments)
             self._proxy = _proxy(self._template.url)
@@ -190,6 +200,7 @@ class LambdaFunction:
                 self._template.url,
                 connections=config.max_concurrency,
                 connect_secs=5,
+                send_secs=60,
                 read_secs=config.timeout_secs + 5,
                 tls=_tls(self._template.url),
                 proxy_url=self._proxy,
@@ -217,9 +228,14 @@ class LambdaFunction:
 
         Args:
             request: What to send.
-            meanwhile: Done once the request is on its way, before the reply is waited for.
+            meanwhile: Done once the request is on its way, before the reply is waited for. What
+                it raises is raised here, or taken for a failure of the connection.
         """
+        return self._send(request, self._success, meanwhile)
 
+    def _send(
+        self, request: Request, success: int, meanwhile: Callable[[], None] | None = None
+    ) -> Reply | Fault:
         def body() -> Iterator[bytes]:
             yield request.payload
             if meanwhile:
@@ -229,7 +245,7 @@ class LambdaFunction:
             response = self._endpoint.post(request.headers, body())
         except http_errors.HTTPError as error:
             return self._no_reply(error)
-        return _answered(response)
+        return _answered(response, success)
 
     def check(self) -> None:
         """A DryRun: is there such a function, and may we invoke it? Runs nothing.
@@ -238,7 +254,7 @@ class LambdaFunction:
             FunctionConfigError: It cannot be invoked, or Lambda cannot be reached.
         """
         request = self._prepare(b"", {"X-Amz-Invocation-Type": "DryRun"})
-        result = request if isinstance(request, Fault) else self.send(request)
+        result = request if isinstance(request, Fault) else self._send(request, 204)
         if isinstance(result, Fault) and classify_fault(result).kind is not Kind.THROTTLED:
             raise FunctionConfigError(advice(self._config, result.code, result.message))
 
@@ -253,7 +269,9 @@ class LambdaFunction:
             return _refused(error)
         except _CONFIG_ERRORS as error:
             return Fault(400, type(error).__name__, str(error))
-        except aws_errors.BotoCoreError as error:
+        except Exception as error:
+            # Whatever a provider of credentials raises (a token file that is being replaced, a
+            # metadata server in trouble), nothing is wrong with the records.
             return Fault(0, type(error).__name__, str(error))
         headers = dict(request.headers.items())
         # Not signed, as proxies may change them.
@@ -265,6 +283,8 @@ class LambdaFunction:
         url = self._template.url
         named: aws_errors.BotoCoreError
         match error:
+            case SendTimeoutError():
+                return Fault(0, "SendTimeoutError", f'Send timeout on endpoint URL: "{url}"')
             case http_errors.SSLError():
                 named = aws_errors.SSLError(endpoint_url=url, error=error)
             case http_errors.NewConnectionError():
@@ -323,18 +343,19 @@ def _tls(url: str) -> ssl.SSLContext | None:
     return context
 
 
-def _answered(response: Response) -> Reply | Fault:
-    headers = response.headers
-    if response.status > 300:
-        parts = {
-            "status_code": response.status,
-            "headers": HeadersDict(headers),
-            "body": response.body,
-        }
-        parsed = create_parser("rest-json").parse(parts, None)
-        return _refused(aws_errors.ClientError(parsed, "Invoke"))
+def _answered(response: Response, success: int) -> Reply | Fault:
+    """What an answer says, where Lambda says that all went well with one status only."""
+    status, headers = response.status, response.headers
+    if status >= 400:
+        return read_refusal(status, headers, response.body)
+    if status != success:
+        problem = f"the endpoint answers with HTTP {status}, Lambda would with {success}"
+        return Fault(status, NO_LAMBDA, problem)
+    if response.cut:
+        problem = f"the reply is larger than {MAX_BODY_BYTES} bytes"
+        return Fault(status, REPLY_TOO_LARGE, problem, request_id=headers.get("x-amzn-RequestId"))
     return Reply(
-        status_code=response.status,
+        status_code=status,
         payload=response.body,
         function_error=headers.get("X-Amz-Function-Error"),
         log_result=headers.get("X-Amz-Log-Result"),
@@ -344,18 +365,15 @@ def _answered(response: Response) -> Reply | Fault:
 
 
 def _refused(error: aws_errors.ClientError) -> Fault:
+    """What STS said, or another service that credentials come from."""
     response: Any = error.response
     metadata = response.get("ResponseMetadata", {})
     details = response.get("Error", {})
-    try:
-        retry_after = float(metadata.get("HTTPHeaders", {}).get("retry-after", ""))
-    except ValueError:
-        retry_after = None
     return Fault(
         status_code=metadata.get("HTTPStatusCode", 0),
-        code=details.get("Code", "Unknown"),
-        message=details.get("Message") or str(error),
-        retry_after_secs=retry_after,
+        code=str(details.get("Code", "Unknown")),
+        message=str(details.get("Message") or error),
+        retry_after_secs=read_wait(metadata.get("HTTPHeaders", {}).get("retry-after")),
         request_id=metadata.get("RequestId"),
     )
 
@@ -380,11 +398,14 @@ _ADVICE = {
     "elsewhere --preflight=false leaves the check out",
     "EndpointConnectionError": _NETWORK,
     "ConnectTimeoutError": _NETWORK,
+    "SendTimeoutError": _NETWORK,
+    NO_LAMBDA: "check --lambda_endpoint_url, and proxies on the way",
 }
 
 
 def advice(config: FunctionConfig, code: str, message: str) -> str:
     """One line for the user: which function, what AWS says, what to do."""
     what = " ".join(message.split()).rstrip(".")
-    todo = f"; {_ADVICE[code]}" if code in _ADVICE else ""
+    advised = "check this machine's clock" if is_out_of_time(message) else _ADVICE.get(code)
+    todo = f"; {advised}" if advised else ""
     return f"--function={config.function} cannot be invoked: {code}: {what}{todo}"

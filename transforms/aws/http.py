@@ -15,14 +15,16 @@ import queue
 import re
 import socket
 import ssl
+import zlib
+from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import urllib3
 import urllib3.exceptions as http_errors
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.util import make_headers, parse_url
+from urllib3.util import parse_url
 
 # A reply of up to so many bytes is read at once.
 _READ_BYTES = 64 * 1024
@@ -30,14 +32,32 @@ _READ_BYTES = 64 * 1024
 # times as long: it reads headers as if they were those of a mail.
 _PLAIN_HEAD = re.compile(rb"HTTP/1\.1 (20[02]) [ -~]*\r\n((?:[A-Za-z0-9-]+:[ -~]*\r\n)+)\r\n")
 _NO_RETRIES = urllib3.Retry(False)
+# What lies between here and a server (a NAT gateway, a load balancer, a VPC endpoint) forgets a
+# connection on which nothing goes for 350 s, and tells nobody. The system's own is two hours.
+_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 30}
+
+MAX_BODY_BYTES = 16 * 2**20
+"""A longer body is cut off: more than twice of what Lambda lets a function return."""
+
+
+class SendTimeoutError(http_errors.TimeoutError):
+    """The other side takes no more of a request."""
 
 
 class Response(NamedTuple):
-    """A reply; the headers' names are found in upper and lower case."""
+    """A reply; the headers' names are found in upper and lower case.
+
+    Attributes:
+        status: The status.
+        headers: The headers.
+        body: The body, plain also where it was sent as gzip.
+        cut: Whether the body was longer than `MAX_BODY_BYTES`; the rest is missing.
+    """
 
     status: int
     headers: Mapping[str, str]
     body: bytes
+    cut: bool = False
 
 
 class Endpoint:
@@ -47,6 +67,7 @@ class Endpoint:
         url: The URL.
         connections: How many connections are kept at most.
         connect_secs: How long making one may take.
+        send_secs: How long sending a request may stand still.
         read_secs: How long a reply may take to go on.
         tls: What to trust, for https.
         proxy_url: The proxy to go through, or None.
@@ -57,6 +78,7 @@ class Endpoint:
         url: str,
         connections: int,
         connect_secs: float,
+        send_secs: float,
         read_secs: float,
         tls: ssl.SSLContext | None = None,
         proxy_url: str | None = None,
@@ -67,12 +89,17 @@ class Endpoint:
             "socket_options": [
                 (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
                 (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+                *(
+                    (socket.IPPROTO_TCP, getattr(socket, name), secs)
+                    for name, secs in _KEEPALIVE.items()
+                    if hasattr(socket, name)
+                ),
             ],
             "ssl_context": tls,
         }
         if proxy_url:
             login = parse_url(proxy_url).auth
-            proxy_headers = make_headers(proxy_basic_auth=login) if login else None
+            proxy_headers = {"proxy-authorization": _basic(login)} if login else None
             manager: urllib3.PoolManager = urllib3.ProxyManager(
                 proxy_url, proxy_headers=proxy_headers, **settings
             )
@@ -80,6 +107,8 @@ class Endpoint:
             manager = urllib3.PoolManager(**settings)
         manager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
         self._pool = manager.connection_from_url(url)
+        # Handed to each connection that is made.
+        self._pool.conn_kw["send_secs"] = send_secs
         parts = urlsplit(url)
         # A proxy that does not tunnel is told the whole URL.
         told_whole = proxy_url and parts.scheme == "http"
@@ -99,7 +128,7 @@ class Endpoint:
             urllib3.exceptions.HTTPError: There is no reply, or no whole one.
         """
         if connection := self._take_kept():
-            return self._exchange(connection, headers, body)
+            return _plain(self._exchange(connection, headers, body))
         response = self._pool.urlopen(
             "POST",
             self._target,
@@ -109,7 +138,8 @@ class Endpoint:
             redirect=False,
             assert_same_host=False,
         )
-        return Response(response.status, response.headers, response.data or b"")
+        cut = getattr(response, "cut", False)
+        return _plain(Response(response.status, response.headers, response.data or b"", cut))
 
     def _take_kept(self) -> _Connection | None:
         """An open connection, out of the pool; None if the pool has to make one."""
@@ -164,6 +194,10 @@ class Endpoint:
 class _Connection(HTTPConnection):
     """Sends and reads by itself what its pool tells it to."""
 
+    def __init__(self, *arguments: Any, send_secs: float, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._send_secs = send_secs
+
     def request(
         self,
         method: str,
@@ -178,14 +212,26 @@ class _Connection(HTTPConnection):
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
         chunks = iter(body)
+        self.sock.settimeout(self._send_secs)
         # In one go: two packets may wait for each other.
-        self.sock.sendall(head + next(chunks, b""))
+        self._send(head + next(chunks, b""))
         for chunk in chunks:
-            self.sock.sendall(chunk)
+            self._send(chunk)
+
+    def _send(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            # Not `sendall`, whose time is for all of it, however long that takes on its way.
+            while rest:
+                rest = rest[self.sock.send(rest) :]
+        except TimeoutError as error:
+            raise SendTimeoutError(f"nothing was taken for {self._send_secs:g} s") from error
 
     def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]
-        status, headers, body = self.read()
-        return urllib3.HTTPResponse(body, headers, status, preload_content=False)
+        status, headers, body, cut = self.read()
+        response = urllib3.HTTPResponse(body, headers, status, preload_content=False)
+        response.cut = cut  # type: ignore[attr-defined]
+        return response
 
     def read(self) -> Response:
         """Read a reply to its end."""
@@ -203,13 +249,51 @@ class _Connection(HTTPConnection):
             if response.length is None and not response.chunked:
                 # It would end with the connection: no telling a whole one from half of one.
                 raise http.client.HTTPException("the reply does not say how long it is")
-            body = response.read()
+            body, cut = _read_body(response)
+        except ValueError as error:
+            # Numbers in the head and between chunks are read without looking at them before.
+            raise http.client.HTTPException(f"the reply is no HTTP: {error}") from error
         finally:
             response.close()
-        if response.will_close:
+        if response.will_close or cut:
             self.close()
         headers = urllib3.HTTPHeaderDict(response.getheaders())
-        return Response(response.status, headers, body)
+        return Response(response.status, headers, body, cut)
+
+
+def _read_body(response: http.client.HTTPResponse) -> tuple[bytes, bool]:
+    """A body up to what is read of one, and whether that is not all of it."""
+    if response.length is not None and response.length <= MAX_BODY_BYTES:
+        return response.read(), False
+    body = bytearray()
+    while len(body) <= MAX_BODY_BYTES:
+        piece = response.read(_READ_BYTES)
+        if not piece:
+            if response.length:
+                raise http.client.IncompleteRead(bytes(body), response.length)
+            return bytes(body), False
+        body += piece
+    return bytes(body[:MAX_BODY_BYTES]), True
+
+
+def _plain(response: Response) -> Response:
+    """The reply with its body as it was before somebody on the way compressed it, unasked."""
+    if response.headers.get("content-encoding", "").strip().lower() not in ("gzip", "x-gzip"):
+        return response
+    reader = zlib.decompressobj(wbits=31)
+    try:
+        body = reader.decompress(response.body, MAX_BODY_BYTES)
+    except zlib.error:
+        # It says so and is not.
+        return response
+    if not reader.eof and not reader.unconsumed_tail:
+        return response
+    return response._replace(body=body, cut=response.cut or bool(reader.unconsumed_tail))
+
+
+def _basic(login: str) -> str:
+    """What a URL has before its host, as a proxy wants it."""
+    return "Basic " + b64encode(unquote(login).encode()).decode()
 
 
 def _read_plain(reader: io.BufferedReader) -> Response | None:
@@ -222,7 +306,7 @@ def _read_plain(reader: io.BufferedReader) -> Response | None:
         name, _, value = line.partition(":")
         headers.add(name, value.lstrip(" "))
     size = headers.get("content-length", "")
-    has_size = size.isdecimal() and len(size) < 10
+    has_size = size.isdecimal() and len(size) < 10 and int(size) <= MAX_BODY_BYTES
     closes = "close" in headers.get("connection", "").lower()
     if not has_size or closes or "transfer-encoding" in headers:
         return None

@@ -18,6 +18,8 @@ _TIMEOUT_SECS = 5.0
 # The metadata server of a machine that has just started does not answer at once.
 _ATTEMPTS = 4
 _DELAY_SECS = 0.5
+# Far more than any token has.
+_MAX_BYTES = 65_536
 
 
 def google_token(audience: str, sleep: Callable[[float], object] = time.sleep) -> str:
@@ -48,7 +50,7 @@ def google_token(audience: str, sleep: Callable[[float], object] = time.sleep) -
                 if answer.headers.get("Metadata-Flavor") != "Google":
                     problem = f"{host} is not Google's metadata server"
                     break
-                return str(answer.read().decode("ascii").strip())
+                return str(answer.read(_MAX_BYTES).decode("ascii").strip())
         except (OSError, ValueError) as error:
             problem = f"the metadata server {host} gives no identity token: {error}"
     raise MetadataRetrievalError(error_msg=problem)

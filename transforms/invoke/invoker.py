@@ -46,6 +46,8 @@ _Begun = tuple[int, Begun]
 
 # A prepared request is signed, and a signature is good for some minutes only.
 _PREPARED_SECS = 60.0
+# A longer wait than any of ours is told: what was asked for, nobody sees otherwise.
+_TOLD_SECS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,6 +457,9 @@ class Invoker:
         now = self._timer()
         if self._breaker.lets_through(now):
             heapq.heappush(self._waits, (now + secs, next(self._order), queue))
+            if secs > _TOLD_SECS:
+                text = "%s-%d waits %d s before its next invocation, as the answer to the last one "
+                _LOGGER.warning(text + "asked for (Retry-After)", *queue.key[:2], secs)
         else:
             self._held.append(queue)
         # Somebody has to wait no longer than until then.

@@ -7,8 +7,11 @@ Lambda's Invoke answers with HTTP 200 also when the function failed; then the re
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from http.client import responses as _PHRASES
+from typing import Any
 
 import orjson
 
@@ -109,6 +112,16 @@ class Outcome:
         return Kind.SUCCESS if len(self.failed) < sent else Kind.FUNCTION_ERROR
 
 
+NO_LAMBDA = "NotLambda"
+"""Code of an answer that Lambda does not give: somebody else is at that address."""
+REPLY_TOO_LARGE = "ReplyTooLarge"
+"""Code of a reply that is larger than any function may return."""
+
+MAX_WAIT_SECS = 300.0
+"""What a `Retry-After` header can ask for at most."""
+
+_CODE_CHARACTERS, _TEXT_CHARACTERS = 128, 1000
+
 _TRANSIENT_STATUS = frozenset({408, 410, 500, 502, 503, 504})
 
 # 409 and 502 stand for conditions that pass and for settings that are wrong; the code decides.
@@ -156,6 +169,63 @@ _TOO_LARGE_CODES = frozenset(
 )
 
 
+def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Fault:
+    """What an answer with an error status says, of Lambda or of a proxy before it.
+
+    The status decides what it means. The rest is for people, may have any form, and is named as
+    boto3 names it.
+
+    Args:
+        status: From 400 on.
+        headers: Their names are found in upper and lower case.
+        body: Lambda's error as JSON, or a page of somebody else's.
+    """
+    parsed = _parse(body)
+    error = parsed if isinstance(parsed, dict) else {}
+    named = [headers.get("x-amzn-errortype"), *map(error.get, ("code", "Code", "__type"))]
+    code = next((name for name in named if name and isinstance(name, str)), str(status))
+    code = code.split(":", 1)[0].rsplit("#", 1)[-1]
+    said = [*map(error.get, ("message", "Message")), parsed]
+    message = next((text for text in said if text and isinstance(text, str)), "")
+    if not message and not error and status >= 500:
+        message = _PHRASES.get(status, "")
+    return Fault(
+        status,
+        _clean(code, _CODE_CHARACTERS) or str(status),
+        _clean(message, _TEXT_CHARACTERS)
+        or f"An error occurred ({code}) when calling the Invoke operation: ",
+        read_wait(headers.get("retry-after")),
+        headers.get("x-amzn-requestid"),
+    )
+
+
+def read_wait(text: str | None) -> float | None:
+    """How many seconds a `Retry-After` header asks for, as far as that is a time to wait."""
+    try:
+        secs = float(text or "")
+    except ValueError:
+        return None
+    return min(secs, MAX_WAIT_SECS) if secs >= 0 else None
+
+
+def _parse(body: bytes) -> Any:
+    """A JSON text's value, or another text as it is; a page for a browser says nothing."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return "" if body.lstrip().startswith(b"<") else body.decode(errors="replace")
+
+
+def _clean(text: str, characters: int) -> str:
+    """Text that can be written anywhere, and is not too much of it."""
+    return text[:characters].encode(errors="replace").decode()
+
+
+def is_out_of_time(message: str) -> bool:
+    """Whether a refusal is for the time at which a request was signed, by what it says."""
+    return message.startswith(("Signature expired", "Signature not yet current"))
+
+
 def classify_fault(fault: Fault) -> Outcome:
     """What an invocation that was refused, or never answered, means."""
     return Outcome(
@@ -171,8 +241,11 @@ def classify_fault(fault: Fault) -> Outcome:
 
 def _kind_of(fault: Fault) -> Kind:
     status, code = fault.status_code, fault.code
-    if status == 0 or code in _EXPIRED_CODES:
+    if status == 0 or code in _EXPIRED_CODES or is_out_of_time(fault.message):
         return Kind.TRANSIENT
+    if code == REPLY_TOO_LARGE:
+        # The function has run, and would be run again for nothing.
+        return Kind.FUNCTION_ERROR
     if status == 429 or code in _THROTTLED_CODES:
         return Kind.THROTTLED
     if status == 413 or code in _TOO_LARGE_CODES:

@@ -138,6 +138,8 @@ def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
     settings: dict[str, Any] = {
         "bootstrap.servers": config.bootstrap_servers,
         "client.id": "beam-lambda-sink",
+        # Else a connection that was forgotten on its way is found out at the next request only.
+        "socket.keepalive.enable": True,
     }
     if config.config_file:
         properties = load_properties(config.config_file)

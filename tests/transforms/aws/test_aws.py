@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import datetime
+import gzip
 import json
+import re
 import ssl
 import threading
 from pathlib import Path
@@ -19,10 +21,15 @@ from moto import mock_aws
 from pipeline.local.faults import Fault as Fails
 from pipeline.local.faults import drop_connection, throttle, unavailable
 from pipeline.local.lambda_server import FunctionSpec, LambdaServer
+from tests.sink import FUNCTION, serve
 from tests.transforms.aws.test_http import OK, make_certificate, peer
 from transforms.aws.function import FunctionConfig, LambdaFunction, Request, make_client
 from transforms.errors import FunctionConfigError
-from transforms.invoke.outcome import Fault, Reply
+from transforms.invoke.invoke import InvokeConfig, make_invoker
+from transforms.invoke.outcome import Fault, Kind, Reply, classify_fault
+from transforms.invoke.reply import NONE
+from transforms.invoke.retry import RetryPolicy
+from transforms.records import Batch, Records
 
 
 @pytest.fixture(autouse=True)
@@ -264,12 +271,186 @@ def test_a_failure_has_the_name_that_boto3_gives_it(failure: Fails) -> None:
         assert fault.code == response["Error"]["Code"]
         said = str(error).replace(" (reached max retries: 0)", "")
         assert fault.message == (response["Error"]["Message"] or said)
-        assert bool(fault.request_id) == bool(response["ResponseMetadata"].get("RequestId"))
-        wait = response["ResponseMetadata"]["HTTPHeaders"].get("retry-after")
+        headers = response["ResponseMetadata"]["HTTPHeaders"]
+        # boto3 does not look for it beside a page that is no JSON.
+        assert bool(fault.request_id) == ("x-amzn-requestid" in headers)
+        wait = headers.get("retry-after")
         assert fault.retry_after_secs == (float(wait) if wait else None)
     else:
         assert (fault.status_code, fault.code) == (0, type(error).__name__)
         assert fault.message == str(error)
+
+
+def _refusal(status: int, body: bytes, *headers: bytes) -> bytes:
+    lines = [b"HTTP/1.1 %d X" % status, b"Content-Length: %d" % len(body), *headers]
+    return b"\r\n".join([*lines, b"", body])
+
+
+@pytest.mark.parametrize(
+    ("reply", "code", "message"),
+    [
+        (
+            _refusal(503, "Dienst nicht verfügbar".encode("latin-1")),
+            "503",
+            "Dienst nicht verf\ufffdg",
+        ),
+        (_refusal(503, b'"Service is away"'), "503", "Service is away"),
+        (_refusal(503, b"null"), "503", "Service Unavailable"),
+        (_refusal(504, b"504"), "504", "Gateway Timeout"),
+        (_refusal(503, b'["a", 1]'), "503", "Service Unavailable"),
+        (_refusal(429, b'"Too many"'), "429", "Too many"),
+        (_refusal(502, b"<!DOCTYPE html><p>no"), "502", "Bad Gateway"),
+        (_refusal(403, b'{"message":{"detail":"denied"}}'), "403", r"An error occurred \(403\)"),
+        (_refusal(403, b'{"message":"no","__type":7,"code":[]}'), "403", "no"),
+        (_refusal(400, b'{"Message":"no","__type":"com.x#Some:y"}'), "Some", "no"),
+        (_refusal(503, rb'{"message":"\ud83d"}'), "503", r"\?"),
+        (_refusal(503, gzip.compress(b"busy"), b"Content-Encoding: gzip"), "503", "busy"),
+        (_refusal(503, b"\x1f\x8b no", b"Content-Encoding: gzip"), "503", "\x1f\ufffd no"),
+        (_refusal(500, b"[" * 100_000), "500", r"\["),
+        (_refusal(500, b"9" * 100_000), "500", "9"),
+        (_refusal(503, b"", b"x-amzn-ErrorType: \xe9\xff:x"), "éÿ", "Service Unavailable"),
+        (_refusal(599, b"x" * 20_000_000), "599", "x{1000}$"),
+    ],
+)
+def test_a_refusal_s_text_may_have_any_form(reply: bytes, code: str, message: str) -> None:
+    """The status decides; the text is for people, and can be written anywhere."""
+    status = int(reply[9:12])
+    with peer(reply) as server:
+        fault = here(f"http://127.0.0.1:{server.port}").invoke(b"[1]")
+    assert isinstance(fault, Fault)
+    assert (fault.status_code, fault.code) == (status, code)
+    assert re.match(message, fault.message)
+    f"{fault.code}{fault.message}".encode()
+    kind = classify_fault(fault).kind
+    passing = Kind.THROTTLED if status == 429 else Kind.TRANSIENT
+    assert kind is (Kind.CONFIG if status < 429 else passing)
+
+
+@pytest.mark.parametrize(
+    ("asked", "secs"),
+    [
+        ("7", 7.0),
+        ("0.5", 0.5),
+        ("86400", 300.0),
+        ("1795726008000", 300.0),
+        ("inf", 300.0),
+        ("9" * 400, 300.0),
+        ("-1", None),
+        ("nan", None),
+        ("Fri, 27 Nov 2026 01:00:00 GMT", None),
+        ("", None),
+    ],
+)
+def test_how_long_an_answer_can_ask_to_wait(asked: str, secs: float | None) -> None:
+    """Five minutes at most; what is no time to wait is not asked for."""
+    with peer(_refusal(429, b"{}", b"Retry-After: " + asked.encode())) as server:
+        fault = here(f"http://127.0.0.1:{server.port}").invoke(b"[1]")
+    assert isinstance(fault, Fault)
+    assert fault.retry_after_secs == secs
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 206, 300, 302])
+@pytest.mark.parametrize("type", ["sync", "async"])
+def test_whoever_answers_otherwise_is_no_lambda(status: int, type: str) -> None:
+    """What is no answer of Lambda's is no success, and no reason to try again."""
+    reply = b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status
+    with peer(reply, reply) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        function = LambdaFunction(FunctionConfig("f", type, "us-east-1", endpoint_url=url))
+        result = function.invoke(b"[1]")
+        if status == {"sync": 200, "async": 202}[type]:
+            assert isinstance(result, Reply)
+        else:
+            assert isinstance(result, Fault)
+            assert classify_fault(result).kind is Kind.CONFIG
+        if status == 204:
+            function.check()
+        else:
+            with pytest.raises(
+                FunctionConfigError,
+                match=rf"--function=f cannot be invoked: NotLambda: .*HTTP {status}, Lambda would "
+                r"with 204; check --lambda_endpoint_url",
+            ):
+                function.check()
+
+
+def test_a_reply_that_is_too_large_to_be_one() -> None:
+    """The function has failed: it would be called again for nothing, for ever."""
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: 20000000\r\n\r\n" + b"x" * 20_000_000
+    with peer(reply) as server:
+        fault = here(f"http://127.0.0.1:{server.port}").invoke(b"[1]")
+    assert isinstance(fault, Fault)
+    assert (fault.status_code, fault.code) == (200, "ReplyTooLarge")
+    assert classify_fault(fault).kind is Kind.FUNCTION_ERROR
+
+
+@pytest.mark.parametrize(
+    "said", ["Signature expired: a is now earlier", "Signature not yet current"]
+)
+def test_a_signature_of_another_time(said: str) -> None:
+    """A clock that is wrong, or was: passing, and at the start said with what to do."""
+    body = json.dumps({"message": said}).encode()
+    reply = _refusal(403, body, b"x-amzn-ErrorType: InvalidSignatureException")
+    with peer(reply, reply) as server:
+        function = here(f"http://127.0.0.1:{server.port}")
+        fault = function.invoke(b"[1]")
+        assert isinstance(fault, Fault)
+        assert classify_fault(fault).kind is Kind.TRANSIENT
+        with pytest.raises(FunctionConfigError, match=f"{said}.*; check this machine's clock"):
+            function.check()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "Credentials were refreshed, but the refreshed credentials are still expired."
+        ),
+        FileNotFoundError(2, "No such file or directory", "/var/run/token"),
+        ConnectionResetError(104, "reset"),
+        ValueError("the provider gives nonsense"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_credentials_raise_is_a_fault_of_that_call(error: Exception) -> None:
+    """It passes; and it is no business of the call whose reply is under way meanwhile."""
+    calls: list[int] = []
+    with serve(lambda event, context: calls.append(event)) as server:
+        config = FunctionConfig(FUNCTION, region="us-east-1", endpoint_url=server.url)
+        function = LambdaFunction(config)
+        signer = function._template.signer
+        sign, failures = signer.sign, [error, error]
+
+        def fail(*arguments: Any) -> None:
+            # All that is signed but the first, which a reply is waited for, for a time.
+            if calls and failures:
+                raise failures.pop()
+            sign(*arguments)
+
+        signer.sign = fail
+        fault: Any = None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("transforms.invoke.invoke.shared_function", lambda _: function)
+            invoker = make_invoker(InvokeConfig(config, RetryPolicy(), NONE))
+        invoker.submit(_batches(3))
+        assert invoker.wait(lambda i: bool(i.broken) or not i.pending_batches, 30)
+        assert invoker.broken is None
+        assert not failures
+        assert calls == [[0], [1], [2]]
+        invoker.stop()
+        invoker.join(30)
+        failures.append(error)
+        fault = function.prepare(b"[1]")
+    assert isinstance(fault, Fault)
+    assert (fault.status_code, fault.code) == (0, type(error).__name__)
+    assert classify_fault(fault).kind is Kind.TRANSIENT
+
+
+def _batches(count: int) -> list[Batch]:
+    return [
+        Batch("t", 0, n, n + 1, Records([n], [1], [None], [b"v"], [None]), [b"%d" % n])
+        for n in range(count)
+    ]
 
 
 def test_what_a_reply_carries() -> None:

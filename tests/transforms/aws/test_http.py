@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from transforms.aws.http import Endpoint
+from transforms.aws.http import MAX_BODY_BYTES, Endpoint, SendTimeoutError
 
 GUARD_SECS = 20.0
 
@@ -116,7 +118,9 @@ def peer(*replies: bytes, tls: ssl.SSLContext | None = None) -> Iterator[Peer]:
 
 
 def endpoint(port: int, scheme: str = "http", host: str = "127.0.0.1", **more) -> Endpoint:
-    settings = {"connections": 2, "connect_secs": GUARD_SECS, "read_secs": GUARD_SECS}
+    settings = {"connections": 2} | dict.fromkeys(
+        ("connect_secs", "send_secs", "read_secs"), GUARD_SECS
+    )
     return Endpoint(f"{scheme}://{host}:{port}/a%20b?c=d", **(settings | more))
 
 
@@ -223,8 +227,19 @@ def test_a_connection_that_the_other_side_closed_in_between() -> None:
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nab" + CLOSE,
         b"HTTP/1.1 200 OK\r\n\r\nmaybe all, maybe not" + CLOSE,
         b"this is not HTTP at all\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nab\r\n0\r\n\r\n" + CLOSE,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\nok" + CLOSE,
     ],
-    ids=["nothing", "half a head", "half a body", "half a chunk", "no length", "something else"],
+    ids=[
+        "nothing",
+        "half a head",
+        "half a body",
+        "half a chunk",
+        "no length",
+        "something else",
+        "a chunk of less than nothing",
+        "half of what is too large",
+    ],
 )
 @pytest.mark.parametrize("before", [0, 1], ids=["new", "kept"])
 def test_no_whole_reply(reply: bytes, before: int) -> None:
@@ -249,6 +264,136 @@ def test_a_reply_that_does_not_come(before: int) -> None:
             there.post(HEADERS, [b"body"])
         with pytest.raises(http_errors.ReadTimeoutError):
             there.post(HEADERS, [b"body"])
+
+
+def _pieces(count: int) -> bytes:
+    return b"10000\r\n" + b"x" * 0x10000 + b"\r\n" if count else b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 17000000\r\n\r\n" + b"x" * 17_000_000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + _pieces(1) * 260 + _pieces(0),
+        b"HTTP/1.1 503 Busy\r\nContent-Length: 999999999999\r\n\r\n" + b"x" * 17_000_000,
+    ],
+    ids=["length", "chunked", "without an end"],
+)
+@pytest.mark.parametrize("before", [0, 1], ids=["new", "kept"])
+def test_a_reply_that_is_too_large(reply: bytes, before: int) -> None:
+    """So much of it is read, and the connection with the rest is not used again."""
+    with peer(*[OK] * before, reply, OK) as server:
+        there = endpoint(server.port)
+        for _ in range(before):
+            there.post(HEADERS, [b"body"])
+        response = there.post(HEADERS, [b"body"])
+        assert (len(response.body), response.cut) == (MAX_BODY_BYTES, True)
+        response = there.post(HEADERS, [b"body"])
+        assert (response.body, response.cut) == (b"ok", False)
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "body", "cut"),
+    [
+        (gzip.compress(b"ok"), b"ok", False),
+        (gzip.compress(b"x" * 20_000_000), b"x" * MAX_BODY_BYTES, True),
+        (gzip.compress(b"ok")[:-3], gzip.compress(b"ok")[:-3], False),
+        (b"no gzip", b"no gzip", False),
+    ],
+    ids=["whole", "large", "half", "none"],
+)
+def test_a_reply_that_somebody_compressed(sent: bytes, body: bytes, cut: bool) -> None:
+    """Nobody asked for it; what can be read is read."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(sent)
+    with peer(head + sent, head + sent) as server:
+        there = endpoint(server.port)
+        for _ in range(2):
+            response = there.post(HEADERS, [b"body"])
+            assert (response.body, response.cut) == (body, cut)
+
+
+# -- how long things take -----------------------------------------------------------------
+
+LARGE = b"x" * 8_000_000
+
+
+class SlowReader(Peer):
+    """Reads little by little, or no more after some bytes."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None, most: int = len(LARGE)) -> None:
+        self._most = most
+        self.let_go = threading.Event()
+        super().__init__([], tls)
+        # Else the system takes most of it at once.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+
+    def _serve(self, connection: socket.socket) -> None:
+        read = 0
+        while read < self._most:
+            piece = len(connection.recv(1 << 17))
+            time.sleep(piece / len(LARGE))
+            read += piece
+        if self._most == len(LARGE):
+            connection.sendall(OK)
+        self.let_go.wait(GUARD_SECS)
+
+    def close(self) -> None:
+        self.let_go.set()
+        super().close()
+
+
+@pytest.fixture(params=["http", "https"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def _slow(
+    server: SlowReader, scheme: str, trusting: ssl.SSLContext, **more: float
+) -> Callable[[], bytes]:
+    there = endpoint(server.port, scheme, "localhost", tls=trusting, **more)
+    headers = HEADERS | {"Content-Length": str(len(LARGE))}
+    return lambda: there.post(headers, [LARGE]).body
+
+
+def test_sending_may_take_longer_than_connecting(
+    scheme: str, server_side: ssl.SSLContext, trusting: ssl.SSLContext
+) -> None:
+    """As long as the other side takes something, however slowly; each has its own time."""
+    server = SlowReader(server_side if scheme == "https" else None)
+    try:
+        post = _slow(server, scheme, trusting, connect_secs=0.3)
+        started = time.monotonic()
+        assert post() == b"ok"
+        assert time.monotonic() - started > 0.3
+    finally:
+        server.close()
+
+
+def test_sending_that_stands_still(
+    scheme: str, server_side: ssl.SSLContext, trusting: ssl.SSLContext
+) -> None:
+    """Given up in its own time, which is neither that of connecting nor that of reading."""
+    server = SlowReader(server_side if scheme == "https" else None, most=1000)
+    try:
+        post = _slow(server, scheme, trusting, send_secs=0.3)
+        with pytest.raises(SendTimeoutError):
+            post()
+    finally:
+        server.close()
+
+
+def test_a_connection_says_that_it_is_there() -> None:
+    """Sooner than it is forgotten by what lies between: after 350 s on AWS."""
+    with peer(OK) as server:
+        there = endpoint(server.port)
+        there.post(HEADERS, [b"body"])
+        connection = there._take_kept()
+        assert connection
+        for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 30)):
+            found = connection.sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+            assert found == value
+        assert connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
 def test_nobody_there() -> None:
@@ -434,6 +579,22 @@ def test_a_proxy_for_http() -> None:
     (request,) = proxy.received
     assert request.startswith(b"POST http://there:1/a%20b?c=d HTTP/1.1\r\nHost: there\r\n")
     assert b"\r\nproxy-authorization: Basic bWU6c2VjcmV0\r\n" in request
+
+
+@pytest.mark.parametrize(
+    ("login", "sent"),
+    [
+        ("me:p%40ss%2Fword", b"bWU6cEBzcy93b3Jk"),  # me:p@ss/word
+        ("me:%E2%82%AC", b"bWU64oKs"),  # me:€
+        ("me", b"bWU="),
+    ],
+)
+def test_what_a_proxy_is_told_of_who_asks(login: str, sent: bytes) -> None:
+    """As it is meant, not as a URL has to have it."""
+    with peer(OK) as proxy:
+        there = endpoint(1, host="there", proxy_url=f"http://{login}@127.0.0.1:{proxy.port}")
+        assert there.post(HEADERS, [b"body"]).body == b"ok"
+    assert b"\r\nproxy-authorization: Basic " + sent + b"\r\n" in proxy.received[0]
 
 
 class Tunnel:

@@ -359,6 +359,33 @@ def test_a_wait_ends_in_time_while_another_partition_s_call_runs() -> None:
     assert function.of(A) == [(0, 0), (0, 0)]
 
 
+def test_a_long_wait_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """With its partition; one that an answer asked for, since none of ours is so long."""
+    waits = [30.0, 31.0]
+
+    def answer(batch: Batch, call: Call) -> Outcome:
+        if waits:
+            return _failed(Kind.THROTTLED, retry_after_secs=waits.pop(0))
+        return _answered(batch, call)
+
+    timer = Timer()
+    with _running(Function(answer), False, timer=timer) as invoker:
+        invoker.submit([_batch(A, 0)])
+        _until(invoker, lambda i: i.queue(A).waiting)
+        assert not caplog.records
+        timer.secs = 30.0
+        _nudge(invoker)
+        _until(invoker, lambda i: i.queue(A).waiting and not waits)
+        timer.secs = 61.0
+        _nudge(invoker)
+        _drain(invoker)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "t-0 waits 31 s before its next invocation, as the answer to the last one asked for "
+        "(Retry-After)"
+    )
+
+
 @both_ways
 def test_shorter_waits_end_first(ahead: bool) -> None:
     """Each partition comes back when its own wait is over."""

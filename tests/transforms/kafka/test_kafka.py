@@ -179,6 +179,7 @@ FILE = """
 security.protocol=SSL
 linger.ms=7
 client.id=mine
+socket.keepalive.enable=false
 response.linger.ms=8
 response.bootstrap.servers=response:9092
 error.linger.ms=9
@@ -200,15 +201,16 @@ schema.registry.url=http://registry
 )
 def test_each_client_gets_its_settings(tmp_path: Path, prefix: str, expected: dict) -> None:
     """Common settings go to all, those with a prefix to one, and over the common ones."""
-    common = {"security.protocol": "SSL", "client.id": "mine"}
+    common = {"security.protocol": "SSL", "client.id": "mine", "socket.keepalive.enable": "false"}
     assert client_settings(_config(tmp_path, FILE), prefix) == common | expected
 
 
 def test_without_a_file_there_is_a_default() -> None:
-    """The brokers, and a name to find us by."""
+    """The brokers, a name to find us by, and connections that say that they are there."""
     assert client_settings(KafkaConfig("h:1", "g"), "error.") == {
         "bootstrap.servers": "h:1",
         "client.id": "beam-lambda-sink",
+        "socket.keepalive.enable": True,
     }
 
 
