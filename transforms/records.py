@@ -107,6 +107,12 @@ class Records:
             columns.append(joined)
         return Records(*columns)
 
+    @property
+    def held_bytes(self) -> int:
+        """About what the records hold, in bytes: keys, values and headers."""
+        columns = sum(map(len, filter(None, self.keys))) + sum(map(len, filter(None, self.values)))
+        return columns + sum(map(header_bytes, filter(None, self.headers)))
+
     def _columns(self) -> tuple[Sequence, ...]:
         return (
             self.offsets,
@@ -118,6 +124,11 @@ class Records:
             self.rejections,
             self.log_append,
         )
+
+
+def header_bytes(headers: Iterable[Header]) -> int:
+    """What a record's headers hold, in bytes: names and values."""
+    return sum(len(name) + len(value or b"") for name, value in headers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +224,11 @@ class Batch:
         """Size of the whole batch as a payload, in bytes."""
         return self.frame.payload_bytes(sum(map(len, self.entries)), len(self.entries))
 
+    @property
+    def held_bytes(self) -> int:
+        """About what it holds, in bytes: the records as Kafka had them, and their entries."""
+        return self.payload_bytes + self.records.held_bytes
+
     def __len__(self) -> int:
         return len(self.entries)
 
@@ -231,6 +247,11 @@ class Responses:
     offsets: Sequence[int]
     results: Sequence[bytes] | None
     body: bytes | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """About what it holds, in bytes: the reply."""
+        return len(self.body or b"") + sum(map(len, self.results or ()))
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -269,6 +290,12 @@ class Failure:
     executed_version: str | None = None
     request_id: str | None = None
     frame: Frame = ARRAY
+
+    @property
+    def held_bytes(self) -> int:
+        """About what it holds, in bytes: the records, their entries and the error's text."""
+        texts = len(self.payload or "") + len(self.log_result or "")
+        return self.records.held_bytes + sum(map(len, self.entries)) + texts
 
     def __len__(self) -> int:
         return len(self.records)
@@ -317,6 +344,11 @@ class Finished:
     @property
     def lane_key(self) -> LaneKey:
         return (self.topic, self.partition, self.lane)
+
+    @property
+    def held_bytes(self) -> int:
+        """About what it holds until it is written, in bytes."""
+        return sum(part.held_bytes for part in self.parts)
 
 
 def halt_name(finished: Finished) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -49,9 +49,44 @@ _COLLECT_SECS_BUSY = 1.0
 _COLLECT_SECS_IDLE = 0.1
 
 
+# What a record takes beside its bytes: the objects that hold it.
+_RECORD_BYTES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What this process holds of a partition, each thing counted once.
+
+    Attributes:
+        queue: What was handed over: waiting, being worked on, finished and not collected.
+        records: Records that were read and not handed over.
+        read_bytes: Their bytes: keys, values and headers.
+    """
+
+    queue: QueueView = QueueView()
+    records: int = 0
+    read_bytes: int = 0
+
+    @property
+    def handed_over(self) -> int:
+        """Bytes of what was handed over, until it is collected."""
+        queue = self.queue
+        return queue.bytes + queue.finished_bytes + _RECORD_BYTES * queue.records
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all of it."""
+        return self.handed_over + self.read_bytes + _RECORD_BYTES * self.records
+
+
 @dataclass(frozen=True, slots=True)
 class RoundLimits:
     """What bounds memory, and keeps one partition from using up what is there for all.
+
+    Each partition has a bound of its own, so that all together stay below `all_bytes` whatever
+    becomes of them. Below that those that get on share `common_bytes`; where these are used up each
+    of them still gets two turns, a turn being a batch for each of its lanes. A partition that is
+    stuck or halted takes nothing of what is common.
 
     Attributes:
         records: Records a round may read.
@@ -59,9 +94,9 @@ class RoundLimits:
         first_records: Records of the first round, small so that the function gets to work.
         queue_records: Records a partition may have waiting for the function; as many more may
             have been read for it.
-        queue_bytes: Bytes of payloads a partition may have waiting; the same holds for them.
-        held_bytes: Bytes of payloads of all partitions together; above it a partition gets
-            one batch at a time. Of records that were only read, the same.
+        partition_bytes: Bytes that may be held of a partition.
+        common_bytes: Bytes of those that get on, above which each has two turns at most.
+        all_bytes: Bytes of all partitions together, divided among them where they are many.
         collect_records: Finished records that are worth a round of their own.
     """
 
@@ -69,54 +104,79 @@ class RoundLimits:
     bytes: int = 32 * 2**20
     first_records: int = 10_000
     queue_records: int = 25_000
-    queue_bytes: int = 16 * 2**20
-    held_bytes: int = 64 * 2**20
+    partition_bytes: int = 32 * 2**20
+    common_bytes: int = 128 * 2**20
+    all_bytes: int = 512 * 2**20
     collect_records: int = 50_000
 
-    def room(self, queue: QueueView, held_bytes: int, turn_records: int) -> tuple[int, int]:
-        """How many records and bytes more a partition may hand over; 0 for not now.
+    def among(self, all_held: Collection[Held], turn_records: int) -> PartitionLimits:
+        """What each partition may have, as things are.
 
         Args:
-            queue: What it has waiting already.
-            held_bytes: What all partitions together have.
-            turn_records: Records of a batch for each of its lanes.
+            all_held: What is held of each partition.
+            turn_records: Records of a batch for each lane of a partition.
         """
-        if queue.halted:
+        common = sum(h.bytes for h in all_held if not (h.queue.halted or h.queue.stuck))
+        own = min(self.partition_bytes, self.all_bytes // max(1, len(all_held)))
+        most = max(self.queue_records, 2 * turn_records)
+        return PartitionLimits(own, most, turn_records, common >= self.common_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionLimits:
+    """What each partition may have now. Pure.
+
+    Attributes:
+        bytes: Bytes that may be held of it.
+        records: Records it may have waiting; as many more may have been read.
+        turn_records: Records of a batch for each of its lanes.
+        full: Whether what all have in common is used up.
+    """
+
+    bytes: int
+    records: int
+    turn_records: int
+    full: bool = False
+
+    def room(self, held: Held) -> tuple[int, int]:
+        """How many records and bytes more a partition may hand over; 0 for not now."""
+        queue = held.queue
+        records = self._records(queue) - queue.records
+        free = self.bytes - held.handed_over
+        # Less than a batch for each lane is not worth it, and little room would cut batches short.
+        if queue.halted or records < self.turn_records or 2 * free < self.bytes:
             return 0, 0
-        if held_bytes >= self.held_bytes:
-            return (0, 0) if queue.batches else (turn_records, self.queue_bytes)
-        records = self._most_records(turn_records) - queue.records
-        size = self.queue_bytes - queue.bytes
-        return (records, size) if records >= turn_records and size > 0 else (0, 0)
+        # What is handed over is held twice from then on: as it was, and as it is sent.
+        return records, max(1, free // 2)
 
-    def wanted(
-        self, records: int, size: int, all_bytes: int, ready: bool, turn_records: int
-    ) -> bool:
-        """Whether more should be read of a partition that may hand over something.
+    def is_full(self, held: Held) -> bool:
+        """Whether nothing more may be read of a partition before it has handed something over."""
+        return held.bytes >= self.bytes
+
+    def wanted(self, held: Held, ready: bool, paused: bool) -> bool:
+        """Whether more should be read of a partition.
 
         Args:
-            records: Its records that were read and not handed over.
-            size: Their bytes.
-            all_bytes: The bytes of all partitions' such records.
-            ready: Whether there is enough for a batch among them.
-            turn_records: Records of a batch for each of its lanes.
+            held: What is held of it.
+            ready: Whether there is enough for a batch among what was read.
+            paused: Whether nothing is read of it now. To pause throws away what was fetched ahead,
+                so it is done seldom: until half of what it may have is gone.
         """
+        if held.queue.halted:
+            return False
         if not ready:
             # Waiting alone would not make a batch of it, or only when its window is over.
-            return True
-        return (
-            records < self._most_records(turn_records)
-            and size < self.queue_bytes
-            and all_bytes < self.held_bytes
-        )
+            return not self.is_full(held)
+        part = 2 if paused else 1
+        return part * held.records < self._records(held.queue) and part * held.bytes < self.bytes
 
-    def starving(self, queue: QueueView, turn_records: int) -> bool:
+    def starving(self, queue: QueueView) -> bool:
         """Whether a partition has so little left that it should be read for."""
-        return 2 * queue.records <= self._most_records(turn_records)
+        return 2 * queue.records <= self._records(queue)
 
-    def _most_records(self, turn_records: int) -> int:
-        """What a partition may have waiting: two turns at least, however large one is."""
-        return max(self.queue_records, 2 * turn_records)
+    def _records(self, queue: QueueView) -> int:
+        """What a partition may have waiting."""
+        return 2 * self.turn_records if self.full or queue.stuck else self.records
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,10 +363,13 @@ class Rounds:
             self._look_at_ends()
             if self._timer() - self._discovered > _DISCOVER_SECS:
                 self._discover(at_start=False)
-            rooms = self._rooms()
-            ready = {room.key for room in rooms if self._reader.ready(room.key, self._flush)}
-            self._fetch(rooms, ready)
-            if self._due(ready):
+            held = self._hold()
+            limits = self._limits.among(held.values(), self._turn_records)
+            rooms = self._rooms(held, limits)
+            ready = {key for key, each in held.items() if self._is_ready(key, limits.is_full(each))}
+            self._fetch(held, limits, ready)
+            due = {room.key for room in rooms} & ready
+            if self._due(due, limits):
                 self._run_round(rooms)
         drain(self._invoker, self._config.invoke, lambda: self._run_round([]))
         self._look_at_ends(0)
@@ -331,36 +394,44 @@ class Rounds:
 
     # -- one pass of the loop --------------------------------------------------------------
 
-    def _rooms(self) -> list[Room]:
+    def _hold(self) -> dict[PartitionKey, Held]:
+        """What is held of each partition now. What was read of a halted one is dropped."""
+        held = {}
+        for key in self._reader.partitions:
+            queue = self._invoker.queue(key)
+            if queue.halted:
+                self._reader.drop(key)
+            held[key] = Held(queue, *self._reader.waiting(key))
+        return held
+
+    def _rooms(self, held: dict[PartitionKey, Held], limits: PartitionLimits) -> list[Room]:
         """What each partition may hand over now, those left out that may not."""
-        queues = {
-            key: self._invoker.queue(key)
-            for key in self._reader.partitions
-            if not self._at_target(key)
-        }
-        held = sum(queue.bytes for queue in queues.values())
         rooms = [
-            Room(*key, *self._limits.room(queue, held, self._turn_records))
-            for key, queue in queues.items()
+            Room(*key, *limits.room(each), flush=limits.is_full(each))
+            for key, each in held.items()
+            if not self._at_target(key)
         ]
         return [room for room in rooms if room.records]
 
-    def _fetch(self, rooms: list[Room], ready: set[PartitionKey]) -> None:
-        """Fetch for those that may hand over something, but not for those of which enough for that
-        has been read."""
-        reader, all_bytes = self._reader, self._reader.held_bytes
+    def _fetch(
+        self, held: dict[PartitionKey, Held], limits: PartitionLimits, ready: set[PartitionKey]
+    ) -> None:
+        """Fetch for those partitions of which more may be held."""
+        reader = self._reader
         reader.set_wanted(
-            room.key
-            for room in rooms
-            if self._limits.wanted(
-                *reader.waiting(room.key), all_bytes, room.key in ready, self._turn_records
-            )
+            key
+            for key, each in held.items()
+            if not self._at_target(key) and limits.wanted(each, key in ready, reader.is_paused(key))
         )
 
-    def _due(self, ready: set[PartitionKey]) -> bool:
+    def _is_ready(self, key: PartitionKey, full: bool) -> bool:
+        """Whether enough of a partition was read for a batch."""
+        return (full and self._reader.waiting(key)[0] > 0) or self._reader.ready(key, self._flush)
+
+    def _due(self, ready: set[PartitionKey], limits: PartitionLimits) -> bool:
         """Whether a round is worth its while now, with partitions that are ready for one."""
-        invoker, limits, turn_records = self._invoker, self._limits, self._turn_records
-        if any(limits.starving(invoker.queue(key), turn_records) for key in ready):
+        invoker = self._invoker
+        if invoker.is_full or any(limits.starving(invoker.queue(key)) for key in ready):
             return True
         if not invoker.has_finished:
             return False
@@ -369,7 +440,7 @@ class Rounds:
         patience_secs = _COLLECT_SECS_BUSY if busy else _COLLECT_SECS_IDLE
         return (
             invoker.finished_age_secs >= patience_secs
-            or invoker.finished_records >= limits.collect_records
+            or invoker.finished_records >= self._limits.collect_records
             or not invoker.pending_batches
         )
 

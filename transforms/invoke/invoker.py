@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -93,9 +93,11 @@ class QueueView:
     Attributes:
         batches: Batches not yet finished, those being worked on included.
         records: Records in them.
-        bytes: Bytes of their payloads.
+        bytes: Bytes they hold: records as Kafka had them, headers included, and their entries.
         halted: Whether a failure stopped the partition.
         waiting: Whether one of its lanes is backing off right now, or waits for the breaker.
+        stuck: Whether one of its lanes is, or repeats what has failed.
+        finished_bytes: Bytes of what has finished and was not collected.
     """
 
     batches: int = 0
@@ -103,6 +105,8 @@ class QueueView:
     bytes: int = 0
     halted: bool = False
     waiting: bool = False
+    stuck: bool = False
+    finished_bytes: int = 0
 
 
 def always(_: LaneKey) -> bool:
@@ -126,6 +130,8 @@ class Invoker:
         breaker: When to stop calling for a while instead of giving records up.
         may_begin: Asked before each call whether its lane still belongs to this process;
             if not, its queue is abandoned.
+        max_finished_bytes: No call begins while more than that has finished and was not
+            collected.
     """
 
     def __init__(
@@ -140,6 +146,7 @@ class Invoker:
         min_concurrency: int = 1,
         breaker: BreakerPolicy = BreakerPolicy(),
         may_begin: Callable[[LaneKey], bool] = always,
+        max_finished_bytes: int = 64 * 2**20,
     ) -> None:
         self._call = call
         self._prepare = prepare
@@ -152,6 +159,7 @@ class Invoker:
         self._random = random
         self._timer = timer
         self._may_begin = may_begin
+        self._max_finished_bytes = max_finished_bytes
         lock = threading.RLock()
         self._changed = threading.Condition(lock)
         # The same lock, for the threads: one of them is woken for one task, not all.
@@ -163,6 +171,8 @@ class Invoker:
         self._order = itertools.count()
         self._finished: list[Finished] = []
         self._finished_records = 0
+        self._finished_bytes: Counter[PartitionKey] = Counter()
+        self._finished_total = 0
         self._finished_since: float | None = None
         self._threads: list[threading.Thread] = []
         self._idle = 0
@@ -194,6 +204,10 @@ class Invoker:
             finished, self._finished = self._finished, []
             self._finished_records = 0
             self._finished_since = None
+            self._finished_bytes.clear()
+            self._finished_total = 0
+            if self._ready:
+                self._wake()
             return finished
 
     def abandon(self, key: LaneKey) -> None:
@@ -209,7 +223,13 @@ class Invoker:
                 partition.halted = None
                 if lane in partition.lanes:
                     self._abandon(partition.lanes[lane])
+            dropped = [finished for finished in self._finished if finished.lane_key == key]
             self._finished = [finished for finished in self._finished if finished.lane_key != key]
+            size = sum(finished.held_bytes for finished in dropped)
+            self._finished_bytes[topic, partition_number] -= size
+            self._finished_total -= size
+            if self._ready:
+                self._wake()
 
     def _abandon(self, queue: _Queue) -> None:
         queue.batches.clear()
@@ -233,7 +253,7 @@ class Invoker:
         """How one partition stands."""
         with self._changed:
             partition = self._partitions.get(key)
-            return _view(partition) if partition else QueueView()
+            return _view(partition, self._finished_bytes[key]) if partition else QueueView()
 
     @property
     def pending_batches(self) -> int:
@@ -245,6 +265,11 @@ class Invoker:
     def finished_records(self) -> int:
         """Records that are finished and not yet collected."""
         return self._finished_records
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much has finished that no call begins before it is collected."""
+        return self._finished_total > self._max_finished_bytes
 
     @property
     def finished_age_secs(self) -> float:
@@ -320,6 +345,11 @@ class Invoker:
         """Whether no further call may begin."""
         return self._stopping or self._broken is not None
 
+    @property
+    def _has_room(self) -> bool:
+        """Whether one more queue may be worked on."""
+        return self._working < self._limit.allowed and not self.is_full
+
     def _queues(self) -> list[_Queue]:
         return [queue for each in self._partitions.values() for queue in each.lanes.values()]
 
@@ -358,7 +388,7 @@ class Invoker:
             while not self._ending:
                 now = self._timer()
                 due = self._line_up(now)
-                if self._ready and self._working < self._limit.allowed:
+                if self._ready and self._has_room:
                     queue = self._ready.popleft()
                     if queue.delivery is None and not queue.batches:
                         # It was abandoned while it stood in line.
@@ -369,7 +399,7 @@ class Invoker:
                         self._start(queue)
                     # Who put it in line may have woken one thread only, for more than one queue;
                     # and somebody else has to be there now when the next wait is over.
-                    more = self._ready and self._working < self._limit.allowed
+                    more = self._ready and self._has_room
                     if more or due < math.inf:
                         self._wake()
                     return queue
@@ -443,7 +473,7 @@ class Invoker:
             self._working -= 1
             self._put_off(queue)
             return True
-        if self._working > self._limit.allowed:
+        if self._working > self._limit.allowed or self.is_full:
             self._working -= 1
             self._ready.append(queue)
             return True
@@ -531,7 +561,7 @@ class Invoker:
             spared = self._breaker.end(breaker, which, kind, now)
             if was_open and not self._breaker.is_open:
                 self._line_up(now)
-            if self._ready and self._working < self._limit.allowed:
+            if self._ready and self._has_room:
                 self._wake()
             turned = was_open != self._breaker.is_open
         if turned:
@@ -568,6 +598,9 @@ class Invoker:
             return
         self._finished.append(finished)
         self._finished_records += sum(map(len, finished.parts))
+        size = finished.held_bytes
+        self._finished_bytes[finished.key] += size
+        self._finished_total += size
         if self._finished_since is None:
             self._finished_since = self._timer()
         if delivery.config_error:
@@ -632,10 +665,14 @@ def _failed_at(finished: Finished) -> int:
 
 
 def _size(batch: Batch) -> tuple[int, int]:
-    return len(batch), batch.payload_bytes
+    return len(batch), batch.held_bytes
 
 
-def _view(partition: _Partition) -> QueueView:
+def _is_stuck(queue: _Queue) -> bool:
+    return queue.waiting or bool(queue.delivery and queue.delivery.finished.stats.retries)
+
+
+def _view(partition: _Partition, finished_bytes: int = 0) -> QueueView:
     lanes = partition.lanes.values()
     return QueueView(
         batches=sum(len(queue.batches) + (queue.delivery is not None) for queue in lanes),
@@ -643,4 +680,6 @@ def _view(partition: _Partition) -> QueueView:
         bytes=sum(queue.bytes for queue in lanes),
         halted=partition.halted is not None,
         waiting=any(queue.waiting for queue in lanes),
+        stuck=any(map(_is_stuck, lanes)),
+        finished_bytes=finished_bytes,
     )

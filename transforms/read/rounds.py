@@ -8,11 +8,12 @@ a batch that is not due yet) stays with it, unread as far as the pipeline is con
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, groupby
+from itertools import groupby
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 import apache_beam as beam
 from apache_beam import coders
@@ -31,11 +32,16 @@ from transforms.coding import SizedPickleCoder
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
 from transforms.per_process import per_process
-from transforms.records import NO_TIMESTAMP, LaneKey, PartitionKey, RecordChunk, Records
+from transforms.records import (
+    NO_TIMESTAMP,
+    LaneKey,
+    PartitionKey,
+    RecordChunk,
+    Records,
+    header_bytes,
+)
 
 _LOGGER = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _POLL_RECORDS = 500
 # Large, since what Beam does for an element costs as much as a hundred records do.
@@ -78,12 +84,21 @@ class ReadConfig:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How much of a partition a round may take."""
+    """How much of a partition a round may take.
+
+    Attributes:
+        topic: Topic name.
+        partition: Partition number.
+        records: How many.
+        bytes: Of keys, values and headers.
+        flush: Take incomplete batches too: no more of it is read before.
+    """
 
     topic: str
     partition: int
     records: int
     bytes: int
+    flush: bool = False
 
     @property
     def key(self) -> PartitionKey:
@@ -122,6 +137,18 @@ def releasable(
     return records if due else records - records % config.batch_size
 
 
+def turns(places: Sequence[int], last: int) -> list[int]:
+    """The order in which those at these places have their turns: first who stands behind the last
+    one that was served. Pure.
+
+    Args:
+        places: Where they stand, rising.
+        last: Where the last one stands that was served; it need not be among them.
+    """
+    behind = bisect_right(places, last)
+    return [*range(behind, len(places)), *range(behind)]
+
+
 @dataclass(slots=True)
 class _Lane:
     """What the reader holds of one lane of a partition."""
@@ -138,10 +165,13 @@ class _Partition:
     """What the reader holds of one partition."""
 
     key: PartitionKey
+    place: int
     lanes: list[_Lane]
     next_offset: int
     at_end: bool = False
     paused: bool = False
+    dropped: bool = False
+    served: int = -1
 
     @property
     def start(self) -> int:
@@ -179,7 +209,7 @@ class RoundReader:
         self.consumer = make(config.kafka, **_PREFETCH)
         self._partitions: dict[PartitionKey, _Partition] = {}
         self._round = _NOTHING
-        self._turn = 0
+        self._served = -1
 
     # -- what the rounds' loop needs -------------------------------------------------------
 
@@ -191,7 +221,8 @@ class RoundReader:
         """Begin to read partitions, each lane at its offset, besides those already read."""
         for key, offsets in marks.items():
             lanes = [_Lane(number, offset) for number, offset in enumerate(offsets)]
-            self._partitions[key] = _Partition(key, lanes, min(offsets))
+            place = len(self._partitions)
+            self._partitions[key] = _Partition(key, place, lanes, min(offsets))
         self.consumer.incremental_assign(
             [TopicPartition(*key, min(offsets)) for key, offsets in marks.items()]
         )
@@ -209,26 +240,44 @@ class RoundReader:
         return high if high >= 0 else None
 
     def ready(self, key: PartitionKey, flush: bool) -> bool:
-        """Whether a round would get something of this partition now."""
+        """Whether a round would get something of this partition now.
+
+        Args:
+            key: The partition.
+            flush: Whether incomplete batches are due once it has nothing more.
+        """
         partition = self._partitions[key]
         if not partition.waiting:
             # A tail of offsets without records still has to be committed.
             return partition.start < partition.next_offset
-        return self._releasable(partition, flush)
+        flush = flush and partition.at_end
+        return any(self._due(lane, flush) for lane in partition.lanes)
 
     def waiting(self, key: PartitionKey) -> tuple[int, int]:
         """Records of a partition that were read and not handed out, and their bytes."""
         partition = self._partitions[key]
         return partition.waiting, partition.bytes
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of all records that were read and not handed out."""
-        return sum(partition.bytes for partition in self._partitions.values())
+    def is_paused(self, key: PartitionKey) -> bool:
+        """Whether nothing is fetched of a partition now."""
+        return self._partitions[key].paused
+
+    def drop(self, key: PartitionKey) -> None:
+        """Read a partition no more; what was read and not handed out is forgotten."""
+        partition = self._partitions[key]
+        if not partition.dropped:
+            partition.dropped = True
+            self._forget(partition)
+
+    def _forget(self, partition: _Partition) -> None:
+        for lane in partition.lanes:
+            lane.messages, lane.bytes = [], 0
+        partition.next_offset = partition.start
 
     def set_wanted(self, keys: Iterable[PartitionKey]) -> None:
-        """Fetch for these partitions only; the others' records would only pile up here."""
-        wanted = set(keys)
+        """Fetch for these partitions only. What has been fetched of the others and not been taken
+        in is thrown away by the client, and fetched again once they are wanted."""
+        wanted = {key for key in keys if not self._partitions[key].dropped}
         pause = [p for p in self._partitions.values() if not p.paused and p.key not in wanted]
         resume = [p for p in self._partitions.values() if p.paused and p.key in wanted]
         if pause:
@@ -283,17 +332,21 @@ class RoundReader:
                 break
         records, size = round.records, round.bytes
         begun: set[LaneKey] = set()
-        # Partitions, and lanes in them, take turns at the front: a short round favours none.
-        self._turn += 1
-        for room in _turned(round.rooms, self._turn):
-            partition = self._partitions[room.key]
+        # Partitions, and lanes in them, take turns: a short round favours none.
+        rooms = sorted(round.rooms, key=lambda room: self._partitions[room.key].place)
+        places = [self._partitions[room.key].place for room in rooms]
+        for turn in turns(places, self._served):
+            room, partition = rooms[turn], self._partitions[rooms[turn].key]
             room_records, room_bytes = room.records, room.bytes
-            for lane in _turned(partition.lanes, self._turn):
+            flush = room.flush or (round.flush and partition.at_end)
+            for number in turns(range(len(partition.lanes)), partition.served):
+                lane = partition.lanes[number]
                 limit = min(records, room_records), min(size, room_bytes)
-                for chunk, chunk_bytes in self._hand_out(partition, lane, *limit, round.flush):
+                for chunk, chunk_bytes in self._hand_out(partition, lane, *limit, flush):
                     count = len(chunk.records)
                     room_records, room_bytes = room_records - count, room_bytes - chunk_bytes
                     records, size = records - count, size - chunk_bytes
+                    self._served, partition.served = partition.place, number
                     yield _first(chunk, begun)
             for lane in partition.lanes:
                 if not lane.messages and lane.start < partition.next_offset:
@@ -305,7 +358,7 @@ class RoundReader:
     ) -> Iterator[tuple[RecordChunk, int]]:
         config = self._config
         step = max(1, _CHUNK_RECORDS // config.batch_size) * config.batch_size
-        due = self._due(partition, lane, flush)
+        due = self._due(lane, flush)
         if due > records:
             # A batch is better begun in the next round than cut in two.
             due = records - records % config.batch_size
@@ -340,17 +393,9 @@ class RoundReader:
         records = to_records(messages)
         return RecordChunk(*partition.key, start, next_offset, records, lane=lane.number)
 
-    def _releasable(self, partition: _Partition, flush: bool) -> bool:
-        return any(self._due(partition, lane, flush) for lane in partition.lanes)
-
-    def _due(self, partition: _Partition, lane: _Lane, flush: bool) -> int:
-        return releasable(
-            len(lane.messages),
-            lane.bytes,
-            self._timer() - lane.since,
-            flush and partition.at_end,
-            self._config,
-        )
+    def _due(self, lane: _Lane, flush: bool) -> int:
+        waited_secs = self._timer() - lane.since
+        return releasable(len(lane.messages), lane.bytes, waited_secs, flush, self._config)
 
     # -- what the consumer says ------------------------------------------------------------
 
@@ -359,6 +404,8 @@ class RoundReader:
             self._take_in(self._partitions[key], run)
 
     def _take_in(self, partition: _Partition, messages: list[Message]) -> None:
+        if partition.dropped:
+            return
         # A resumed partition may repeat what was fetched before it was paused.
         first = messages[0].offset()
         if first < partition.next_offset:
@@ -391,7 +438,9 @@ class RoundReader:
     def _event(self, message: Message) -> None:
         end = end_of_partition(message, self._config.kafka)
         partition = self._partitions.get((message.topic(), message.partition()))
-        if end is not None and partition and end >= partition.next_offset:
+        if partition is None or partition.dropped:
+            return
+        if end is not None and end >= partition.next_offset:
             partition.next_offset = end
             partition.at_end = True
 
@@ -442,8 +491,9 @@ def to_records(messages: list[Message]) -> Records:
 
 
 def bytes_of(messages: list[Message]) -> int:
-    """About what records hold, in bytes: values and keys."""
-    return sum(map(len, messages)) + sum(map(len, filter(None, map(Message.key, messages))))
+    """About what records hold, in bytes: values, keys and headers."""
+    size = sum(map(len, messages)) + sum(map(len, filter(None, map(Message.key, messages))))
+    return size + sum(map(header_bytes, filter(None, map(Message.headers, messages))))
 
 
 def _within(
@@ -472,12 +522,6 @@ def _by_partition(messages: list[Message]) -> Iterator[tuple[PartitionKey, list[
     for partition, run in groupby(messages, Message.partition):
         for topic, part in groupby(run, Message.topic):
             yield (topic, partition), list(part)
-
-
-def _turned(items: Sequence[T], turn: int) -> Iterator[T]:
-    """The same, beginning with another one at each turn."""
-    begin = turn % len(items) if items else 0
-    return chain(items[begin:], items[:begin])
 
 
 def _first(chunk: RecordChunk, begun: set[LaneKey]) -> RecordChunk:

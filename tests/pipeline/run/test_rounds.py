@@ -2,73 +2,182 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import apache_beam as beam
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.worker import statecache
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.run.rounds import RoundLimits
+from pipeline.run.rounds import Held, PartitionLimits, RoundLimits
+from tests.examples import examples
 from transforms.batch.batch import BatchByPartition, BatchConfig
 from transforms.batch.key import KeyByLane
 from transforms.invoke.invoker import QueueView
 from transforms.records import RecordChunk, Records
 
-LIMITS = RoundLimits(queue_records=1000, queue_bytes=500, held_bytes=2000)
+LIMITS = PartitionLimits(bytes=400_000, records=1000, turn_records=100)
+FULL = replace(LIMITS, full=True)
+TURN_OF_700 = replace(LIMITS, records=1400, turn_records=700)
+
+
+def _held(queued: int = 0, size: int = 0, read: int = 0, read_bytes: int = 0, **queue: Any) -> Held:
+    """So many records handed over and read; bytes with what each record takes besides."""
+    view = QueueView(1, queued, size - 200 * queued, **queue)
+    return Held(view, read, read_bytes - 200 * read)
 
 
 @pytest.mark.parametrize(
-    ("queue", "held", "turn", "room"),
+    ("limits", "held", "room"),
     [
-        (QueueView(), 0, 100, (1000, 500)),
-        (QueueView(1, 900, 100), 100, 100, (100, 400)),
+        (LIMITS, _held(), (1000, 200_000)),
+        (LIMITS, _held(900, 200_000), (100, 100_000)),
         # Less than a batch for each lane is not worth it.
-        (QueueView(1, 901, 100), 100, 100, (0, 0)),
-        (QueueView(1, 100, 500), 500, 100, (0, 0)),
-        (QueueView(halted=True), 0, 100, (0, 0)),
+        (LIMITS, _held(901, 200_000), (0, 0)),
+        # Little room would cut batches short.
+        (LIMITS, _held(100, 200_001), (0, 0)),
+        # What has finished counts until it is written.
+        (LIMITS, _held(100, 100_000, finished_bytes=100_001), (0, 0)),
+        # What was only read does not: it is what there is to hand over.
+        (LIMITS, _held(read=1000, read_bytes=400_000), (1000, 200_000)),
+        (LIMITS, _held(halted=True), (0, 0)),
         # Two turns are possible, however large one is.
-        (QueueView(1, 700, 100), 100, 700, (700, 400)),
-        (QueueView(1, 701, 100), 100, 700, (0, 0)),
-        # All together hold enough: a turn for those that have nothing.
-        (QueueView(), 2000, 100, (100, 500)),
-        (QueueView(1, 1, 1), 2000, 100, (0, 0)),
+        (TURN_OF_700, _held(700, 200_000), (700, 100_000)),
+        (TURN_OF_700, _held(701, 200_000), (0, 0)),
+        # All together hold enough, or this one is stuck: two turns.
+        (FULL, _held(), (200, 200_000)),
+        (FULL, _held(100, 100_000), (100, 150_000)),
+        (FULL, _held(101, 100_000), (0, 0)),
+        (LIMITS, _held(100, 100_000, stuck=True), (100, 150_000)),
+        (LIMITS, _held(101, 100_000, stuck=True), (0, 0)),
     ],
 )
-def test_what_a_partition_may_hand_over(queue, held, turn, room) -> None:
-    """Bounded by its own queue and by all together; a turn is a batch for each of its lanes."""
-    assert LIMITS.room(queue, held, turn) == room
+def test_what_a_partition_may_hand_over(limits, held, room) -> None:
+    """Bounded by its own bound and by all together; a turn is a batch for each of its lanes."""
+    assert limits.room(held) == room
 
 
 @pytest.mark.parametrize(
-    ("records", "size", "held", "ready", "turn", "wanted"),
+    ("limits", "held", "ready", "paused", "wanted"),
     [
-        (0, 0, 0, False, 100, True),
-        (999, 499, 499, True, 100, True),
+        (LIMITS, _held(), True, False, True),
+        (LIMITS, _held(read=999, read_bytes=399_999), True, False, True),
         # Enough to hand over has been read.
-        (1000, 100, 100, True, 100, False),
-        (100, 500, 500, True, 100, False),
+        (LIMITS, _held(read=1000, read_bytes=200_000), True, False, False),
+        (LIMITS, _held(read=100, read_bytes=400_000), True, False, False),
+        # What was handed over counts too.
+        (LIMITS, _held(100, 300_000, read=100, read_bytes=99_999), True, False, True),
+        (LIMITS, _held(100, 300_000, read=100, read_bytes=100_000), True, False, False),
+        # Once nothing is read any more, half of it has to go first.
+        (LIMITS, _held(read=500, read_bytes=100_000), True, True, False),
+        (LIMITS, _held(read=499, read_bytes=200_000), True, True, False),
+        (LIMITS, _held(read=499, read_bytes=199_999), True, True, True),
         # Two turns, however large one is.
-        (1399, 100, 100, True, 700, True),
-        (1400, 100, 100, True, 700, False),
-        # All together hold enough.
-        (1, 1, 2000, True, 100, False),
-        # Not even a batch: it would wait for the rest of it.
-        (99, 99, 2000, False, 100, True),
-        (40, 600, 600, False, 100, True),
+        (TURN_OF_700, _held(read=1399, read_bytes=399_999), True, False, True),
+        (TURN_OF_700, _held(read=1400, read_bytes=399_999), True, False, False),
+        # All together hold enough, or this one is stuck: two turns.
+        (FULL, _held(read=199, read_bytes=100_000), True, False, True),
+        (FULL, _held(read=200, read_bytes=100_000), True, False, False),
+        (LIMITS, _held(read=200, read_bytes=100_000, stuck=True), True, False, False),
+        # Not even a batch: it would wait for the rest of it, but not beyond its own bound.
+        (FULL, _held(read=250, read_bytes=399_999), False, True, True),
+        (FULL, _held(read=250, read_bytes=400_000), False, False, False),
+        (LIMITS, _held(halted=True), False, False, False),
     ],
 )
-def test_of_which_more_is_read(records, size, held, ready, turn, wanted) -> None:
-    """What is read and not handed over is bounded like what is handed over."""
-    assert LIMITS.wanted(records, size, held, ready, turn) is wanted
+def test_of_which_more_is_read(limits, held, ready, paused, wanted) -> None:
+    """What is held is bounded, and what is paused stays so for a while."""
+    assert limits.wanted(held, ready, paused) is wanted
 
 
 @pytest.mark.parametrize(
-    ("records", "turn", "starving"),
-    [(0, 100, True), (500, 100, True), (501, 100, False), (700, 700, True), (701, 700, False)],
+    ("limits", "records", "starving"),
+    [
+        (LIMITS, 0, True),
+        (LIMITS, 500, True),
+        (LIMITS, 501, False),
+        (TURN_OF_700, 700, True),
+        (TURN_OF_700, 701, False),
+        (FULL, 100, True),
+        (FULL, 101, False),
+    ],
 )
-def test_when_a_partition_has_little_left(records: int, turn: int, starving: bool) -> None:
+def test_when_a_partition_has_little_left(limits, records: int, starving: bool) -> None:
     """At half of what it may hold it is read for."""
-    assert LIMITS.starving(QueueView(1, records, 1), turn) == starving
+    assert limits.starving(QueueView(1, records, 1)) == starving
+
+
+sizes = st.integers(0, 2**27)
+helds = st.builds(
+    Held,
+    st.builds(
+        QueueView,
+        batches=st.integers(0, 9),
+        records=st.integers(0, 100_000),
+        bytes=sizes,
+        halted=st.booleans(),
+        stuck=st.booleans(),
+        finished_bytes=sizes,
+    ),
+    st.integers(0, 100_000),
+    sizes,
+)
+turn_records = st.integers(1, 100_000)
+
+
+@examples(300)
+@given(st.lists(helds, min_size=1, max_size=40), turn_records, st.booleans())
+def test_nobody_s_room_depends_on_who_is_stuck_or_halted(all_held, turn, ready) -> None:
+    """What is held of those changes nothing for the others, however much it is."""
+    limits = RoundLimits()
+    others = [each for each in all_held if not (each.queue.stuck or each.queue.halted)]
+    among = limits.among(all_held, turn)
+    alone = limits.among([*others, *[Held()] * (len(all_held) - len(others))], turn)
+    assert among == alone
+    for each in all_held:
+        if each.queue.halted:
+            assert among.room(each) == (0, 0)
+            assert not among.wanted(each, ready, False)
+
+
+@examples(300)
+@given(st.integers(1, 5000), st.lists(helds, max_size=20), turn_records)
+def test_there_is_always_something_that_goes_on(partitions, some, turn) -> None:
+    """A partition of which little is held gets two turns, whatever the others hold; one of which
+    nothing can be read any more has something to hand over once its queue is worked off."""
+    limits = RoundLimits().among([*some, *[Held()] * partitions], turn)
+    records, size = limits.room(Held())
+    assert records >= 2 * turn
+    assert size >= 1
+    assert limits.wanted(Held(), False, True)
+    for each in some:
+        worked_off = replace(each, queue=QueueView())
+        if not limits.wanted(worked_off, False, False):
+            assert limits.is_full(worked_off)
+            assert all(limits.room(worked_off))
+
+
+@examples(300)
+@given(
+    st.integers(1, 5000),
+    st.lists(st.tuples(helds, st.booleans(), st.booleans()), max_size=20),
+    turn_records,
+)
+def test_what_is_held_is_bounded_whatever_the_partitions_do(partitions, some, turn) -> None:
+    """Nothing more is read of, or handed over for, a partition that has its part of it all."""
+    rule = RoundLimits()
+    held = [each for each, _, _ in some]
+    limits = rule.among([*held, *[Held()] * partitions], turn)
+    assert limits.bytes * (partitions + len(some)) <= rule.all_bytes
+    for each, ready, paused in some:
+        if limits.wanted(each, ready, paused):
+            assert each.bytes < limits.bytes
+        if limits.room(each)[1] > 1:
+            assert each.handed_over + 2 * limits.room(each)[1] <= limits.bytes
 
 
 def test_beam_s_state_is_not_weighed_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:

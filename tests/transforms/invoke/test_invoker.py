@@ -261,7 +261,9 @@ def test_a_key_that_backs_off_holds_no_thread(ahead: bool) -> None:
         _until(invoker, lambda i: i.queue(A).waiting)
         invoker.submit([_batch(B, 0), _batch(B, 1)])
         assert invoker.wait(lambda i: not i.queue(B).batches, GUARD_SECS)
-        assert invoker.queue(A) == QueueView(batches=2, records=2, bytes=6, waiting=True)
+        assert invoker.queue(A) == QueueView(
+            batches=2, records=2, bytes=8, waiting=True, stuck=True
+        )
         assert [each.key for each in invoker.collect()] == [B, B]
         assert function.of(A) == [(0, 0)]
         timer.secs = 100.0
@@ -779,7 +781,9 @@ def test_a_lane_that_backs_off_does_not_stop_the_others(ahead: bool) -> None:
         invoker.submit(_batch(A, start, lane=2) for start in range(2, 9))
         assert invoker.wait(lambda i: i.queue(A).batches == 2, GUARD_SECS)
         assert _offsets(invoker.collect()) == [2, 3, 4, 5, 6, 7, 8]
-        assert invoker.queue(A) == QueueView(batches=2, records=2, bytes=6, waiting=True)
+        assert invoker.queue(A) == QueueView(
+            batches=2, records=2, bytes=8, waiting=True, stuck=True
+        )
         assert invoker.pending_batches == 2
 
 
@@ -826,7 +830,7 @@ def test_a_halt_stops_all_lanes_of_its_partition(ahead: bool) -> None:
         invoker.submit([_batch(A, 3, lane=3), _batch(B, 0)])
         gates[0].set()
         assert invoker.wait(lambda i: i.queue(A).halted and not i.queue(B).batches, GUARD_SECS)
-        assert invoker.queue(A) == QueueView(batches=1, records=1, bytes=3, halted=True)
+        assert invoker.queue(A) == QueueView(1, 1, 4, halted=True, finished_bytes=4)
         gates[1].set()
         timer.secs = 1000.0
         finished = _drain(invoker)
@@ -1113,6 +1117,65 @@ def test_stopping_what_does_nothing(ahead: bool) -> None:
 
 
 @both_ways
+def test_no_call_begins_while_too_much_has_finished(ahead: bool) -> None:
+    """Replies have a bound, however small their requests are; collecting them goes on with it."""
+    reply = b"x" * 100
+
+    def answer(batch: Batch, call: Call) -> Outcome:
+        return Outcome(Kind.SUCCESS, results=[reply] * len(call))
+
+    function = Function(answer)
+    with _running(function, ahead, concurrency=2, max_finished_bytes=250) as invoker:
+        for key in (A, B):
+            invoker.submit(_batch(key, start) for start in range(10))
+        seen = 0
+        while seen < 20:
+            # Three are one too many, and another call was under way.
+            assert invoker.wait(lambda i: i.is_full or not i.pending_batches, GUARD_SECS)
+            _until(invoker, lambda i: i._working == 0)
+            held = sum(invoker.queue(key).finished_bytes for key in (A, B))
+            assert held <= 400
+            finished = invoker.collect()
+            assert held == 100 * len(finished)
+            seen += len(finished)
+        assert not invoker.is_full
+    assert len(function.calls) == 20
+
+
+def test_what_a_forgotten_lane_had_finished_counts_no_more() -> None:
+    """Its bytes would hold the others back for good."""
+    with _running(Function(), False, max_finished_bytes=0) as invoker:
+        invoker.submit([_batch(A, 0)])
+        assert invoker.wait(lambda i: i.is_full, GUARD_SECS)
+        invoker.submit([_batch(B, 0)])
+        invoker.abandon((*A, 0))
+        assert invoker.wait(lambda i: i.queue(B).finished_bytes > 0, GUARD_SECS)
+        assert invoker.queue(A) == QueueView()
+
+
+@both_ways
+def test_a_partition_that_repeats_what_failed_is_stuck(ahead: bool) -> None:
+    """Also while the call is under way again, and no more once it is through."""
+    function = Function()
+    timer = Timer()
+    outcomes = [_failed(Kind.TRANSIENT)]
+    function.answer = lambda b, c: outcomes.pop() if outcomes else _answered(b, c)
+    with _running(function, ahead, timer=timer, random=lambda: 1.0) as invoker:
+        invoker.submit([_batch(A, 0)])
+        _until(invoker, lambda i: i.queue(A).waiting)
+        assert invoker.queue(A).stuck
+        function.hold(A)
+        timer.secs = 1000.0
+        invoker.submit([_batch(B, 0)])
+        function.wait_for_calls(3)
+        assert invoker.queue(A).stuck
+        assert not invoker.queue(A).waiting
+        function.let_go()
+        assert invoker.wait(lambda i: not i.pending_batches, GUARD_SECS)
+        assert not invoker.queue(A).stuck
+
+
+@both_ways
 def test_what_a_queue_holds(ahead: bool) -> None:
     """Batches, records and bytes not finished, the one being worked on among them."""
     function = Function()
@@ -1122,16 +1185,17 @@ def test_what_a_queue_holds(ahead: bool) -> None:
         batches = [_batch(A, 0, 3), _batch(A, 3, 2)]
         invoker.submit(batches)
         function.wait_for_calls(1)
-        held = sum(batch.payload_bytes for batch in batches)
+        held = sum(batch.payload_bytes + len(batch) * len(b"v") for batch in batches)
         assert invoker.queue(A) == QueueView(batches=2, records=5, bytes=held)
         assert invoker.queue(B) == QueueView()
         assert invoker.pending_batches == 2
         assert (invoker.has_finished, invoker.finished_records) == (False, 0)
         function.let_go()
         assert invoker.wait(lambda i: not i.pending_batches, GUARD_SECS)
-        assert invoker.queue(A) == QueueView()
+        assert invoker.queue(A) == QueueView(finished_bytes=5)
         assert (invoker.has_finished, invoker.finished_records) == (True, 5)
         assert len(invoker.collect()) == 2
+        assert invoker.queue(A) == QueueView()
         assert (invoker.has_finished, invoker.finished_records) == (False, 0)
         assert invoker.collect() == []
 

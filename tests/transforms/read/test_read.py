@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,20 @@ from confluent_kafka import KafkaException, Message, TopicPartition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from transforms.batch.key import Lanes
 from transforms.errors import KafkaError
 from transforms.kafka.beam_reader import to_columns
 from transforms.kafka.client import KafkaConfig
-from transforms.read.rounds import ReadConfig, Room, Round, RoundReader, releasable, to_records
+from transforms.read.rounds import (
+    ReadConfig,
+    Room,
+    Round,
+    RoundReader,
+    releasable,
+    to_records,
+    turns,
+)
 from transforms.records import NO_TIMESTAMP, Records
 
 KAFKA = KafkaConfig("broker:9092", "g")
@@ -526,6 +536,59 @@ def test_a_record_larger_than_all_room_is_handed_out_alone() -> None:
     assert _offsets(reading.take({0: (PLENTY, 500)})) == [0]
     reading.timer.secs = 9
     assert _offsets(reading.take({0: (PLENTY, 500)})) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("places", "last", "order"),
+    [
+        ([], 3, []),
+        ([0, 1, 2], -1, [0, 1, 2]),
+        ([0, 1, 2], 0, [1, 2, 0]),
+        ([0, 1, 2], 2, [0, 1, 2]),
+        # Who is not there now is passed over.
+        ([0, 4, 7], 5, [2, 0, 1]),
+        ([0, 4, 7], 4, [2, 0, 1]),
+    ],
+)
+def test_who_has_the_next_turn(places: list[int], last: int, order: list[int]) -> None:
+    """Who stands behind the last one that was served."""
+    assert turns(places, last) == order
+
+
+@examples(100)
+@given(st.integers(1, 40), st.data())
+def test_nobody_waits_while_another_is_served_twice(partitions: int, data: st.DataObject) -> None:
+    """However many a round serves: between two turns of one each other that waits has one."""
+    reading = Reading(dict.fromkeys(range(partitions), 0))
+    served: list[int] = []
+    at = 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        due = data.draw(st.sets(st.integers(0, partitions - 1), min_size=1)) | {0}
+        for p in range(partitions):
+            at += 10
+            reading.fill([_message(o, p) for o in range(at, at + 10)])
+        rooms = dict.fromkeys(due, (10, PLENTY))
+        chunks = reading.take(rooms, records=10 * data.draw(st.integers(1, partitions)))
+        served += [c.partition for c in chunks if len(c.records)]
+    turns_of_0 = [i for i, p in enumerate(served) if p == 0]
+    for first, second in pairwise(turns_of_0):
+        between = served[first + 1 : second]
+        assert len(set(between)) == len(between)
+
+
+def test_a_partition_that_is_dropped_is_read_no_more() -> None:
+    """What was read of it is gone, what still comes is not taken in, and nothing is fetched."""
+    reading = Reading({0: 5, 1: 0})
+    reading.fill([_message(5), _message(6), _message(0, 1)])
+    reading.reader.drop(KEY)
+    reading.fill([_message(7), _end(8), _message(1, 1)])
+    assert reading.reader.waiting(KEY) == (0, 0)
+    assert not reading.reader.ready(KEY, flush=True)
+    assert reading.reader.position(KEY) == 5
+    reading.reader.set_wanted([KEY, ("t", 1)])
+    assert reading.consumer.paused == {KEY}
+    chunks = reading.take(flush=True)
+    assert _offsets(chunks) == []
 
 
 def test_partitions_take_turns_at_the_front() -> None:
