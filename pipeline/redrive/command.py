@@ -32,8 +32,9 @@ from pipeline.options.declare import (
 )
 from pipeline.options.declare import resolve as resolve_options
 from pipeline.options.explain import explain
+from pipeline.run.graph import Graph
 from pipeline.run.preflight import check_outputs
-from pipeline.run.rounds import Graph, Status, Totals, drain
+from pipeline.run.rounds import Status, Totals, drain
 from pipeline.watch.logs import say
 from pipeline.watch.progress import Progress, halted_text, summary
 from transforms.errors import KafkaError, UsageError
@@ -284,9 +285,10 @@ class Redrive:
             if not self._ledger.has_room_for(record for record, _ in window):
                 raise KafkaError(cannot_remember(self._redrive))
             self._hand_over(window)
-            graph.run(self._totals)
+            self._totals.add(graph.run())
             self._finish_window(graph)
-        drain(self._invoker, self._config.invoke, lambda: graph.run(self._totals))
+        drain(self._invoker, self._config.invoke, lambda: self._totals.add(graph.run()))
+        graph.close()
         self._marks = marks(self._redrive)
         return self.status()
 
@@ -392,7 +394,7 @@ class Redrive:
                 _POLL_SECS,
             )
             if invoker.finished_age_secs >= _COLLECT_SECS or not invoker.pending_batches:
-                graph.run(self._totals)
+                self._totals.add(graph.run())
         # Error records whose records all had come to an end before wait for no progress.
         commit(self._redrive)
         self._marks = marks(self._redrive)

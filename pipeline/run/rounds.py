@@ -13,21 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
 from zlib import crc32
-
-import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.portability.fn_api_runner import worker_handlers
-from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
-from apache_beam.transforms.environments import EmbeddedPythonEnvironment
 
 from pipeline.build import build
 from pipeline.options.declare import Config
+from pipeline.run.graph import Graph
 from pipeline.run.preflight import preflight
 from transforms.commit.commit import shared_committer
 from transforms.decode.registry import shared_registry
-from transforms.errors import SinkError, Stopped, from_runner
+from transforms.errors import SinkError, Stopped
 from transforms.invoke.invoke import InvokeConfig, shared_invoker, why_broken
 from transforms.invoke.invoker import Invoker, QueueView
 from transforms.kafka.offsets import LOOK_SECS, SourceOffsets
@@ -35,10 +29,6 @@ from transforms.read.rounds import Room, Round, shared_reader
 from transforms.records import Finished, PartitionKey
 
 _LOGGER = logging.getLogger(__name__)
-
-# The state is in this process already. To cache it there a second time only costs: the cache weighs
-# each value it takes by going through the globals of all modules, a millisecond a time.
-worker_handlers.STATE_CACHE_SIZE_MB = 0
 
 _DISCOVER_SECS = 2.0
 _ENDS_SECS = 0.5
@@ -212,6 +202,11 @@ class Totals:
     def __getitem__(self, name: str) -> int:
         return self.counters[name]
 
+    def add(self, counted: Counter[str]) -> None:
+        """What was counted in one more round."""
+        self.counters.update(counted)
+        self.rounds += 1
+
     @property
     def records(self) -> int:
         """Records that have come to their end."""
@@ -253,39 +248,6 @@ class Status:
     def of_nothing(elapsed_secs: float) -> Status:
         """How a run stands that could not begin."""
         return Status(Totals(), 0, {}, [], {}, elapsed_secs)
-
-
-class Graph:
-    """The bounded pipeline, run again and again.
-
-    Args:
-        wire: Puts the steps into a pipeline.
-    """
-
-    def __init__(self, wire: Callable[[beam.Pipeline], Any]) -> None:
-        self._options = PipelineOptions([])
-        pipeline = beam.Pipeline(runner=FnApiRunner(), options=self._options)
-        wire(pipeline)
-        # Translated once: building and translating costs twice what running an empty round does.
-        self._translated = pipeline.to_runner_api(
-            default_environment=EmbeddedPythonEnvironment.default()
-        )
-
-    def run(self, totals: Totals) -> None:
-        """Run it once, and add what it counted.
-
-        Raises:
-            SinkError: A step failed.
-        """
-        try:
-            result = FnApiRunner().run_via_runner_api(self._translated, self._options)
-            result.wait_until_finish()
-        except Exception as error:
-            raise from_runner(error) from None
-        for counter in result.metrics().query()["counters"]:
-            name = f"{counter.key.metric.namespace}.{counter.key.metric.name}"
-            totals.counters[name] += counter.committed or 0
-        totals.rounds += 1
 
 
 def drain(invoker: Invoker, config: InvokeConfig, collect: Callable[[], None]) -> None:
@@ -372,6 +334,7 @@ class Rounds:
             if self._due(due, limits):
                 self._run_round(rooms)
         drain(self._invoker, self._config.invoke, lambda: self._run_round([]))
+        self._graph.close()
         self._look_at_ends(0)
         return self.status()
 
@@ -452,7 +415,7 @@ class Rounds:
         records = max(records, self._turn_records)
         self._reader.begin(Round(tuple(rooms), records, limits.bytes, self._flush))
         try:
-            self._graph.run(self._totals)
+            self._totals.add(self._graph.run())
         except Stopped as stopped:
             _LOGGER.warning("%s; it goes on there with the next run", stopped)
 
