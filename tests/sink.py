@@ -28,7 +28,7 @@ from pipeline.local.faults import Fault
 from pipeline.local.lambda_server import FunctionSpec, LambdaContext, LambdaServer
 from pipeline.local.processes import wait_until
 from tests import ROOT
-from transforms.write.formats import ORIGINAL_HEADER, decode_original
+from transforms.original import ORIGINAL_HEADER, decode_original
 
 FUNCTION = "process-orders"
 ACCESS_KEY, SECRET_KEY = "AKIDFORTESTS", "secret-key-for-tests"

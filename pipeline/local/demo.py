@@ -217,7 +217,7 @@ def _own_environment() -> Iterator[None]:
 def _report(stage: _Stage) -> list[str]:
     """What the pipeline wrote: some responses, and every error record."""
     # Only now: these come with the pipeline's imports.
-    from transforms.write.formats import ORIGINAL_HEADER, decode_original
+    from transforms.original import ORIGINAL_HEADER, decode_original
 
     responses = stage.read_all(RESULTS)
     shown = responses[:_SHOWN_RESPONSES]

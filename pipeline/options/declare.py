@@ -22,17 +22,16 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pipeline.migrate import config_file
 from pipeline.migrate.carried import OWN, Carried, Value
 from pipeline.submit import dataflow
-from transforms import text_file
+from transforms import envelope, text_file
 from transforms.aws.function import FUNCTION, MAX_ASYNC_BYTES, MAX_SYNC_BYTES, FunctionConfig
-from transforms.batch import envelope, payload
+from transforms.batch import payload
 from transforms.batch.batch import BatchConfig
-from transforms.batch.envelope import Envelope
-from transforms.batch.key import Lanes
 from transforms.batch.payload import PayloadFormat
 from transforms.commit.commit import CommitConfig
 from transforms.decode.decode import ATTRIBUTES, VALUE, DecodeConfig
 from transforms.decode.registry import RegistryConfig, check_settings
 from transforms.decode.schemas import CONNECT, STANDARD
+from transforms.envelope import Envelope
 from transforms.errors import UsageError
 from transforms.filter.filter import UNPARSABLE, FilterConfig, load_criteria
 from transforms.invoke import reply
@@ -42,6 +41,7 @@ from transforms.invoke.retry import RetryPolicy
 from transforms.kafka.beam_reader import BeamReadConfig
 from transforms.kafka.client import PREFIXES, KafkaConfig, load_properties
 from transforms.kafka.offsets import AT_TIMESTAMP, LATEST, TRIM_HORIZON, SourceConfig
+from transforms.lanes import Lanes
 from transforms.read.rounds import ReadConfig
 from transforms.read.streaming import NativeReadConfig
 from transforms.write import destination, formats

@@ -34,7 +34,7 @@ from typing import Any
 
 from tests.bench import stub
 from tests.bench.topics import Topics, WrongResult
-from transforms.batch.key import Lanes
+from transforms.lanes import Lanes
 
 WARM_UP_RECORDS = 2000
 

@@ -30,7 +30,7 @@ from pipeline.local.broker import KafkaBroker
 from pipeline.local.flink import FlinkCluster
 from tests.bench import stub
 from tests.bench.topics import Topics, WrongResult
-from transforms.batch.key import Lanes
+from transforms.lanes import Lanes
 
 DIRECT, NATIVE, BEAM = "DirectRunner", "Flink, native reader", "Flink, Beam's reader"
 READERS = {NATIVE: "native", BEAM: "beam"}

@@ -10,7 +10,7 @@ import orjson
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from transforms.batch.key import Lanes
+from transforms.lanes import Lanes
 
 
 class WrongResult(Exception):

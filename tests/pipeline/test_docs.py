@@ -24,12 +24,11 @@ from pipeline.local.lambda_server import ClientContext, LambdaContext
 from pipeline.options.declare import _FLINK_OPTIONS, OPTIONS, _beam_parser, parse_arguments
 from pipeline.redrive.command import GROUP as REDRIVE_OPTIONS
 from tests import ROOT
-from transforms.batch.envelope import Envelope
-from transforms.batch.key import Lanes
 from transforms.batch.payload import PayloadFormat, encode_records
 from transforms.decode import decode
 from transforms.decode.registry import RegistryConfig, registry_settings
 from transforms.decode.schemas import AVRO, CONNECT, PROTOBUF, STANDARD, SchemaText
+from transforms.envelope import Envelope
 from transforms.filter.filter import (
     FIELDS,
     UNPARSABLE,
@@ -43,16 +42,14 @@ from transforms.invoke import retry
 from transforms.invoke.client_context import client_context
 from transforms.invoke.reply import parse_failures, parse_reply
 from transforms.invoke.retry import Call
+from transforms.lanes import Lanes
+from transforms.original import HEADER_PREFIX, ORIGINAL_SCHEMA, decode_original, encode_originals
 from transforms.records import ARRAY, NO_TIMESTAMP, Batch, Failure, Records
 from transforms.write.destination import destination_records
 from transforms.write.formats import (
     ERROR_SCHEMAS,
     FORMATS,
-    HEADER_PREFIX,
-    ORIGINAL_SCHEMA,
     RESPONSE_SCHEMAS,
-    decode_original,
-    encode_originals,
     error_records,
     response_keys,
     response_values,

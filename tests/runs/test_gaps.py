@@ -17,7 +17,7 @@ from pipeline.local.broker import KafkaBroker, NewRecord
 from tests.conftest import Names
 from tests.runs.test_lanes import assert_lanes_in_order
 from tests.sink import answer, assert_exactly_once, invocations, serve, start
-from transforms.batch.key import Lanes
+from transforms.lanes import Lanes
 
 STEPS = 8
 # A call takes as long as some rounds, so that what they hand over piles up behind it.

@@ -29,7 +29,7 @@ from tests.sink import (
     serve,
     start,
 )
-from transforms.batch.key import Lanes
+from transforms.lanes import Lanes
 
 PARTITIONS = 4
 

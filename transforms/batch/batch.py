@@ -27,7 +27,7 @@ from apache_beam.utils.timestamp import Timestamp
 
 from transforms.batch.payload import PayloadFormat, encode_records
 from transforms.coding import SizedPickleCoder
-from transforms.invoke.retry import SIZE_EXCEEDED
+from transforms.conditions import SIZE_EXCEEDED
 from transforms.records import (
     ARRAY,
     Batch,

@@ -3,7 +3,7 @@
 Here is the Confluent Lambda connector's, the default: an entry is
 ``{"payload":{"timestamp","topic","partition","offset","key","value"}}``, a payload the array of
 the entries of one batch. A value that is JSON already is put in as the bytes it is: no number
-loses a digit, and nothing is serialized twice. AWS's own are in `transforms.batch.envelope`.
+loses a digit, and nothing is serialized twice. AWS's own are in `transforms.envelope`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from transforms.batch.envelope import CONFLUENT, Envelope, encode_event_records
+from transforms.envelope import CONFLUENT, Envelope, encode_event_records
 from transforms.records import NO_TIMESTAMP, Header, Records, Rejection
 
 FORMATS = ("auto", "json", "string", "base64")

@@ -18,9 +18,9 @@ from apache_beam.transforms.userstate import ReadModifyWriteRuntimeState, ReadMo
 from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException, TopicPartition
 
-from transforms.batch.key import Lanes
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
+from transforms.lanes import Lanes
 from transforms.per_process import per_process
 from transforms.records import Finished, LaneKey, PartitionKey, Progress, halt_of
 

@@ -33,16 +33,17 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from transforms.conditions import (
+    AGE_EXCEEDED,
+    INVALID_CONTENT,
+    INVALID_REPLY,
+    RETRIES_EXHAUSTED,
+    SIZE_EXCEEDED,
+)
 from transforms.invoke.outcome import Kind, Outcome
 from transforms.records import NO_TIMESTAMP, Batch, Failure, Finished, Responses
 
 T = TypeVar("T")
-
-RETRIES_EXHAUSTED = "RetryAttemptsExhausted"
-AGE_EXCEEDED = "MaximumRecordAgeExceeded"
-SIZE_EXCEEDED = "MaximumPayloadSizeExceeded"
-INVALID_REPLY = "InvalidReply"
-INVALID_CONTENT = "InvalidRequestContent"
 
 
 @dataclass(frozen=True, slots=True)

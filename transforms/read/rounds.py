@@ -27,10 +27,10 @@ from confluent_kafka import (
 )
 from confluent_kafka import KafkaError as ErrorCode
 
-from transforms.batch.key import Lanes
 from transforms.coding import SizedPickleCoder
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
+from transforms.lanes import Lanes
 from transforms.per_process import per_process
 from transforms.records import (
     NO_TIMESTAMP,

@@ -17,10 +17,11 @@ from typing import Any
 
 import apache_beam as beam
 
-from transforms.batch.key import Lanes
 from transforms.commit.commit import CommitConfig, OffsetCommitter
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig
+from transforms.lanes import Lanes
+from transforms.original import HEADER_PREFIX, ORIGINAL_HEADER, decode_original
 from transforms.per_process import per_process
 from transforms.records import (
     Header,
@@ -30,7 +31,6 @@ from transforms.records import (
     RecordChunk,
     Records,
 )
-from transforms.write.formats import HEADER_PREFIX, ORIGINAL_HEADER, decode_original
 
 _MARK = "redriven:1:"
 _METADATA_BYTES = 4096
@@ -39,7 +39,7 @@ _SAFE_METADATA_BYTES = 3500
 """Above it no more is taken: what is done in part takes more room than what is done."""
 
 Original = Mapping[str, Any]
-"""A record with the fields of `transforms.write.formats.ORIGINAL_SCHEMA`."""
+"""A record with the fields of `transforms.original.ORIGINAL_SCHEMA`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 import orjson
 
-from transforms.batch.envelope import Envelope, encode_event_records
-from transforms.invoke.retry import INVALID_REPLY, RETRIES_EXHAUSTED, SIZE_EXCEEDED
+from transforms.conditions import INVALID_REPLY, RETRIES_EXHAUSTED, SIZE_EXCEEDED
+from transforms.envelope import Envelope, encode_event_records
 from transforms.records import NO_TIMESTAMP, Failure
 from transforms.write.formats import ErrorRecord, error_headers, iso
 

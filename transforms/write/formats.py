@@ -6,55 +6,20 @@ headers, the original records among them, byte for byte (docs/error-records.md).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, TypeAlias
 
-import fastavro
 import orjson
 
-from transforms.records import NO_TIMESTAMP, Failure, Records
+from transforms.original import HEADER_PREFIX, ORIGINAL_HEADER, encode_originals
+from transforms.records import NO_TIMESTAMP, Failure
 
 FORMATS = ("json", "json_schema", "string")
 AVRO = "avro"
 
 _SHORT_PAYLOAD = 16_384
-
-HEADER_PREFIX = "lambda."
-ORIGINAL_HEADER = HEADER_PREFIX + "original"
-
-ORIGINAL_SCHEMA = fastavro.parse_schema(
-    {
-        "type": "record",
-        "name": "OriginalRecord",
-        "namespace": "beam_lambda_sink",
-        "fields": [
-            {"name": "topic", "type": "string"},
-            {"name": "partition", "type": "int"},
-            {"name": "offset", "type": "long"},
-            {"name": "timestamp", "type": "long"},
-            {"name": "key", "type": ["null", "bytes"]},
-            {"name": "value", "type": ["null", "bytes"]},
-            {
-                "name": "headers",
-                "type": {
-                    "type": "array",
-                    "items": {
-                        "type": "record",
-                        "name": "Header",
-                        "fields": [
-                            {"name": "name", "type": "string"},
-                            {"name": "value", "type": ["null", "bytes"]},
-                        ],
-                    },
-                },
-            },
-        ],
-    }
-)
-"""Avro schema of an `ORIGINAL_HEADER`; written without a container, one record each."""
 
 
 def _field(name: str, type: str, optional: bool = False) -> dict[str, Any]:
@@ -311,35 +276,6 @@ def error_headers(
         headers.append((HEADER_PREFIX + "input.payload.omitted", b"true"))
     originals = encode_originals(topic, partition, failure.records)
     return headers + [(ORIGINAL_HEADER, original) for original in originals]
-
-
-def encode_originals(topic: str, partition: int, records: Records) -> list[bytes]:
-    """Each record as Kafka had it, as Avro of `ORIGINAL_SCHEMA`."""
-    encoded = []
-    for offset, timestamp, key, value, headers in zip(
-        records.offsets, records.timestamps, records.keys, records.values, records.headers
-    ):
-        buffer = io.BytesIO()
-        fastavro.schemaless_writer(
-            buffer,
-            ORIGINAL_SCHEMA,
-            {
-                "topic": topic,
-                "partition": partition,
-                "offset": offset,
-                "timestamp": timestamp,
-                "key": key,
-                "value": value,
-                "headers": [{"name": name, "value": value} for name, value in headers or ()],
-            },
-        )
-        encoded.append(buffer.getvalue())
-    return encoded
-
-
-def decode_original(data: bytes) -> dict[str, Any]:
-    """The record in an `ORIGINAL_HEADER`, with the fields of `ORIGINAL_SCHEMA`."""
-    return fastavro.schemaless_reader(io.BytesIO(data), ORIGINAL_SCHEMA, None)  # type: ignore
 
 
 def iso(ms: int) -> str:

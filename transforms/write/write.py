@@ -20,10 +20,10 @@ from apache_beam.utils.windowed_value import WindowedValue
 from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException, Producer
 
-from transforms.batch.envelope import Envelope
 from transforms.coding import SizedPickleCoder
 from transforms.decode.registry import RegistryConfig, shared_registry
 from transforms.decode.schemas import DecodeError
+from transforms.envelope import Envelope
 from transforms.errors import RegistryError, WriteError
 from transforms.kafka.client import KafkaConfig, client_settings, make_producer, reason
 from transforms.per_process import per_process

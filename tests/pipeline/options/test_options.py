@@ -23,9 +23,9 @@ from pipeline.options.declare import (
     parse_arguments,
     parse_timestamp,
 )
-from transforms.batch.envelope import Envelope
-from transforms.batch.key import Lanes
+from transforms.envelope import Envelope
 from transforms.errors import UsageError
+from transforms.lanes import Lanes
 
 
 @pytest.fixture(autouse=True)

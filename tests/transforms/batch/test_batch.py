@@ -28,9 +28,10 @@ from transforms.batch.batch import (
     cut,
     too_large,
 )
-from transforms.batch.envelope import ENVELOPES, Envelope
-from transforms.batch.key import KeyByLane, Lanes
+from transforms.batch.key import KeyByLane
 from transforms.batch.payload import PayloadFormat, encode_records
+from transforms.envelope import ENVELOPES, Envelope
+from transforms.lanes import Lanes
 from transforms.records import ARRAY, Frame, RecordChunk, Records, Rejection
 
 BAD = Rejection("InvalidRecord", "InvalidJson", "bad")

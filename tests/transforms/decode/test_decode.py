@@ -13,8 +13,7 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
 from transforms.batch.batch import BatchByPartition, BatchConfig
-from transforms.batch.envelope import Envelope
-from transforms.batch.key import KeyByLane, Lanes
+from transforms.batch.key import KeyByLane
 from transforms.batch.payload import PayloadFormat, encode_records
 from transforms.decode import decode
 from transforms.decode.decode import (
@@ -27,7 +26,9 @@ from transforms.decode.decode import (
 )
 from transforms.decode.registry import RegistryConfig
 from transforms.decode.schemas import AVRO, CONNECT, JSON, PROTOBUF, SchemaText
+from transforms.envelope import Envelope
 from transforms.errors import RegistryError
+from transforms.lanes import Lanes
 from transforms.records import ARRAY, Decoded, RecordChunk, Records
 
 LONG = SchemaText(AVRO, '"long"')

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.batch.key import Lanes
 from transforms.commit.commit import ContiguousOffsets
 from transforms.invoke.breaker import BreakerPolicy
 from transforms.invoke.invoker import Invoker, QueueView
 from transforms.invoke.outcome import Kind, Outcome
 from transforms.invoke.retry import Call, RetryPolicy
+from transforms.lanes import Lanes
 from transforms.records import (
     Batch,
     Failure,

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.examples import examples
-from transforms.batch.key import Lanes
 from transforms.errors import KafkaError
 from transforms.kafka.beam_reader import to_columns
 from transforms.kafka.client import KafkaConfig
+from transforms.lanes import Lanes
 from transforms.read.rounds import (
     ReadConfig,
     Room,

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pipeline.options.declare import OPTIONS
 from pipeline.redrive.command import GROUP, Counts, make_config, parse
 from tests.pipeline.options.test_options import _config
-from transforms.batch.key import Lanes
 from transforms.kafka.client import KafkaConfig
+from transforms.lanes import Lanes
+from transforms.original import ORIGINAL_HEADER, encode_originals
 from transforms.records import NO_TIMESTAMP, Progress, RecordChunk, Records
 from transforms.redrive.steps import (
     ErrorRecord,
@@ -27,7 +28,6 @@ from transforms.redrive.steps import (
     read_originals,
     to_chunk,
 )
-from transforms.write.formats import ORIGINAL_HEADER, encode_originals
 
 KAFKA = KafkaConfig("broker:9092", "g-redrive")
 

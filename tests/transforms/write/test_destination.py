@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from transforms.batch.envelope import Envelope
 from transforms.batch.payload import PayloadFormat, encode_records
+from transforms.envelope import Envelope
 from transforms.invoke import retry
+from transforms.original import ORIGINAL_HEADER, decode_original
 from transforms.records import NO_TIMESTAMP, Decoded, Failure, Records
 from transforms.write.destination import destination_records
-from transforms.write.formats import ORIGINAL_HEADER, ErrorRecord, decode_original
+from transforms.write.formats import ErrorRecord
 
 MSK = "arn:aws:kafka:us-east-1:123456789012:cluster/orders/5a7c-2"
 SERVERS = "b-1.example:9098"

@@ -9,12 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transforms.batch.payload import PayloadFormat, encode_records
+from transforms.original import ORIGINAL_HEADER, decode_original, encode_originals
 from transforms.records import ARRAY, NO_TIMESTAMP, Failure, Records
 from transforms.write.formats import (
     FORMATS,
-    ORIGINAL_HEADER,
-    decode_original,
-    encode_originals,
     error_facts,
     error_records,
     error_value,

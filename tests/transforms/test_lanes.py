@@ -1,4 +1,4 @@
-"""Key: which lane a record goes to, and that the lanes of a chunk together are the chunk."""
+"""Lanes: which one a record goes to, and that the lanes of a chunk, keyed, are the chunk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from apache_beam.testing.util import assert_that, equal_to
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.batch.key import KeyByLane, Lanes
+from transforms.batch.key import KeyByLane
+from transforms.lanes import Lanes
 from transforms.records import RecordChunk, Records
 
 keys = st.one_of(st.none(), st.binary(max_size=6))

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.batch.envelope import ENVELOPES, Envelope
 from transforms.batch.payload import PayloadFormat, encode_records
+from transforms.envelope import ENVELOPES, Envelope
 from transforms.records import NO_TIMESTAMP, Decoded, Records
 
 MSK = "arn:aws:kafka:us-east-1:123456789012:cluster/orders/5a7c-2"
