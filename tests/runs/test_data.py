@@ -10,6 +10,7 @@ from confluent_kafka import Producer
 
 from pipeline.local.broker import KafkaBroker, NewRecord
 from tests.conftest import Names
+from tests.raw_records import RawRecord, send
 from tests.sink import (
     Invocation,
     answered,
@@ -25,6 +26,7 @@ from tests.sink import (
     numbered,
     offsets_called,
     originals,
+    records_of,
     run,
     serve,
 )
@@ -114,6 +116,34 @@ def _entry(topic: str, partition: int, offset: int, value: str) -> bytes:
 def _payload(topic: str, partition: int, values: list[str], first: int = 0) -> bytes:
     entries = (_entry(topic, partition, first + n, value) for n, value in enumerate(values))
     return b"[" + b",".join(entries) + b"]"
+
+
+def test_a_header_name_that_is_no_text_costs_nothing(broker: KafkaBroker, names: Names) -> None:
+    """Clients of other languages write any bytes; Java reads them as U+FFFD, and so does a run. The
+    record is sent like any other, and put with its headers into its error record if it fails."""
+    topic, errors, group = names.topic(), names.topic("errors"), names.group()
+    broker.create_topic(topic, partitions=1)
+    broker.create_topic(errors, partitions=1)
+    headers = [(b"caf\xe9", b"1"), (b"trace", b"2")]
+    sent = [RawRecord(b"k", b"%d" % n, headers if n == 1 else ()) for n in range(3)]
+    send(broker, topic, 0, sent)
+    options: dict[str, Any] = {"topics": topic, "consumer_group": group, "batch_size": 1}
+    options |= {"on_error": "log", "error_topic": errors, "max_retries": 0}
+
+    def fails_with_headers(event: Any, context: Any) -> None:
+        if any(entry["headers"] for entry in records_of(event)):
+            raise ValueError("cannot process this order")
+
+    with serve(fails_with_headers) as server:
+        run(broker, server, envelope="kafka_event", **options)
+        calls = invocations(server)
+    (read,) = [entry["headers"] for call in calls for entry in call.entries if entry["headers"]]
+    assert read == [{"\ufffd": [49]}, {"trace": [50]}]
+    assert offsets_called(server) == [[0], [1], [2]]
+    assert broker.committed(group, topic) == {0: 3}
+    (error,) = broker.read_all(errors)
+    (original,) = originals(error)
+    assert [header["key"] for header in original["headers"]] == ["\ufffd", "trace"]
 
 
 def test_payloads_are_bounded_to_the_byte(broker: KafkaBroker, names: Names) -> None:

@@ -7,10 +7,12 @@ a batch that is not due yet) stays with it, unread as far as the pipeline is con
 
 from __future__ import annotations
 
+import gc
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from time import monotonic
 from typing import Any
@@ -34,6 +36,7 @@ from transforms.lanes import Lanes
 from transforms.per_process import per_process
 from transforms.records import (
     NO_TIMESTAMP,
+    Header,
     LaneKey,
     PartitionKey,
     RecordChunk,
@@ -44,6 +47,7 @@ from transforms.records import (
 _LOGGER = logging.getLogger(__name__)
 
 _POLL_RECORDS = 500
+_NO_NAME = "\ufffd"
 # Large, since what Beam does for an element costs as much as a hundred records do.
 _CHUNK_RECORDS = 10_000
 
@@ -485,7 +489,7 @@ def to_records(messages: list[Message]) -> Records:
         timestamps,
         list(map(Message.key, messages)),
         list(map(Message.value, messages)),
-        list(map(Message.headers, messages)),
+        headers_of(messages),
         log_append=by_broker,
     )
 
@@ -493,7 +497,36 @@ def to_records(messages: list[Message]) -> Records:
 def bytes_of(messages: list[Message]) -> int:
     """About what records hold, in bytes: values, keys and headers."""
     size = sum(map(len, messages)) + sum(map(len, filter(None, map(Message.key, messages))))
-    return size + sum(map(header_bytes, filter(None, map(Message.headers, messages))))
+    return size + sum(map(header_bytes, filter(None, headers_of(messages))))
+
+
+def headers_of(messages: list[Message]) -> list[list[Header] | None]:
+    """The headers of each; a name that is no UTF-8 text is U+FFFD.
+
+    Kafka takes names of any bytes, and one record must not stop those around it.
+    """
+    try:
+        return list(map(Message.headers, messages))
+    except (SystemError, UnicodeDecodeError):
+        return [_mended_headers(message) for message in messages]
+
+
+def _mended_headers(message: Message) -> list[Header] | None:
+    # Not called by name: where the interpreter has learned such a call it does not look for errors.
+    ask = partial(map, Message.headers, [message])
+    try:
+        (headers,) = ask()
+    except (SystemError, UnicodeDecodeError):
+        # The client fails the first time only. The second time it hands out what it came to: pairs
+        # that hold a value and no name, which must not be looked at as pairs.
+        (headers,) = ask()
+    if not headers:
+        return None
+    mended = [
+        pair if len(held := gc.get_referents(pair)) > 1 else (_NO_NAME, held[0]) for pair in headers
+    ]
+    message.set_headers(mended)
+    return mended
 
 
 def _within(
