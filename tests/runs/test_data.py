@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 from confluent_kafka import Producer
@@ -338,6 +339,42 @@ def test_values_that_must_be_json_and_are_not_are_rejected(
     results = [json.loads(r.value or b"")["result"] for r in broker.read_all(responses)]
     assert results == [{"a": 1}, [2], None, "text"]
     assert_exactly_once(broker, names.group(), [topic], responses, errors)
+    assert_caught_up(broker, names.group(), topic)
+
+
+def test_json_that_not_every_parser_reads_is_json(
+    broker: KafkaBroker, names: Names, tmp_path: Path
+) -> None:
+    """Half of a surrogate pair and large numbers: compared, sent as they are, and answered."""
+    topic, responses = names.topic(), names.topic("responses")
+    broker.create_topic(topic, partitions=1)
+    values = [
+        rb'{"status":"paid","name":"cut \ud83d"}',
+        b'{"status":"new","n":1e400}',
+        b'{"status":"paid","n":%d}' % 10**400,
+        b'{"status":"paid","\\udc00":-0.50}',
+    ]
+    broker.produce(topic, [NewRecord(0, None, value, (), TIMESTAMP) for value in values])
+    filters = tmp_path / "filters.json"
+    pattern = json.dumps({"value": {"status": ["paid"]}})
+    filters.write_text(json.dumps({"Filters": [{"Pattern": pattern}]}))
+    with serve() as server:
+        run(
+            broker,
+            server,
+            topics=topic,
+            consumer_group=names.group(),
+            response_topic=responses,
+            value_format="json",
+            filter_criteria=filters,
+            filter_unparsable="drop",
+        )
+        assert offsets_called(server) == [[0, 2, 3]]
+        sent = server.calls[-1].payload
+    results = [json.loads(r.value or b"")["result"] for r in broker.read_all(responses)]
+    for index, result in zip((0, 2, 3), results, strict=True):
+        assert b'"value":' + values[index] + b"}}" in sent
+        assert result == json.loads(values[index])
     assert_caught_up(broker, names.group(), topic)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from transforms.envelope import CONFLUENT, Envelope, encode_event_records
+from transforms.json_text import loads
 from transforms.records import NO_TIMESTAMP, Header, Records, Rejection
 
 FORMATS = ("auto", "json", "string", "base64")
@@ -77,10 +78,10 @@ class _Encoder:
                 continue
             if may_be_json and data and data[0] in JSON_STARTS:
                 try:
-                    orjson.loads(data)
+                    loads(data)
                     encoded.append(data)
                     continue
-                except orjson.JSONDecodeError:
+                except ValueError:
                     pass
             if must_be_json:
                 encoded.append(None)

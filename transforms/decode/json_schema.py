@@ -16,6 +16,7 @@ from transforms.decode.schemas import (
     explain,
     why,
 )
+from transforms.json_text import loads
 
 
 def json_decoder(schema: SchemaText) -> Decode:
@@ -40,7 +41,7 @@ def json_decoder(schema: SchemaText) -> Decode:
     def decode(data: bytes) -> bytes:
         text = data[PREFIX_BYTES:]
         try:
-            value = orjson.loads(text)
+            value = loads(text)
             if validator.is_valid(value):
                 return text
             failed = next(iter(validator.iter_errors(value)))

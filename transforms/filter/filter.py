@@ -29,9 +29,9 @@ from transforms.filter.rules import (
     listed_rules,
     loads_exactly,
     needs_exact_numbers,
-    no_constant,
     under_field,
 )
+from transforms.json_text import loads, no_constant
 from transforms.records import NO_TIMESTAMP, Header, RecordChunk, Records, Rejection
 from transforms.text_file import read_text
 
@@ -224,7 +224,7 @@ class RecordFilter:
         self._strict = any_of([pattern.test for pattern in strict])
         self._names = {name for pattern in lenient for name in pattern.names}
         self._forms = sorted({form for pattern in lenient for form in pattern.forms})
-        self._loads = loads_exactly if any(p.exact for p in lenient) else orjson.loads
+        self._loads = loads_exactly if any(p.exact for p in lenient) else loads
         self._unparsable = config.unparsable
 
     def choose(

@@ -24,9 +24,9 @@ import ipaddress
 import json
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-import orjson
+from transforms.json_text import integer, loads, no_constant
 
 Test = Callable[[Any], bool]
 """Says whether a node of the data matches."""
@@ -59,23 +59,19 @@ class Bare(str):
 # -- JSON whose numbers keep their text ------------------------------------------------------------
 
 
-def no_constant(name: str) -> NoReturn:
-    """For a JSON decoder: refuses NaN and its like."""
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_float=Float, parse_constant=no_constant)
+_DECODER = json.JSONDecoder(parse_float=Float, parse_int=integer, parse_constant=no_constant)
 
 
 def loads_exactly(data: bytes | str) -> Any:
-    """Parse JSON as orjson does, but with `Float` and integers of any size.
+    """Parse JSON as `loads` does, but with `Float` and integers of any size.
 
     Raises:
         ValueError: It is not JSON.
     """
-    orjson.loads(data)
+    data = data.encode() if isinstance(data, str) else data
+    loads(data)
     try:
-        return _DECODER.decode(data if isinstance(data, str) else data.decode())
+        return _DECODER.decode(data.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -394,7 +390,7 @@ def _numeric(argument: Any, place: str) -> Test:
     def numeric(node: Any) -> bool:
         if type(node) is Bare:
             try:
-                node = orjson.loads(node.encode())
+                node = loads(node.encode())
             except ValueError:
                 return False
         if type(node) not in (int, float, Float):

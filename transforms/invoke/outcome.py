@@ -7,7 +7,6 @@ Lambda's Invoke answers with HTTP 200 also when the function failed; then the re
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from http.client import responses as _PHRASES
@@ -16,6 +15,7 @@ from typing import Any
 import orjson
 
 from transforms.invoke.reply import Answer, InvalidReplyError
+from transforms.json_text import loads, writable
 
 
 class Kind(enum.Enum):
@@ -211,14 +211,14 @@ def read_wait(text: str | None) -> float | None:
 def _parse(body: bytes) -> Any:
     """A JSON text's value, or another text as it is; a page for a browser says nothing."""
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
+        return loads(body)
+    except ValueError:
         return "" if body.lstrip().startswith(b"<") else body.decode(errors="replace")
 
 
 def _clean(text: str, characters: int) -> str:
     """Text that can be written anywhere, and is not too much of it."""
-    return text[:characters].encode(errors="replace").decode()
+    return writable(text[:characters])
 
 
 def is_out_of_time(message: str) -> bool:
@@ -317,9 +317,10 @@ def _failed(kind: Kind, reply: Reply, error_type: str, message: str) -> Outcome:
 def _function_error(payload: bytes) -> tuple[str, str]:
     """The error's type and message, as far as the function's error JSON has them."""
     try:
-        error = orjson.loads(payload)
-    except orjson.JSONDecodeError:
+        error = loads(payload)
+    except ValueError:
         error = None
     if not isinstance(error, dict):
         error = {}
-    return str(error.get("errorType") or "Unknown"), str(error.get("errorMessage") or "")
+    error_type, message = error.get("errorType") or "Unknown", error.get("errorMessage") or ""
+    return writable(str(error_type)), writable(str(message))

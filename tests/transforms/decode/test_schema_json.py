@@ -25,7 +25,13 @@ def _decode(schema: Any, data: bytes, *references: tuple[str, SchemaText]) -> by
 
 @pytest.mark.parametrize(
     "data",
-    [b'{"id":1}', b' {"id" : 1.0, "more": 1e300 }\n', b'{"id":123456789012345678901234567890}'],
+    [
+        b'{"id":1}',
+        b' {"id" : 1.0, "more": 1e300 }\n',
+        b'{"id":123456789012345678901234567890}',
+        b'{"id":1e400,"note":"\\ud83d"}',
+        b'{"id":' + b"9" * 400 + b"}",
+    ],
 )
 def test_what_fits_stays_as_it_is(data: bytes) -> None:
     """Not a digit is lost and nothing is added."""

@@ -131,6 +131,8 @@ def test_no_refusal_is_a_success_or_a_function_error(status: int, code: str) -> 
         (b'{"errorType":"Sandbox.Timeout"}', "Sandbox.Timeout", ""),
         (b'{"errorType":null,"errorMessage":null}', "Unknown", ""),
         (b'{"errorType":7,"errorMessage":["a"]}', "7", None),
+        (rb'{"errorType":"E\ud83d","errorMessage":"bad \ud83d"}', "E?", "bad ?"),
+        (b'{"errorType":"E","errorMessage":"bad","n":1e400}', "E", "bad"),
         (b"{}", "Unknown", ""),
         (b"null", "Unknown", ""),
         (b"[]", "Unknown", ""),

@@ -94,12 +94,37 @@ def test_each_entry_s_payload_is_kept(frame: str, result: str) -> None:
 
 @pytest.mark.parametrize(
     "number",
-    ["12345678901234567890", "0.1234567890123456789", "1e5", "1.0E+2", "100000000000000000000.0"],
+    [
+        "12345678901234567890",
+        "0.1234567890123456789",
+        "1e5",
+        "1.0E+2",
+        "100000000000000000000.0",
+        "12.50",
+        "0.10",
+        "-0",
+        "-0.0",
+        "1E0",
+        "1e400",
+        "9" * 5000,
+    ],
 )
-def test_a_number_that_a_double_cannot_hold_is_kept_as_it_was_written(number: str) -> None:
-    """Long numbers and exponents come out digit for digit."""
-    (payload,) = _parse(b'[{"payload":{' + HEAD + b',"result":' + number.encode() + b"}}]")
-    assert payload.endswith(b'"result":' + number.encode() + b"}")
+@pytest.mark.parametrize("space", ["", " "])
+def test_a_number_is_kept_as_it_was_written(number: str, space: str) -> None:
+    """Digit for digit, whatever a double makes of it, and whatever else is in the reply."""
+    result = f'"result":{space}{number}'.encode()
+    (payload,) = _parse(b'[{"payload":{' + HEAD + b"," + result + b"}}]")
+    assert payload.replace(b" ", b"").endswith(f'"result":{number}}}'.encode())
+
+
+@pytest.mark.parametrize(
+    "result",
+    [r'"cut \ud83d"', r'{"\udc00":1}', '{"a":1,"a":2}', '{"a":{"b":1,"b":1}}', r'"\u00e9\/"'],
+)
+def test_a_result_that_would_be_written_otherwise_is_kept(result: str) -> None:
+    """Half of a surrogate pair, a name that is there twice, and escapes."""
+    (payload,) = _parse(b'[{"payload":{' + HEAD + b',"result":' + result.encode() + b"}}]")
+    assert payload == b"{" + HEAD + b',"result":' + result.encode() + b"}"
 
 
 def test_results_come_in_the_order_of_the_batch() -> None:
@@ -294,6 +319,7 @@ def _failures(reply) -> list[int]:
         ({"batchItemFailures": [_failure(8), _failure(8)]}, [1]),
         ({"batchItemFailures": [_failure(o) for o in OFFSETS]}, [0, 1, 2, 3]),
         ({"batchItemFailures": [_failure(8, reason="x")], "other": 1}, [1]),
+        (b'{"batchItemFailures":[],"note":"\\ud83d","n":1e400}', []),
     ],
 )
 def test_which_records_failed(reply, failed: list[int]) -> None:
