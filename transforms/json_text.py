@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 
 import orjson
 
+JSON_STARTS = frozenset(b'{["-0123456789tfn \t\r\n')
+"""Bytes a JSON text can begin with; all else is text without asking the parser."""
+
 # A text has one of these if it is JSON and orjson refuses it. To look for them is much less work
 # than to ask a second parser about each text that is no JSON.
 _BEYOND = re.compile(rb"\\u[dD][89a-fA-F]|[eE]\+?0*[1-9][0-9][0-9]|[0-9]{200}")

@@ -18,7 +18,6 @@ import orjson
 from confluent_kafka import KafkaException, TopicPartition
 
 from pipeline.build import build
-from pipeline.cli import DONE, HALTED, stop_on_signals, tune_interpreter
 from pipeline.options.declare import (
     DIRECT_RUNNERS,
     Config,
@@ -35,6 +34,7 @@ from pipeline.options.explain import explain
 from pipeline.run.graph import Graph
 from pipeline.run.preflight import check_outputs
 from pipeline.run.rounds import Status, Totals, drain
+from pipeline.signals import DONE, HALTED, stop_on_signals, tune_interpreter
 from pipeline.watch.logs import say
 from pipeline.watch.progress import Progress, halted_text, summary
 from transforms.errors import KafkaError, UsageError

@@ -15,13 +15,10 @@ from dataclasses import dataclass, field
 import orjson
 
 from transforms.envelope import CONFLUENT, Envelope, encode_event_records
-from transforms.json_text import loads
+from transforms.json_text import JSON_STARTS, loads
 from transforms.records import NO_TIMESTAMP, Header, Records, Rejection
 
 FORMATS = ("auto", "json", "string", "base64")
-
-JSON_STARTS = frozenset(b'{["-0123456789tfn \t\r\n')
-"""Bytes a JSON text can begin with; all else is text without asking the parser."""
 
 
 @dataclass(frozen=True, slots=True)

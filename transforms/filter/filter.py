@@ -17,7 +17,6 @@ import apache_beam as beam
 import orjson
 import yaml
 
-from transforms.batch.payload import JSON_STARTS
 from transforms.errors import UsageError
 from transforms.filter.rules import (
     Bare,
@@ -31,7 +30,7 @@ from transforms.filter.rules import (
     needs_exact_numbers,
     under_field,
 )
-from transforms.json_text import loads, no_constant
+from transforms.json_text import JSON_STARTS, loads, no_constant
 from transforms.records import NO_TIMESTAMP, Header, RecordChunk, Records, Rejection
 from transforms.text_file import read_text
 
