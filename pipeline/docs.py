@@ -2,17 +2,26 @@
 
 From the options docs/options.md, the table in README.md, those of redrive in docs/redrive.md, and
 the parameters of the template for Dataflow; from what becomes of each setting of another system
-the tables in docs/coming-from.md.
+the tables in docs/coming-from.md; from the chain and the folders the picture and the tables in
+docs/architecture.md.
 ``python -m pipeline.docs`` writes them; with ``--check`` it only says which of them is stale.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
+import pkgutil
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
+import apache_beam as beam
+from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
+
+from pipeline.build import build
 from pipeline.migrate import connector, mapping
 from pipeline.migrate.carried import Row
 from pipeline.options.declare import GROUPS, Option, resolve
@@ -24,6 +33,7 @@ from pipeline.submit import flex_template
 ROOT = Path(__file__).parent.parent
 README, OPTIONS = "README.md", "docs/options.md"
 COMING_FROM, REDRIVE = "docs/coming-from.md", "docs/redrive.md"
+ARCHITECTURE = "docs/architecture.md"
 METADATA, TEMPLATE = "templates/dataflow/metadata.json", "templates/dataflow/README.md"
 
 _HEAD = """# Options
@@ -147,15 +157,86 @@ def _explained(page: str) -> str:
     return "\n".join(line for line in text.splitlines() if not line.endswith("  default"))
 
 
+class _TopLevel(PipelineVisitor):
+    """Collects the steps right below the root, in order, with the files they are from."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, str]] = []
+
+    def enter_composite_transform(self, transform_node: AppliedPTransform) -> None:
+        label = transform_node.full_label
+        if label and "/" not in label:
+            module = type(transform_node.transform).__module__
+            self.steps.append((label, module.replace(".", "/") + ".py"))
+
+
+def steps(*more: str) -> list[tuple[str, str]]:
+    """The steps of the chain and their files.
+
+    Args:
+        more: Options that ask for steps which are not always there.
+    """
+    arguments = ["--kafka_bootstrap_servers=localhost:9092", "--topics=t", "--consumer_group=g"]
+    resolved = resolve([*arguments, "--function=f", *more])
+    assert resolved.config, resolved.problems
+    pipeline = beam.Pipeline()
+    build(pipeline, resolved.config)
+    visitor = _TopLevel()
+    pipeline.visit(visitor)
+    return visitor.steps
+
+
+def chain_picture() -> str:
+    """The chain, and a table with a link to each step's file and when the step is there."""
+    always = {label for label, _ in steps()}
+    with NamedTemporaryFile("w", suffix=".json") as filters:
+        json.dump({"Filters": [{"Pattern": {"topic": ["t"]}}]}, filters)
+        filters.flush()
+        asked = {
+            "Decode": "--schema_registry_url=http://registry:8081",
+            "Filter": f"--filter_criteria={filters.name}",
+        }
+        found = steps(*asked.values())
+    names = [label if label in always else f"{label}([{label}])" for label, _ in found]
+    lines = [
+        f"```mermaid\nflowchart LR\n    {' --> '.join(names)}\n```",
+        "",
+        "| step | file | when |",
+        "|---|---|---|",
+    ]
+    for label, file in found:
+        when = "always" if label in always else f"with `{asked[label].partition('=')[0]}`"
+        lines.append(f"| {label} | [{file}](../{file}) | {when} |")
+    return "\n".join(lines)
+
+
+def rooms_table() -> str:
+    """What each folder says of itself."""
+    lines = ["| folder | |", "|---|---|"]
+    for package in ("transforms", "pipeline"):
+        root = importlib.import_module(package)
+        for found in pkgutil.iter_modules(root.__path__):
+            if found.ispkg:
+                says = importlib.import_module(f"{package}.{found.name}").__doc__ or ""
+                lines.append(f"| `{package}/{found.name}/` | {' '.join(says.split())} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write the files, or check them; returns the exit code."""
-    names = (README, OPTIONS, COMING_FROM, REDRIVE, METADATA, TEMPLATE)
+    names = (README, OPTIONS, COMING_FROM, REDRIVE, ARCHITECTURE, METADATA, TEMPLATE)
     found = {name: _read(ROOT / name) for name in names}
     made = {
         README: with_part("options", found[README], options_table(), README),
         OPTIONS: options_page(),
         COMING_FROM: coming_from(found[COMING_FROM]),
         REDRIVE: with_part("options", found[REDRIVE], _redrive_options(), REDRIVE),
+        ARCHITECTURE: with_part(
+            "rooms",
+            with_part("chain", found[ARCHITECTURE], chain_picture(), ARCHITECTURE),
+            rooms_table(),
+            ARCHITECTURE,
+        ),
         METADATA: flex_template.metadata_text(),
         TEMPLATE: template_page(found[TEMPLATE]),
     }

@@ -1,1 +1,1 @@
-"""Stand-ins for the services around the pipeline, for the demo and the tests."""
+"""Local: stand-ins for the services around the pipeline, for the demo and the tests."""

@@ -11,15 +11,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import apache_beam as beam
 import fastavro
 import orjson
 import pytest
-from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 
 import transforms
 from pipeline import docs
-from pipeline.build import build
 from pipeline.local.lambda_server import ClientContext, LambdaContext
 from pipeline.options.declare import _FLINK_OPTIONS, OPTIONS, _beam_parser, parse_arguments
 from pipeline.redrive.command import GROUP as REDRIVE_OPTIONS
@@ -137,41 +134,38 @@ def codes(cell: str) -> list[str]:
 # -- steps -----------------------------------------------------------------------------------------
 
 
-class _TopLevel(PipelineVisitor):
-    """Collects the labels right below the root."""
-
-    def __init__(self) -> None:
-        self.labels: list[str] = []
-
-    def enter_composite_transform(self, transform_node: AppliedPTransform) -> None:
-        self.visit_transform(transform_node)
-
-    def visit_transform(self, transform_node: AppliedPTransform) -> None:
-        if transform_node.full_label and "/" not in transform_node.full_label:
-            self.labels.append(transform_node.full_label)
-
-
 @pytest.fixture(scope="module")
-def labels() -> list[str]:
-    arguments = ["--kafka_bootstrap_servers=localhost:9092", "--topics=t", "--consumer_group=g"]
-    config, *_ = parse_arguments([*arguments, "--function=f"])
-    pipeline = beam.Pipeline()
-    build(pipeline, config)
-    visitor = _TopLevel()
-    pipeline.visit(visitor)
-    return visitor.labels
+def steps() -> list[tuple[str, str]]:
+    """Those that are always there, and their files."""
+    return docs.steps()
 
 
-def test_the_diagram_has_the_pipelines_steps(labels: list[str]) -> None:
+def test_the_diagram_has_the_pipelines_steps(steps: list[tuple[str, str]]) -> None:
     (diagram,) = blocks(README, "mermaid")
     (chain,) = re.findall(r"^\s*subgraph pipeline\n\s*(.*)\n\s*end$", diagram, re.MULTILINE)
-    assert chain.split(" --> ") == labels
+    assert chain.split(" --> ") == [label for label, _ in steps]
 
 
-def test_the_table_of_the_transforms_has_the_pipelines_steps(labels: list[str]) -> None:
+def test_the_table_of_the_transforms_has_the_pipelines_steps(steps: list[tuple[str, str]]) -> None:
     rows = re.findall(r"^(\w+) +(transforms/\w+/\w+\.py) ", transforms.__doc__ or "", re.MULTILINE)
-    assert [step for step, _ in rows] == labels
-    assert all((ROOT / file).is_file() for _, file in rows)
+    assert rows == steps
+
+
+def test_each_step_is_in_the_folder_of_its_name_or_of_the_step_it_prepares(
+    steps: list[tuple[str, str]],
+) -> None:
+    """So that a record can be followed by opening one file a step."""
+    rooms = {label: Path(file).parent.name for label, file in steps}
+    assert rooms.pop("Key") == "batch"
+    assert {label.lower() for label in rooms} == set(rooms.values())
+
+
+def test_every_folder_says_what_lives_there() -> None:
+    for package in ("transforms", "pipeline"):
+        for folder in (ROOT / package).iterdir():
+            if (folder / "__init__.py").is_file():
+                (line, *_) = (folder / "__init__.py").read_text(encoding="utf-8").splitlines()
+                assert re.match(r'"""[A-Z][\w ,]+: .{20}', line), folder
 
 
 # -- options, commands, links ----------------------------------------------------------------------
@@ -590,16 +584,8 @@ def test_what_a_pattern_can_name_is_in_the_docs() -> None:
     assert named == set(FIELDS)
 
 
-def test_the_optional_steps_are_in_the_chain_and_in_the_docs() -> None:
-    arguments = ["--kafka_bootstrap_servers=localhost:9092", "--topics=t", "--consumer_group=g"]
-    filters = ROOT / "tests" / "pipeline" / "options" / "filters.json"
-    arguments += [f"--filter_criteria={filters}", "--schema_registry_url=http://registry:8081"]
-    config, _ = parse_arguments([*arguments, "--function=f"])
-    pipeline = beam.Pipeline()
-    build(pipeline, config)
-    visitor = _TopLevel()
-    pipeline.visit(visitor)
-    assert visitor.labels[:4] == ["Read", "Decode", "Filter", "Key"]
+def test_the_optional_steps_are_in_the_docs() -> None:
+    assert docs.steps("--schema_registry_url=http://registry:8081")[1][0] == "Decode"
     for text in (README.read_text(encoding="utf-8"), transforms.__doc__ or ""):
         assert re.search(r"--schema_registry_url`[^.]* step[^.]* Decode", text)
         assert re.search(r"--filter_criteria`[^.]* step[^.]* Filter", text)
