@@ -186,6 +186,8 @@ def test_the_check_names_stale_files(
     coming_from = (ROOT / docs.COMING_FROM).read_text(encoding="utf-8")
     (tmp_path / docs.COMING_FROM).write_text(coming_from.replace("| `name` |", "| `old` |"))
     (tmp_path / docs.REDRIVE).write_text("<!-- options -->\n<!-- /options -->")
+    architecture = (ROOT / docs.ARCHITECTURE).read_text(encoding="utf-8")
+    (tmp_path / docs.ARCHITECTURE).write_text(architecture.replace("| Read |", "| Old |"))
     template = (ROOT / docs.TEMPLATE).read_text(encoding="utf-8")
     (tmp_path / docs.TEMPLATE).parent.mkdir(parents=True)
     (tmp_path / docs.TEMPLATE).write_text(template.replace("| `topics` |", "| `old` |"))
@@ -193,7 +195,7 @@ def test_the_check_names_stale_files(
     assert docs.main(["--check"]) == 1
     said = capsys.readouterr().err
     assert docs.README in said and docs.OPTIONS in said and docs.COMING_FROM in said
-    assert docs.METADATA in said and docs.TEMPLATE in said
+    assert docs.METADATA in said and docs.TEMPLATE in said and docs.ARCHITECTURE in said
     assert docs.main([]) == 0
     assert docs.main(["--check"]) == 0
     assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
