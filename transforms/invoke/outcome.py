@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from transforms.conditions import BATCH_ITEM_FAILURE, INVALID_REPLY
 from transforms.invoke.reply import Answer, InvalidReplyError
 from transforms.json_text import loads, writable
 
@@ -283,10 +284,10 @@ def classify_reply(reply: Reply, read: Callable[[bytes], Answer] | None) -> Outc
     try:
         answer = read(reply.payload) if read else Answer()
     except InvalidReplyError as error:
-        return _failed(Kind.FUNCTION_ERROR, reply, "InvalidReply", str(error))
+        return _failed(Kind.FUNCTION_ERROR, reply, INVALID_REPLY, str(error))
     if answer.failed:
         message = "the function returned the record's offset in batchItemFailures"
-        outcome = _failed(Kind.PARTIAL, reply, "BatchItemFailure", message)
+        outcome = _failed(Kind.PARTIAL, reply, BATCH_ITEM_FAILURE, message)
         return replace(outcome, failed=answer.failed)
     return Outcome(
         Kind.SUCCESS,

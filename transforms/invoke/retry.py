@@ -7,10 +7,11 @@ business of `transforms.invoke.invoker`. The rules, by the outcome of a call:
 ==============  ==========================================================================
 SUCCESS         the records are answered; on to the next part
 PARTIAL         the records that did not fail are answered: those before the first one named,
-                or, with `named`, all that are not named. The rest is called again, up to
-                `max_retries` more times for the record at its head, then that record failed,
-                and the named ones right behind it that were tried as often. With bisect the
-                record at the head is at once called alone, then the rest
+                or, with `named`, all that are not named. If the one at the head is among them,
+                the rest has 1 + `max_retries` calls of its own; else it is called again, up to
+                `max_retries` more times. Then the record at its head failed, and the named
+                ones right behind it that were tried as often. With bisect the record at the
+                head is at once called alone, then the rest
 FUNCTION_ERROR  with bisect and more than one record: split in halves at once, left half to its
                 end first; else up to `max_retries` more calls, then the records failed
 POISON          never repeated; split as above, or failed
@@ -90,8 +91,8 @@ class Call:
     Attributes:
         low: First record's index in the batch.
         high: One behind the last record's index.
-        attempt: 1 for the first call of these records, or, after a partial failure, of the first
-            of them as one that failed; throttled calls do not count.
+        attempt: 1 for the first call of these records as a batch, or as what is left of one;
+            throttled calls do not count.
         reason: Error type of the last call that held these records, empty if there was none.
         only: The records' indexes, if they are not all from `low` to `high`.
     """
@@ -180,7 +181,8 @@ class Delivery:
         """
         policy, stats = self.policy, self.finished.stats
         attempts = transients = throttles = spared = 0
-        # By record: the calls that named it, and those that failed as a whole with it at the head.
+        # By record: the calls that named it, and those that failed as a whole with it at the head;
+        # those since the head was last done.
         failures: Counter[int] = Counter()
         while indexes:
             # What is left out in front was answered when its neighbours were named.
@@ -240,12 +242,15 @@ class Delivery:
                         return self._fail(indexes, attempts, SIZE_EXCEEDED, outcome)
                     middle = self._middle_by_size(indexes)
                 case Kind.PARTIAL:
-                    before, was_alone = indexes[0], len(indexes) == 1
+                    was_alone = len(indexes) == 1
                     failed = [indexes[place] for place in outcome.failed]
-                    failures.update(failed)
-                    if failed[0] != before:
+                    if outcome.failed[0]:
+                        # As AWS does it: the call that named the new head is none of its own.
                         self._answer(failed[0])
-                        attempts = failures[failed[0]]
+                        failures.clear()
+                        attempts = transients = throttles = 0
+                    else:
+                        failures.update(failed)
                     indexes = failed if policy.named else indexes[outcome.failed[0] :]
                     if policy.bisect and not was_alone:
                         if len(indexes) > 1:
@@ -258,11 +263,11 @@ class Delivery:
                         given_up, indexes = indexes[:spent], indexes[spent:]
                         if not self._fail(given_up, attempts, RETRIES_EXHAUSTED, outcome):
                             return False
-                    if indexes and indexes[0] != before:
-                        attempts, transients, throttles = failures[indexes[0]], 0, 0
+                        if indexes:
+                            attempts, transients, throttles = failures[indexes[0]], 0, 0
                     if indexes and indexes[0] in failed:
                         stats.retries += 1
-                        yield self._back_off(failures[indexes[0]] - 1)
+                        yield self._back_off(max(0, failures[indexes[0]] - 1))
                     continue
                 case Kind.FUNCTION_ERROR if not policy.bisect or len(indexes) == 1:
                     repeats = failures[indexes[0]]

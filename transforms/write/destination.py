@@ -13,7 +13,13 @@ from typing import Any
 
 import orjson
 
-from transforms.conditions import INVALID_REPLY, RETRIES_EXHAUSTED, SIZE_EXCEEDED
+from transforms.conditions import (
+    AGE_EXCEEDED,
+    BATCH_ITEM_FAILURE,
+    INVALID_REPLY,
+    RETRIES_EXHAUSTED,
+    SIZE_EXCEEDED,
+)
 from transforms.envelope import Envelope, encode_event_records
 from transforms.records import NO_TIMESTAMP, Failure
 from transforms.write.formats import ErrorRecord, error_headers, iso
@@ -21,7 +27,11 @@ from transforms.write.formats import ErrorRecord, error_headers, iso
 ERROR_RECORDS = CONFLUENT, AWS = ("confluent", "aws")
 
 # What AWS has other words for; the header has ours.
-_CONDITIONS = {RETRIES_EXHAUSTED: "RetriesExhausted", INVALID_REPLY: "RetriesExhausted"}
+_CONDITIONS = {
+    RETRIES_EXHAUSTED: "RetriesExhausted",
+    INVALID_REPLY: "RetriesExhausted",
+    AGE_EXCEEDED: "RecordAgeExceeded",
+}
 
 
 def destination_records(
@@ -75,7 +85,7 @@ def _record(
             "condition": _CONDITIONS.get(failure.condition, failure.condition),
             "approximateInvokeCount": failure.attempts,
         },
-        "responseContext": _response_context(failure),
+        **_response(failure),
         "version": "1.0",
         "timestamp": iso(now_ms),
         "KafkaBatchInfo": {
@@ -95,12 +105,17 @@ def _record(
     return ErrorRecord(records.keys[0], value, headers)
 
 
-def _response_context(failure: Failure) -> dict[str, Any] | None:
-    """What the function answered; None if it did not, or was not asked."""
+def _response(failure: Failure) -> dict[str, Any]:
+    """What the function answered; null if it did not, and nothing of a record that was too old."""
+    if failure.condition == AGE_EXCEEDED:
+        return {}
     if not failure.status_code or failure.condition == SIZE_EXCEEDED:
-        return None
+        return {"responseContext": None}
+    named = failure.function_error == BATCH_ITEM_FAILURE
     return {
-        "statusCode": failure.status_code,
-        "executedVersion": failure.executed_version,
-        "functionError": failure.function_error,
+        "responseContext": {
+            "statusCode": failure.status_code,
+            "executedVersion": failure.executed_version,
+            "functionError": None if named else failure.function_error,
+        }
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from transforms.batch.payload import FORMATS, PayloadFormat, encode_records
-from transforms.records import ARRAY, NO_TIMESTAMP, Records
+from transforms.records import ARRAY, NO_TIMESTAMP, Decoded, Records
 
 AUTO = PayloadFormat()
 
@@ -199,6 +200,21 @@ def test_json_format_rejects_what_does_not_parse(part: str, data: bytes) -> None
     except UnicodeDecodeError:
         assert payload[part] == b64encode(data).decode()
         assert encoded.base64_fields == 1
+
+
+def test_what_a_schema_made_is_sent_and_the_bytes_are_not_looked_at() -> None:
+    """Neither parsed, nor counted as base64, nor rejected; the others are as ever."""
+    records = replace(
+        _records([b"\xff", b"1", b"\xff"], keys=[b"\xff", b"\xff", None]),
+        decoded=[Decoded(key=b'"k"', value=b'{"v":1}'), Decoded(value=b'{"v":2}'), None],
+    )
+    for format in ("auto", "json"):
+        encoded = encode_records("t", 0, records, PayloadFormat(format, format))
+        payloads = [json.loads(entry)["payload"] for entry in encoded.entries]
+        assert [payload["value"] for payload in payloads] == [{"v": 1}, {"v": 2}, "/w=="]
+        assert [payload["key"] for payload in payloads] == ["k", "/w==", None]
+        assert encoded.base64_fields == 2
+        assert list(encoded.rejections) == ([] if format == "auto" else [1, 2])
 
 
 def test_a_rejection_shows_no_payload() -> None:

@@ -180,6 +180,9 @@ def test_a_batch_that_is_alone_halts_in_the_end() -> None:
     breaker = _breaker(1.0, invocations=4, halts=True)
     assert _calls(breaker, "a+ b- b- b- b- b-") == [False, True, True, True, False, False]
     assert not breaker.is_open
+    # A success of the batch itself, of a part of it, is one among those that are looked at.
+    breaker = _breaker(1.0, invocations=4, halts=True)
+    assert _calls(breaker, "b+ b- b- b- b-") == [False, True, True, True, False]
 
 
 # -- properties ---------------------------------------------------------------------------

@@ -119,6 +119,17 @@ def test_below_what_was_throttled_it_rises_slowly_and_beyond_it_quickly() -> Non
     assert trips[12] - trips[9] <= 5
 
 
+def test_exactly_one_below_what_was_throttled_it_rises_slowly() -> None:
+    """As it does closer to it."""
+    limit = _throttled_at(10, minimum=9)
+    for _ in range(9):
+        _round_trip(limit, 9, Kind.SUCCESS)
+    assert limit.allowed == 9
+    for _ in range(2):
+        _round_trip(limit, 9, Kind.SUCCESS)
+    assert limit.allowed == 10
+
+
 def test_it_ends_at_the_maximum() -> None:
     limit = _throttled_at(3, maximum=5)
     assert limit.allowed == 2

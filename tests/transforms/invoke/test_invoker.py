@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -441,6 +442,31 @@ def test_throttled_calls_lower_how_many_run_at_once(ahead: bool) -> None:
     for key in keys:
         assert _offsets(finished[key]) == [0, 1, 2, 3, 4]
     assert sum(each.stats.throttles for key in keys for each in finished[key]) == 6
+
+
+@both_ways
+def test_the_limit_rises_again_where_as_many_run_as_it_allows(ahead: bool) -> None:
+    """There are never more, so it is at that number that it has to rise."""
+    keys = [("t", partition) for partition in range(6)]
+    throttles = [_failed(Kind.THROTTLED)]
+
+    def answer(batch: Batch, call: Call) -> Outcome:
+        if throttles:
+            return throttles.pop()
+        # So that calls overlap.
+        time.sleep(0.001)
+        return _answered(batch, call)
+
+    function = Function(answer)
+    with _running(function, ahead, concurrency=4) as invoker:
+        function.hold(*keys)
+        invoker.submit(_batch(key, start) for start in range(20) for key in keys)
+        function.wait_for_calls(4)
+        function.let_go()
+        finished = _drain(invoker)
+        # The throttle has left two.
+        assert invoker.limit > 2
+    assert sum(each.stats.throttles for key in keys for each in finished[key]) == 1
 
 
 @both_ways

@@ -457,65 +457,74 @@ def _sent(driven: Driven) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("policy", "bad", "first_only", "calls", "attempts", "failed"),
     [
-        # From the first one named on: it is given up alone, what is behind it goes on.
-        (CHECKPOINT, [3], False, ["0-7", "4-7"], [1, 1], [[3]]),
-        (CHECKPOINT, [3, 5], False, ["0-7", "4-7", "6-7"], [1, 1, 1], [[3], [5]]),
-        (CHECKPOINT, [3, 5], True, ["0-7", "4-7", "6-7"], [1, 1, 1], [[3], [5]]),
+        # From the first one named on: what is left has a call of its own, then the record is given
+        # up alone, and what is behind it goes on.
+        (CHECKPOINT, [3], False, ["0-7", "3-7", "4-7"], [1, 1, 1], [[3]]),
+        (CHECKPOINT, [3, 5], False, ["0-7", "3-7", "4-7", "5-7", "6-7"], [1] * 5, [[3], [5]]),
+        (CHECKPOINT, [3, 5], True, ["0-7", "3-7", "4-7", "5-7", "6-7"], [1] * 5, [[3], [5]]),
+        (CHECKPOINT, [7], False, ["0-7", "7"], [1, 1], [[7]]),
+        # The first one that was sent: the call that named it is its own.
         (CHECKPOINT, [0], False, ["0-7", "1-7"], [1, 1], [[0]]),
-        (CHECKPOINT, [7], False, ["0-7"], [1], [[7]]),
         # Named next to each other, and tried as often: they are given up together.
-        (CHECKPOINT, [3, 4], False, ["0-7", "5-7"], [1, 1], [[3, 4]]),
-        (CHECKPOINT, [3, 4], True, ["0-7", "4-7", "5-7"], [1, 1, 1], [[3], [4]]),
+        (CHECKPOINT, [3, 4], False, ["0-7", "3-7", "5-7"], [1, 1, 1], [[3, 4]]),
+        (CHECKPOINT, [3, 4], True, ["0-7", "3-7", "4-7", "5-7"], [1] * 4, [[3], [4]]),
         (CHECKPOINT, range(8), False, ["0-7"], [1], [list(range(8))]),
         # With repeats, counted for the record at the head.
-        (_with(CHECKPOINT, max_retries=1), [3], False, ["0-7", "3-7", "4-7"], [1, 2, 1], [[3]]),
+        (
+            _with(CHECKPOINT, max_retries=1),
+            [3],
+            False,
+            ["0-7", "3-7", "3-7", "4-7"],
+            [1, 1, 2, 1],
+            [[3]],
+        ),
         (
             _with(CHECKPOINT, max_retries=2),
             [3],
             True,
-            ["0-7", "3-7", "3-7", "4-7"],
-            [1, 2, 3, 1],
+            ["0-7", "3-7", "3-7", "3-7", "4-7"],
+            [1, 1, 2, 3, 1],
             [[3]],
         ),
+        (_with(CHECKPOINT, max_retries=1), [0], False, ["0-7", "0-7", "1-7"], [1, 2, 1], [[0]]),
         (
-            _with(CHECKPOINT, max_retries=1),
-            [3, 5],
-            True,
-            ["0-7", "3-7", "4-7", "5-7", "6-7"],
-            [1, 2, 1, 2, 1],
-            [[3], [5]],
-        ),
-        (
-            # The second one was named as often as the first: it has no repeat left either.
+            # The second one has been named as often; it has its own calls once it is at the head.
             _with(CHECKPOINT, max_retries=1),
             [3, 5],
             False,
-            ["0-7", "3-7", "4-7", "6-7"],
-            [1, 2, 1, 1],
+            ["0-7", "3-7", "3-7", "4-7", "5-7", "5-7", "6-7"],
+            [1, 1, 2, 1, 1, 2, 1],
             [[3], [5]],
         ),
         (
             _with(CHECKPOINT, max_retries=1),
             [3, 4],
             False,
-            ["0-7", "3-7", "5-7"],
-            [1, 2, 1],
+            ["0-7", "3-7", "3-7", "5-7"],
+            [1, 1, 2, 1],
             [[3, 4]],
         ),
         # Only those that are named.
-        (NAMED, [3], False, ["0-7"], [1], [[3]]),
-        (NAMED, [3, 5], False, ["0-7"], [1], [[3], [5]]),
+        (NAMED, [3], False, ["0-7", "3"], [1, 1], [[3]]),
+        (NAMED, [3, 5], False, ["0-7", "3,5"], [1, 1], [[3], [5]]),
         (NAMED, [0, 7], False, ["0-7"], [1], [[0], [7]]),
         (NAMED, range(8), False, ["0-7"], [1], [list(range(8))]),
-        (_with(NAMED, max_retries=1), [3], False, ["0-7", "3"], [1, 2], [[3]]),
-        (_with(NAMED, max_retries=1), [3, 5, 6], False, ["0-7", "3,5,6"], [1, 2], [[3], [5, 6]]),
+        (_with(NAMED, max_retries=1), [3], False, ["0-7", "3", "3"], [1, 1, 2], [[3]]),
+        (
+            _with(NAMED, max_retries=1),
+            [3, 5, 6],
+            False,
+            ["0-7", "3,5,6", "3,5,6"],
+            [1, 1, 2],
+            [[3], [5, 6]],
+        ),
         (
             _with(NAMED, max_retries=2),
-            [3, 5],
+            [0, 5],
             False,
-            ["0-7", "3,5", "3,5"],
+            ["0-7", "0,5", "0,5"],
             [1, 2, 3],
-            [[3], [5]],
+            [[0], [5]],
         ),
         # With bisect the record at the head is called alone first.
         (_with(CHECKPOINT, bisect=True), [3], False, ["0-7", "3", "4-7"], [1, 1, 1], [[3]]),
@@ -557,7 +566,7 @@ def test_what_follows_a_partial_failure(policy, bad, first_only, calls, attempts
     for failure in driven.failures:
         assert failure.condition == "RetryAttemptsExhausted"
         assert failure.error_type == "PARTIAL"
-        assert failure.attempts > policy.max_retries
+        assert failure.attempts == 1 + policy.max_retries
     assert [call.reason for call in driven.calls] == ["", *["PARTIAL"] * (len(calls) - 1)]
 
 
@@ -577,7 +586,27 @@ def test_a_named_record_that_recovers_is_answered(policy: RetryPolicy) -> None:
     assert driven.answered == list(range(8))
     assert driven.failures == []
     assert len(driven.waits) == driven.finished.stats.retries == 3
-    assert [call.attempt for call in driven.calls] == [1, 2, 3, 4]
+    assert [call.attempt for call in driven.calls] == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_progress_leaves_has_all_calls_of_its_own(named: bool) -> None:
+    """As recorded of AWS: 3 records, 3 repeats, the last one always named: 5 calls, 4 its own."""
+    policy = _with(CHECKPOINT, max_retries=3, named=named)
+    driven = _drive(_batch(3), policy, _naming([2]))
+    assert _sent(driven) == [[0, 1, 2], [2], [2], [2], [2]]
+    (failure,) = driven.failures
+    assert failure.attempts == 4
+    # Each repeat waits longer than the one before; the first one that is its own as the first.
+    assert driven.finished.stats.retries == len(driven.waits) == 4
+
+
+def test_waits_begin_anew_after_progress() -> None:
+    """What is left backs off as if nothing had been called before."""
+    policy = _with(CHECKPOINT, max_retries=9)
+    script = _scripted(_partial(0), _partial(0), _partial(0), _partial(1), _partial(0))
+    driven = _drive(_batch(3), policy, script, random=lambda: 1.0)
+    assert driven.waits == [0.2, 0.4, 0.8, 0.2, 0.2]
 
 
 def test_progress_resets_the_count() -> None:
@@ -586,7 +615,7 @@ def test_progress_resets_the_count() -> None:
     script = _scripted(_partial(2), _partial(1), _partial(1), _partial(1))
     driven = _drive(_batch(8), policy, script)
     assert _sent(driven) == [_indexes(t) for t in ("0-7", "2-7", "3-7", "4-7", "5-7")]
-    assert [call.attempt for call in driven.calls] == [1, 2, 2, 2, 2]
+    assert [call.attempt for call in driven.calls] == [1, 1, 1, 1, 1]
     assert driven.answered == list(range(8))
 
 
@@ -601,6 +630,8 @@ def test_an_error_of_the_whole_batch_counts_for_its_head() -> None:
     assert _sent(driven) == [[0, 1, 2], [0, 1, 2], [1, 2]]
     assert driven.answered == [0, 1, 2]
     driven = _drive(_batch(3), policy, _scripted(_partial(1), error))
+    assert driven.answered == [0, 1, 2]
+    driven = _drive(_batch(3), policy, _scripted(_partial(1), error, error))
     assert driven.answered == [0]
     assert driven.failed == [1, 2]
 
@@ -727,7 +758,7 @@ def test_records_too_old_are_given_up_before_a_call(timestamps, spans, failed) -
     assert driven.failed == failed
     for failure in driven.failures:
         assert failure.condition == "MaximumRecordAgeExceeded"
-        assert failure.attempts == 0
+        assert (failure.attempts, failure.status_code) == (0, 0)
         assert "--max_record_age_secs=60" in failure.message
 
 

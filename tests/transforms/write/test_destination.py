@@ -134,7 +134,7 @@ def test_a_self_managed_kafka_has_no_arn() -> None:
     [
         (retry.RETRIES_EXHAUSTED, "RetriesExhausted"),
         (retry.INVALID_REPLY, "RetriesExhausted"),
-        (retry.AGE_EXCEEDED, "MaximumRecordAgeExceeded"),
+        (retry.AGE_EXCEEDED, "RecordAgeExceeded"),
         (retry.SIZE_EXCEEDED, "MaximumPayloadSizeExceeded"),
         (retry.INVALID_CONTENT, "InvalidRequestContent"),
         ("SCHEMA_NOT_FOUND", "SCHEMA_NOT_FOUND"),
@@ -150,15 +150,35 @@ def test_the_condition_in_aws_s_words(condition: str, expected: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"status_code": 0, "attempts": 0, "condition": retry.AGE_EXCEEDED},
         {"status_code": 0, "attempts": 2},
         {"status_code": 413, "condition": retry.SIZE_EXCEEDED},
     ],
 )
 def test_no_answer_no_response_context(changes) -> None:
-    """Never asked, never answered, or too large to be asked: null."""
+    """Never answered, or too large to be asked: null."""
     first, _ = _written(_failure(**changes))
     assert json.loads(first.value)["responseContext"] is None
+
+
+@pytest.mark.parametrize("attempts", [0, 2])
+def test_a_record_that_was_too_old_says_nothing_of_an_answer(attempts: int) -> None:
+    """Not even that there was none, also where it had been tried before."""
+    changes = {"status_code": 0, "attempts": attempts, "condition": retry.AGE_EXCEEDED}
+    first, _ = _written(_failure(**changes))
+    assert "responseContext" not in json.loads(first.value)
+
+
+def test_a_record_that_a_reply_named() -> None:
+    """The function itself has not failed; an error of its own may have any name."""
+    for error, expected in (("BatchItemFailure", None), ("Unhandled", "Unhandled")):
+        changes = {"error_type": "BatchItemFailure", "function_error": error}
+        first, _ = _written(_failure(**changes))
+        response = json.loads(first.value)["responseContext"]
+        assert response == {
+            "statusCode": 200,
+            "executedVersion": "$LATEST",
+            "functionError": expected,
+        }
 
 
 def test_what_a_schema_made_of_it_is_in_the_event() -> None:
