@@ -218,8 +218,9 @@ def _parse(body: bytes) -> Any:
 
 
 def _clean(text: str, characters: int) -> str:
-    """Text that can be written anywhere, and is not too much of it."""
-    return writable(text[:characters])
+    """Text that can be written anywhere, on one line, and is not too much of it."""
+    line = " ".join(text[:characters].split())
+    return "".join(each if each.isprintable() else "?" for each in line)
 
 
 def is_out_of_time(message: str) -> bool:
