@@ -34,6 +34,7 @@ from tests.sink import (
     run,
     serve,
 )
+from tests.transforms.aws.test_http import peer
 
 WHOLE = [0, 1, 2, 3]
 TIMESTAMP = 1_700_000_000_000
@@ -48,11 +49,12 @@ def test_failures_around_the_function_are_repeated_and_lose_nothing(
     """No retries of function errors are allowed here, and none of these needs one.
 
     Throttled (waits as told), 500, 502, connection dropped before and after the function ran,
-    no answer in time: the same records again. Too large: halves. Each partition has its own.
+    no answer in time, a proxy's answers of any form: the same records again. Too large: halves.
+    Each partition has its own.
     """
     topic, responses = names.topic(), names.topic("responses")
-    broker.create_topic(topic, partitions=8)
-    broker.produce(topic, numbered(8, 4))
+    broker.create_topic(topic, partitions=10)
+    broker.produce(topic, numbered(10, 4))
     faults = [
         throttle(retry_after_secs=1.0, times=2, when=of_partition(0)),
         unavailable(500, times=3, when=of_partition(1)),
@@ -62,6 +64,8 @@ def test_failures_around_the_function_are_repeated_and_lose_nothing(
         Fault(status=413, error_type="RequestTooLargeException", when=of_partition(5)),
         unavailable(503, "", body=b"<html>no JSON</html>", when=of_partition(6)),
         slow(7.0, when=of_partition(7)),
+        unavailable(503, "", body=b"Dienst nicht verf\xfcgbar", when=of_partition(8)),
+        unavailable(504, "", body=b"null", when=of_partition(9)),
     ]
     with serve(faults=faults) as server:
         ended = run(
@@ -76,13 +80,15 @@ def test_failures_around_the_function_are_repeated_and_lose_nothing(
         server.wait_for_calls(ended.summary["invocations"] + 1, 60)
         calls = invocations(server)
 
-    assert [offsets_called(server, partition) for partition in range(8)] == [
+    assert [offsets_called(server, partition) for partition in range(10)] == [
         [WHOLE] * 3,
         [WHOLE] * 4,
         [WHOLE] * 3,
         [WHOLE] * 3,
         [WHOLE] * 2,
         [WHOLE, [0, 1], [2, 3]],
+        [WHOLE] * 2,
+        [WHOLE] * 2,
         [WHOLE] * 2,
         [WHOLE] * 2,
     ]
@@ -95,7 +101,32 @@ def test_failures_around_the_function_are_repeated_and_lose_nothing(
     assert_answers_match(broker, [topic], responses)
     summary = ended.summary
     assert (summary["throttles"], summary["bisections"], summary["errors"]) == (2, 1, 0)
-    assert summary["retries"] == 3 + 2 + 2 + 1 + 1 + 1
+    assert summary["retries"] == 3 + 2 + 2 + 1 + 1 + 1 + 1 + 1
+
+
+@pytest.mark.parametrize(("status", "preflight", "expected"), [(200, True, 204), (201, False, 200)])
+def test_a_server_that_is_no_lambda_ends_the_run(
+    broker: KafkaBroker, names: Names, status: int, preflight: bool, expected: int
+) -> None:
+    """Whatever it answers to everything: one line, and nothing is committed."""
+    topic = names.topic()
+    broker.create_topic(topic, partitions=1)
+    broker.produce(topic, numbered(1, 4))
+    page = b"HTTP/1.1 %d Fine\r\nContent-Length: 9\r\n\r\nIt works!" % status
+    with peer(*[page] * 20) as web:
+        ended = run(
+            broker,
+            None,
+            code=1,
+            topics=topic,
+            consumer_group=names.group(),
+            lambda_endpoint_url=f"http://127.0.0.1:{web.port}",
+            no_preflight=None if preflight else True,
+        )
+    (error,) = ended.errors
+    assert f"answers with HTTP {status}, Lambda would with {expected}" in error
+    assert "--lambda_endpoint_url" in error
+    assert not broker.committed(names.group(), topic).get(0)
 
 
 FRAGILE = """
