@@ -34,6 +34,11 @@ def build(
         commit: Another end than the group's offsets.
     """
     chunks = pipeline | "Read" >> (read or _reader(config))
+    begun = told = None
+    if config.stream is not None:
+        chunks, begun = chunks
+        if isinstance(config.stream, BeamReadConfig):
+            told = frozenset(key for key, _ in config.stream.starts)
     if config.decode:
         chunks = chunks | "Decode" >> DecodeRecords(config.decode)
     if config.filter:
@@ -44,7 +49,7 @@ def build(
         | "Batch" >> BatchByPartition(config.batch)
         | "Invoke" >> InvokeLambda(config.invoke)
         | "Write" >> WriteToKafka(config.write)
-        | "Commit" >> (commit or CommitOffsets(config.commit, streaming=config.stream is not None))
+        | "Commit" >> (commit or CommitOffsets(config.commit, begun, told))
     )
 
 

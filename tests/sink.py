@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from confluent_kafka import Consumer, TopicPartition
+
 from pipeline.local.broker import KafkaBroker, StoredRecord
 from pipeline.local.faults import Fault
 from pipeline.local.lambda_server import FunctionSpec, LambdaContext, LambdaServer
@@ -315,6 +317,14 @@ def run(
     """Run to the end; the exit code must be the one given."""
     with start(broker, server, env, **options) as sink:
         return sink.wait(code)
+
+
+def commit(broker: KafkaBroker, group: str, topic: str, offsets: dict[int, int]) -> None:
+    """Commit offsets as any other client could."""
+    consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": group})
+    marks = [TopicPartition(topic, *each) for each in offsets.items()]
+    consumer.commit(offsets=marks, asynchronous=False)
+    consumer.close()
 
 
 # What a run left behind

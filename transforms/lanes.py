@@ -8,8 +8,8 @@ from zlib import crc32
 
 from transforms.records import RecordChunk
 
-# With the version of the rule that divides: a new rule needs another number.
-_NOTE = "lanes/1"
+# With the version of the rule that divides, and of the note: a new one needs another number.
+_NOTE = "lanes/2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +40,24 @@ class Lanes:
     def note(self, marks: Sequence[int]) -> str:
         """How far each lane is done, to be kept beside the lowest of them; empty if all are equal.
 
-        Kafka keeps up to 4 KB with a committed offset.
+        Kafka keeps up to 4 KB with a committed offset. The offset is in the note, too: who copies
+        a group's offsets to another cluster translates them and leaves the notes as they are.
         """
         lowest = min(marks)
         if max(marks) == lowest:
             return ""
         ahead = ",".join(str(mark - lowest) for mark in marks)
-        return f"{_NOTE} {self.count} {self.run} {ahead}"
+        return f"{_NOTE} {self.count} {self.run} {lowest} {ahead}"
 
     def marks(self, note: str, offset: int, end: int) -> list[int]:
         """What a `note` says that was kept beside `offset`: where each lane goes on.
 
-        A note of lanes that were divided otherwise says nothing about these, nor does one that
-        reaches behind the partition's end: then all go on at the offset.
+        A note of lanes that were divided otherwise says nothing about these, nor does one that was
+        written beside another offset or reaches behind the partition's end: then all go on at the
+        offset.
         """
         marks = [offset] * self.count
-        begin = f"{_NOTE} {self.count} {self.run} "
+        begin = f"{_NOTE} {self.count} {self.run} {offset} "
         if self.count > 1 and note.startswith(begin):
             ahead = note[len(begin) :].split(",")
             if len(ahead) == self.count and all(map(str.isdecimal, ahead)):

@@ -376,6 +376,10 @@ def halt_of(name: str) -> Finished:
     return Finished(topic, int(partition), int(offset), int(offset), halted=failure)
 
 
+EVERY_LANE = -1
+"""As the lane of a `Progress`: it says where the partition begins, in each of its lanes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What Write emits once a lane's records of `[start, next_offset)` are acknowledged.

@@ -27,7 +27,7 @@ from transforms.aws.function import FUNCTION, MAX_ASYNC_BYTES, MAX_SYNC_BYTES, F
 from transforms.batch import payload
 from transforms.batch.batch import BatchConfig
 from transforms.batch.payload import PayloadFormat
-from transforms.commit.commit import CommitConfig
+from transforms.commit.commit import REFRESH_SECS, CommitConfig
 from transforms.decode.decode import ATTRIBUTES, VALUE, DecodeConfig
 from transforms.decode.registry import RegistryConfig, check_settings
 from transforms.decode.schemas import CONNECT, STANDARD
@@ -198,6 +198,17 @@ GROUPS = (
                 "consumer_group",
                 "Consumer group whose committed offsets say where to go on. Required.",
                 example="orders-to-lambda",
+            ),
+            Option(
+                "commit_refresh_secs",
+                "How often each partition's offset is committed again, be it where it was: a "
+                "broker forgets it a week after its last commit, or as its "
+                "offsets.retention.minutes says, even while we run. Well below that.",
+                kind="int",
+                default=REFRESH_SECS,
+                unit="seconds",
+                low=1,
+                high=86_400,
             ),
             Option(
                 "starting_position",
@@ -1120,7 +1131,7 @@ def _make_config(
             registry=registry,
             destination=replace(wrapping, name=envelope.KAFKA_EVENT) if aws_errors else None,
         ),
-        commit=CommitConfig(kafka, lanes),
+        commit=CommitConfig(kafka, lanes, values["commit_refresh_secs"]),
         run=RunConfig(
             preflight=values["preflight"],
             until=values["until"],

@@ -7,6 +7,7 @@ an error record is never redriven twice: docs/adr/0011-redrive.md.
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ from pipeline.options.declare import resolve as resolve_options
 from pipeline.options.explain import explain
 from pipeline.run.graph import Graph
 from pipeline.run.preflight import check_outputs
-from pipeline.run.rounds import Status, Totals, drain
+from pipeline.run.rounds import Status, Totals, drain, hear, run_or_stop
 from pipeline.signals import DONE, HALTED, stop_on_signals, tune_interpreter
 from pipeline.watch.logs import say
 from pipeline.watch.progress import Progress, halted_text, summary
@@ -57,8 +58,11 @@ from transforms.redrive.steps import (
     error_records,
     marks,
     read_originals,
+    refresh,
     shared_ledger,
 )
+
+_LOGGER = logging.getLogger(__name__)
 
 COMMAND = "redrive"
 _TIMEOUT_SECS = 15.0
@@ -96,6 +100,14 @@ GROUP = Group(
             "dry_run",
             "Count what would be redriven, by condition, error type and partition. Nothing is "
             "invoked, written or committed.",
+            kind="flag",
+            default=False,
+        ),
+        Option(
+            "first_redrive",
+            "There has been no redrive of this error topic by this group, or its error records may "
+            "be redriven once more: begin at the first one. Without it a redrive does not begin "
+            "where its group has no offset.",
             kind="flag",
             default=False,
         ),
@@ -230,6 +242,7 @@ class Redrive:
         redrive: What to redrive, and which group remembers it.
         stop: Set from outside to end after what is running.
         dry_run: Only count.
+        first: Begin at the first error record where no earlier redrive is known.
         started: When the program began, by `timer`.
         limits: What bounds a window.
         timer: Monotonic seconds.
@@ -241,6 +254,7 @@ class Redrive:
         redrive: RedriveConfig,
         stop: threading.Event,
         dry_run: bool = False,
+        first: bool = False,
         started: float | None = None,
         limits: WindowLimits = WindowLimits(),
         timer: Callable[[], float] = monotonic,
@@ -249,6 +263,7 @@ class Redrive:
         self._redrive = redrive
         self._stop = stop
         self._dry_run = dry_run
+        self._first = first
         self._timer = timer
         self._started = timer() if started is None else started
         self._limits = limits
@@ -260,6 +275,7 @@ class Redrive:
         self._ends: dict[PartitionKey, int] = {}
         self._pattern = re.compile(redrive.topics_regex) if redrive.topics_regex else None
         self._marks: dict[PartitionKey, int] = {}
+        hear(config, stop)
         self.counts = Counts()
 
     def run(self) -> Status:
@@ -285,10 +301,11 @@ class Redrive:
             if not self._ledger.has_room_for(record for record, _ in window):
                 raise KafkaError(cannot_remember(self._redrive))
             self._hand_over(window)
-            self._totals.add(graph.run())
+            run_or_stop(graph, self._totals)
             self._finish_window(graph)
-        drain(self._invoker, self._config.invoke, lambda: self._totals.add(graph.run()))
+        drain(self._invoker, self._config.invoke, lambda: run_or_stop(graph, self._totals))
         graph.close()
+        refresh(self._redrive, now=True)
         self._marks = marks(self._redrive)
         return self.status()
 
@@ -333,10 +350,15 @@ class Redrive:
                     # Behind the end are those that this run has written.
                     if record.offset >= end or self._was_redriven(record):
                         continue
-                    originals = self._choose(record)
+                    originals = read_originals(record)
                     if originals is None:
+                        # Passed over: no other redrive could take it either.
+                        self.counts.left["without_originals"] += 1
+                        continue
+                    if not self._takes(record, originals):
                         redriven.leave(record.offset)
                         continue
+                    self.counts.take(record, originals)
                     redriven.take(record.offset)
                     window.append((record, originals))
                     records += len(originals)
@@ -353,25 +375,18 @@ class Redrive:
         self.counts.left["before"] += known
         return known
 
-    def _choose(self, record: ErrorRecord) -> list[Original] | None:
-        """The originals of an error record that is to be redriven; counts it either way."""
-        left = self.counts.left
+    def _takes(self, record: ErrorRecord, originals: Sequence[Original]) -> bool:
+        """Whether an error record is to be redriven; counts it if it is not."""
+        left, limit = self.counts.left, self._redrive.limit
         if not self._redrive.selection.takes(record):
             left["not_selected"] += 1
-            return None
-        originals = read_originals(record)
-        if originals is None:
-            left["without_originals"] += 1
-            return None
-        if not all(self._reads(original["topic"]) for original in originals):
+        elif not all(self._reads(original["topic"]) for original in originals):
             left["other_topics"] += 1
-            return None
-        limit = self._redrive.limit
-        if limit is not None and self.counts.taken.error_records >= limit:
+        elif limit is not None and self.counts.taken.error_records >= limit:
             left["over_limit"] += 1
-            return None
-        self.counts.take(record, originals)
-        return originals
+        else:
+            return True
+        return False
 
     def _reads(self, topic: str) -> bool:
         """Whether the pipeline reads a topic; an error topic may serve several."""
@@ -394,7 +409,8 @@ class Redrive:
                 _POLL_SECS,
             )
             if invoker.finished_age_secs >= _COLLECT_SECS or not invoker.pending_batches:
-                self._totals.add(graph.run())
+                run_or_stop(graph, self._totals)
+            refresh(self._redrive)
         # Error records whose records all had come to an end before wait for no progress.
         commit(self._redrive)
         self._marks = marks(self._redrive)
@@ -412,6 +428,16 @@ class Redrive:
             )
         ranges = {key: source.range(key) for key in keys}
         committed = source.committed(keys)
+        unknown = [
+            number
+            for (_, number), (low, high) in ranges.items()
+            if low < high and (config.error_topic, number) not in committed
+        ]
+        if unknown and not self._first:
+            problem = unknown_text(config, unknown, len(keys))
+            if not self._dry_run:
+                raise UsageError([problem])
+            _LOGGER.warning("%s", problem)
         since = self._since(keys)
         for key, (low, high) in ranges.items():
             offset, metadata = committed.get(key, (low, ""))
@@ -425,6 +451,9 @@ class Redrive:
                 ) from None
             redriven.skip(min(since.get(key, low), high))
             self._ledger.partitions[key[1]] = redriven
+        if not self._dry_run:
+            # From then on the broker counts how long it remembers it.
+            commit(config)
         self._ends = {key: high for key, (_, high) in ranges.items()}
         self._reader.assign({key: [self._ledger.partitions[key[1]].position] for key in keys})
 
@@ -440,6 +469,18 @@ class Redrive:
             raise KafkaError(f"{describe(self._redrive.kafka)}: {reason(error)}") from None
         # Below 0 nothing is that young.
         return {(o.topic, o.partition): o.offset if o.offset >= 0 else 2**63 - 1 for o in found}
+
+
+def unknown_text(config: RedriveConfig, unknown: Sequence[int], partitions: int) -> str:
+    """What to say where no earlier redrive is known."""
+    some = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+    which = "" if len(unknown) == partitions else f" in {len(unknown)} partitions ({some})"
+    return (
+        f"--redrive_group={config.kafka.group} has no offsets of --error_topic="
+        f"{config.error_topic}{which}: either nothing was redriven yet, or it was so long ago that "
+        f"the broker has forgotten it (offsets.retention.minutes). Give --first_redrive to begin "
+        f"at the first error record, with --since later; --dry_run counts what that would be"
+    )
 
 
 def make_config(config: Config, values: Mapping[str, Any]) -> RedriveConfig:
@@ -459,6 +500,7 @@ def make_config(config: Config, values: Mapping[str, Any]) -> RedriveConfig:
         topics_regex=config.source.topics_regex,
         lanes=config.lanes,
         limit=values["limit"],
+        refresh_secs=config.commit.refresh_secs,
     )
 
 
@@ -521,6 +563,11 @@ def main(arguments: Sequence[str], started: float) -> int:
         problems.append("--error_topic is missing: it is what is redriven")
     if resolved.runner not in DIRECT_RUNNERS:
         problems.append(f"--runner={resolved.runner}: {COMMAND} runs on the DirectRunner")
+    if resolved.config and resolved.config.run.workers > 1:
+        problems.append(
+            f"--workers={resolved.config.run.workers}: {COMMAND} runs in one process; give "
+            f"--workers=1"
+        )
     if resolved.explain:
         print(explain(resolved))
     if problems or resolved.config is None:
@@ -534,7 +581,7 @@ def main(arguments: Sequence[str], started: float) -> int:
     stop = threading.Event()
     stop_on_signals(stop)
     tune_interpreter()
-    run = Redrive(config, redrive, stop, values["dry_run"], started)
+    run = Redrive(config, redrive, stop, values["dry_run"], values["first_redrive"], started)
     with Progress(run.status, live=False):
         status = run.run()
     _say(config.run.summary, run, status, values["dry_run"])

@@ -250,6 +250,24 @@ class Status:
         return Status(Totals(), 0, {}, [], {}, elapsed_secs)
 
 
+def run_or_stop(graph: Graph, totals: Totals) -> None:
+    """Run it once; what waits for something in it may end because the run is told to stop.
+
+    Raises:
+        SinkError: A step failed.
+    """
+    try:
+        totals.add(graph.run())
+    except Stopped as stopped:
+        _LOGGER.warning("%s; it goes on there with the next run", stopped)
+
+
+def hear(config: Config, stop: threading.Event) -> None:
+    """Have what waits inside the steps, for as long as it takes, end when the run is to stop."""
+    if config.write.registry:
+        shared_registry(config.write.registry).stop = stop
+
+
 def drain(invoker: Invoker, config: InvokeConfig, collect: Callable[[], None]) -> None:
     """End what is running, then write and commit what it came to.
 
@@ -302,8 +320,7 @@ class Rounds:
         self._reader = shared_reader(config.read)
         self._committer = shared_committer(config.commit)
         self._source = SourceOffsets(config.source, self._reader.consumer)
-        if config.write.registry:
-            shared_registry(config.write.registry).stop = stop
+        hear(config, stop)
         self._targets: dict[PartitionKey, int] = {}
         self._discovered = float("-inf")
         self._ends: dict[PartitionKey, int | None] | None = None
@@ -333,8 +350,10 @@ class Rounds:
             due = {room.key for room in rooms} & ready
             if self._due(due, limits):
                 self._run_round(rooms)
+            self._committer.refresh()
         drain(self._invoker, self._config.invoke, lambda: self._run_round([]))
         self._graph.close()
+        self._committer.refresh(now=True)
         self._look_at_ends(0)
         return self.status()
 
@@ -414,10 +433,7 @@ class Rounds:
         records = min(limits.records, limits.first_records << min(self._totals.rounds, 16))
         records = max(records, self._turn_records)
         self._reader.begin(Round(tuple(rooms), records, limits.bytes, self._flush))
-        try:
-            self._totals.add(self._graph.run())
-        except Stopped as stopped:
-            _LOGGER.warning("%s; it goes on there with the next run", stopped)
+        run_or_stop(self._graph, self._totals)
 
     @property
     def _turn_records(self) -> int:
@@ -446,13 +462,17 @@ class Rounds:
         if self._flush:
             self._targets |= {key: self._source.range(key)[1] for key in keys}
         if starts:
-            # What a starting position came to is committed at once, so that a crash before the
-            # first batch is finished does not move it.
-            self._committer.commit({k: s.offset for k, s in starts.items() if s.resolved})
             marks = {
                 key: self._config.lanes.marks(start.note, start.offset, start.end)
                 for key, start in starts.items()
             }
+            # Committed at once: what a starting position came to, so that a crash before the first
+            # batch is finished does not move it; and what was committed before, by whomever, since
+            # the broker counts from then on how long it keeps it.
+            self._committer.commit(
+                {key: start.offset for key, start in starts.items()},
+                {key: self._config.lanes.note(each) for key, each in marks.items()},
+            )
             for key, each in marks.items():
                 self._committer.begin(key, each)
             self._reader.assign(marks)

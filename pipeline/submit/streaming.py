@@ -241,7 +241,9 @@ class StreamRun:
         shared_committer(config.commit).commit({key: start.offset for key, start in starts.items()})
         topics = tuple(dict.fromkeys(topic for topic, _ in keys))
         as_source = AS_SOURCE in (getattr(self._beam, "experiments", None) or ())
-        return replace(config, stream=replace(stream, topics=topics, as_source=as_source))
+        begins = tuple((key, start.offset) for key, start in starts.items())
+        stream = replace(stream, topics=topics, as_source=as_source, starts=begins)
+        return replace(config, stream=stream)
 
     def _forget_halts(self) -> None:
         """Take back what an earlier job has said of partitions that it halted."""

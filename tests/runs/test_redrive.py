@@ -63,7 +63,8 @@ class Topics:
 
     def start(self, server: LambdaServer | None, **options: Any) -> Sink:
         """Start a redrive."""
-        given = arguments(self.broker, server, **(self.options | options))
+        options = {**self.options, "first_redrive": True, **options}
+        given = arguments(self.broker, server, **options)
         return Sink(["redrive", *given], environment())
 
     def redrive(self, server: LambdaServer | None, code: int = 0, **options: Any) -> Ended:
@@ -217,18 +218,55 @@ def test_a_selection_leaves_the_others_for_later(broker: KafkaBroker, names: Nam
 def test_only_what_the_pipeline_reads_is_redriven(broker: KafkaBroker, names: Names) -> None:
     """An error topic may serve other pipelines, and hold what is nobody's."""
     topics, other = Topics(broker, names, partitions=1), Topics(broker, Names(), partitions=1)
+    broker.produce(topics.errors, [(0, b"key", b"a response, or whatever")])
     broker.produce(topics.source, numbered(1, 10))
     broker.produce(other.source, numbered(1, 10))
     topics.fail(broken)
     other.options["error_topic"] = topics.errors
     other.fail(broken)
-    broker.produce(topics.errors, [(0, b"key", b"not ours")])
     with serve(answer) as server:
         facts = topics.redrive(server).summary["redrive"]
         assert {call.topic for call in invocations(server)} == {topics.source}
     assert facts["error_records"] == 1
     assert facts["left"]["other_topics"] == facts["left"]["without_originals"] == 1
-    assert topics.missing() == set() and len(other.missing()) == 10
+    # What is nobody's is passed over, what is another pipeline's holds the mark.
+    assert broker.committed(f"{topics.group}-redrive", topics.errors) == {0: 2}
+    with serve(answer) as server:
+        facts = topics.redrive(server, topics=other.source).summary["redrive"]
+    assert (facts["error_records"], facts["left"]["before"]) == (1, 0)
+    assert_caught_up(broker, f"{topics.group}-redrive", topics.errors)
+    assert topics.missing() == set()
+
+
+def test_where_no_redrive_is_known_one_begins_only_if_told_to(
+    broker: KafkaBroker, names: Names
+) -> None:
+    """A group without offsets is new, or the broker has forgotten what was redriven."""
+    topics = Topics(broker, names)
+    broker.produce(topics.source, [(0, None, b"order 0/3")])
+    topics.fail(broken)
+    with serve(answer) as server:
+        ended = topics.redrive(server, 2, first_redrive=None)
+        (error,) = ended.errors
+        assert f"--redrive_group={topics.group}-redrive has no offsets" in error
+        assert "--first_redrive" in error
+        ended = topics.redrive(server, first_redrive=None, dry_run=True)
+        assert ended.summary["redrive"]["error_records"] == 1
+        assert "--first_redrive" in ended.stderr
+        assert not invocations(server)
+        assert broker.committed(f"{topics.group}-redrive", topics.errors) == {}
+        # Once it is known, with the flag or without it nothing is redriven twice.
+        assert topics.redrive(server).summary["redrive"]["error_records"] == 1
+        for flag in (None, True):
+            facts = topics.redrive(server, first_redrive=flag).summary["redrive"]
+            assert facts["error_records"] == 0
+        assert len(invocations(server)) == 1
+
+
+def test_one_process_redrives(broker: KafkaBroker, names: Names) -> None:
+    """More are refused, not taken and ignored."""
+    ended = Topics(broker, names).redrive(None, 2, workers=4)
+    assert ended.errors == ["error: --workers=4: redrive runs in one process; give --workers=1"]
 
 
 def test_a_record_in_two_error_records_is_sent_once(broker: KafkaBroker, names: Names) -> None:
@@ -328,7 +366,7 @@ def test_a_group_of_another_program_is_not_used(broker: KafkaBroker, names: Name
     consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": "theirs"})
     mark = TopicPartition(topics.errors, 0, 0, metadata="their own")
     consumer.commit(offsets=[mark], asynchronous=False)
-    ended = topics.redrive(None, 1, redrive_group="theirs", preflight="false")
+    ended = topics.redrive(None, 1, redrive_group="theirs", preflight="false", first_redrive=None)
     assert ended.errors == [
         "error: --redrive_group=theirs is in use by another program; give another one"
     ]

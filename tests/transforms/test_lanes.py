@@ -122,12 +122,12 @@ def test_a_note_brings_back_where_each_lane_was(marks, run, end) -> None:
     "note",
     [
         "",
-        "lanes/1",
-        "lanes/1 2 7 ",
-        "lanes/1 2 7 5",
-        "lanes/1 2 7 5,x",
-        "lanes/1 2 7 5,-1",
-        "lanes/1 2 7 0,5,5",
+        "lanes/2",
+        "lanes/2 2 7 100 ",
+        "lanes/2 2 7 100 5",
+        "lanes/2 2 7 100 5,x",
+        "lanes/2 2 7 100 5,-1",
+        "lanes/2 2 7 100 0,5,5",
         "lanes/2 2 7 0,5",
         "{}",
     ],
@@ -135,7 +135,23 @@ def test_a_note_brings_back_where_each_lane_was(marks, run, end) -> None:
 def test_a_note_that_is_none_of_ours_says_nothing(note: str) -> None:
     """Other programs may keep what they like there."""
     assert Lanes(2, run=7).marks(note, 100, 999) == [100, 100]
-    assert Lanes(2, run=7).marks("lanes/1 2 7 0,5", 100, 999) == [100, 105]
+    assert Lanes(2, run=7).marks("lanes/2 2 7 100 0,5", 100, 999) == [100, 105]
+    # Notes of before did not say beside which offset they were written.
+    assert Lanes(2, run=7).marks("lanes/1 2 7 0,5", 100, 999) == [100, 100]
+
+
+@given(
+    ahead=st.lists(st.integers(0, 500), min_size=2, max_size=10),
+    written=st.integers(0, 10_000),
+    found=st.integers(0, 10_000),
+)
+def test_a_note_counts_only_beside_the_offset_it_was_written_for(ahead, written, found) -> None:
+    """Who copies offsets to another cluster translates them, and copies the notes as they are."""
+    lanes = Lanes(len(ahead), run=7)
+    marks = [written + each for each in ahead]
+    lowest = min(marks)
+    there = lanes.marks(lanes.note(marks), found, 20_000)
+    assert there == (marks if found == lowest else [found] * len(ahead))
 
 
 # -- dividing a chunk ---------------------------------------------------------------------

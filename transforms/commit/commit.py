@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import apache_beam as beam
 from apache_beam import coders
-from apache_beam.transforms.userstate import ReadModifyWriteRuntimeState, ReadModifyWriteStateSpec
+from apache_beam.transforms.userstate import (
+    ReadModifyWriteRuntimeState,
+    ReadModifyWriteStateSpec,
+    RuntimeTimer,
+    TimerSpec,
+    on_timer,
+)
+from apache_beam.utils.timestamp import Timestamp
 from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException, TopicPartition
 
@@ -22,11 +29,12 @@ from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
 from transforms.lanes import Lanes
 from transforms.per_process import per_process
-from transforms.records import Finished, LaneKey, PartitionKey, Progress, halt_of
+from transforms.records import EVERY_LANE, Finished, LaneKey, PartitionKey, Progress, halt_of
 
 _LOGGER = logging.getLogger(__name__)
 
 _RETRY_SECS = 60.0
+REFRESH_SECS = 3600
 _FOREIGN_MEMBER = frozenset(
     {
         ErrorCode.UNKNOWN_MEMBER_ID,
@@ -43,64 +51,76 @@ class CommitConfig:
     Attributes:
         kafka: The cluster and the group.
         lanes: How a partition's records are divided.
+        refresh_secs: How often each partition's offset is committed again, be it where it was. No
+            consumer is a member of the group, so the broker forgets an offset
+            (`offsets.retention.minutes`) by when it was committed last, even while we run.
     """
 
     kafka: KafkaConfig
     lanes: Lanes = Lanes()
+    refresh_secs: float = REFRESH_SECS
 
 
 class ContiguousOffsets:
     """The offset of a partition below which everything is done, in all of its lanes. Pure.
 
     Ranges may arrive in any order; one whose predecessor in its lane is missing is held back, so
-    the mark never passes unfinished records.
-
-    Args:
-        lanes: Lanes per partition; one of which nothing was heard is not done.
+    the mark never passes unfinished records. So are all ranges of a partition of which is not known
+    yet where it begins.
     """
 
-    def __init__(self, lanes: int = 1) -> None:
-        self._lanes = lanes
+    def __init__(self) -> None:
         self._marks: dict[PartitionKey, list[int]] = {}
         self._held: dict[LaneKey, dict[int, int]] = {}
 
     def begin(self, key: PartitionKey, marks: Sequence[int]) -> None:
         """Say where each lane of a partition begins."""
         self._marks[key] = list(marks)
+        for lane in range(len(marks)):
+            self._advance(key, lane)
 
     def marks(self, key: PartitionKey) -> Sequence[int]:
-        """How far each lane of a partition is done; empty if nothing was heard of it."""
+        """How far each lane of a partition is done; empty until `begin`."""
         return self._marks.get(key, ())
 
     def add(self, progress: Progress) -> int | None:
-        """Take in a finished range; returns the partition's mark if it moved.
-
-        Of a partition that `begin` was not told of, the first range to come is taken for one
-        where all lanes begin.
-        """
+        """Take in a finished range; returns the partition's mark if it moved."""
         key, lane = (progress.topic, progress.partition), progress.lane
-        marks = self._marks.setdefault(key, [progress.start] * self._lanes)
         held = self._held.setdefault((*key, lane), {})
         held[progress.start] = max(progress.next_offset, held.get(progress.start, 0))
-        before, mark = min(marks), marks[lane]
-        while ready := [start for start in held if start <= mark]:
-            for start in ready:
-                mark = max(mark, held.pop(start))
-        marks[lane] = mark
+        if not (marks := self._marks.get(key)):
+            return None
+        before = min(marks)
+        self._advance(key, lane)
         return after if (after := min(marks)) > before else None
+
+    def _advance(self, key: PartitionKey, lane: int) -> None:
+        held, marks = self._held.get((*key, lane), {}), self._marks[key]
+        while ready := [start for start in held if start <= marks[lane]]:
+            for start in ready:
+                marks[lane] = max(marks[lane], held.pop(start))
 
 
 class OffsetCommitter:
     """Commits next offsets for a group that no consumer of ours is subscribed to.
 
     Args:
-        config: The cluster, the group and the lanes.
+        config: The cluster, the group and how often to commit again.
+        timer: Monotonic seconds.
+
+    Attributes:
+        done: How far the partitions are done.
+        committed: By partition, the offset that was committed last.
     """
 
-    def __init__(self, config: CommitConfig) -> None:
+    def __init__(self, config: CommitConfig, timer: Callable[[], float] = time.monotonic) -> None:
         self._config = config.kafka
         self._consumer = make_consumer(config.kafka)
-        self.done = ContiguousOffsets(config.lanes.count)
+        self._refresh_secs = config.refresh_secs
+        self._timer = timer
+        self._refresh_at = timer() + config.refresh_secs
+        self._notes: dict[PartitionKey, str] = {}
+        self.done = ContiguousOffsets()
         self.committed: dict[PartitionKey, int] = {}
 
     def begin(self, key: PartitionKey, marks: Sequence[int]) -> None:
@@ -124,37 +144,80 @@ class OffsetCommitter:
         """
         if not next_offsets:
             return
+        deadline = self._timer() + _RETRY_SECS
+        while True:
+            try:
+                self._commit(next_offsets, metadata)
+                break
+            except KafkaException as error:
+                if problem := final_problem(error, self._config, self._timer() >= deadline):
+                    raise problem from None
+                _LOGGER.warning(
+                    "commit to group %s is repeated: %s", self._config.group, reason(error)
+                )
+                time.sleep(0.5)
+        self.committed.update(next_offsets)
+        for key in next_offsets:
+            self._notes[key] = metadata.get(key, "")
+
+    def refresh(self, now: bool = False) -> None:
+        """Commit all that was committed again, if it is time to.
+
+        A broker that does not take it is warned of, and asked again within a minute: nothing that
+        was finished depends on it.
+
+        Args:
+            now: Whether it is time, whenever it was done last.
+
+        Raises:
+            KafkaError: The group has members elsewhere.
+        """
+        if not self._notes or not (now or self._timer() >= self._refresh_at):
+            return
+        try:
+            self._commit({key: self.committed[key] for key in self._notes}, self._notes)
+            self._refresh_at = self._timer() + self._refresh_secs
+        except KafkaException as error:
+            if problem := final_problem(error, self._config, late=False):
+                raise problem from None
+            _LOGGER.warning(
+                "offsets of group %s are not committed again: %s", self._config.group, reason(error)
+            )
+            self._refresh_at = self._timer() + min(_RETRY_SECS, self._refresh_secs)
+
+    def _commit(
+        self, next_offsets: Mapping[PartitionKey, int], metadata: Mapping[PartitionKey, str]
+    ) -> None:
         offsets = [
             TopicPartition(*key, offset, metadata=metadata.get(key, ""))
             for key, offset in next_offsets.items()
         ]
-        deadline = time.monotonic() + _RETRY_SECS
-        while True:
-            try:
-                results = self._consumer.commit(offsets=offsets, asynchronous=False)
-                failed = [result.error for result in results or () if result.error]
-                if not failed:
-                    break
-                raise KafkaException(failed[0])
-            except KafkaException as error:
-                self._wait_or_raise(error, deadline)
-        self.committed.update(next_offsets)
+        results = self._consumer.commit(offsets=offsets, asynchronous=False)
+        failed = [result.error for result in results or () if result.error]
+        if failed:
+            raise KafkaException(failed[0])
 
-    def _wait_or_raise(self, error: KafkaException, deadline: float) -> None:
-        code = error.args[0].code()
-        group = self._config.group
-        if code in _FOREIGN_MEMBER:
-            raise KafkaError(
-                f"offsets of --consumer_group={group} cannot be committed: the group has active "
-                f"members ({reason(error)}); stop the other consumer or use another group"
-            ) from None
-        if code == ErrorCode.GROUP_AUTHORIZATION_FAILED or time.monotonic() > deadline:
-            raise KafkaError(
-                f"offsets of --consumer_group={group} cannot be committed to "
-                f"{describe(self._config)}: {reason(error)}"
-            ) from None
-        _LOGGER.warning("commit to group %s is repeated: %s", group, reason(error))
-        time.sleep(0.5)
+
+def final_problem(error: KafkaException, kafka: KafkaConfig, late: bool) -> KafkaError | None:
+    """What to end with after a commit that failed; None if it is worth another try. Pure.
+
+    Args:
+        error: What was answered.
+        kafka: The cluster and the group.
+        late: Whether it has been tried for long enough.
+    """
+    code, group = error.args[0].code(), kafka.group
+    if code in _FOREIGN_MEMBER:
+        return KafkaError(
+            f"offsets of --consumer_group={group} cannot be committed: the group has active "
+            f"members ({reason(error)}); stop the other consumer or use another group"
+        )
+    if late or code == ErrorCode.GROUP_AUTHORIZATION_FAILED:
+        return KafkaError(
+            f"offsets of --consumer_group={group} cannot be committed to "
+            f"{describe(kafka)}: {reason(error)}"
+        )
+    return None
 
 
 def shared_committer(config: CommitConfig) -> OffsetCommitter:
@@ -170,22 +233,35 @@ class CommitOffsets(beam.PTransform):
 
     Args:
         config: The cluster and the group.
-        streaming: Whether how far a partition is done is kept in state, since its progress may
-            come from several workers; else in this process, which sees all of it.
+        begun: In a streaming run, where each partition begins, as a range without records: how far
+            it is done is kept in state then, since its progress may come from several workers.
+            None if it is kept in this process, which sees all of it and is told by itself.
+        told: Partitions that `begun` has; of any other the first range to come is taken for one
+            where all of its lanes begin. None if it has all.
     """
 
-    def __init__(self, config: CommitConfig, streaming: bool = False) -> None:
+    def __init__(
+        self,
+        config: CommitConfig,
+        begun: beam.PCollection[Progress] | None = None,
+        told: frozenset[PartitionKey] | None = None,
+    ) -> None:
         super().__init__()
         self._config = config
-        self._streaming = streaming
+        self._begun = begun
+        self._told = told
 
     def expand(self, progress: beam.PCollection[Progress]) -> beam.PCollection[Any]:
-        if not self._streaming:
+        if self._begun is None:
             return progress | "CommitGroup" >> beam.ParDo(_CommitFn(self._config))
-        keyed = progress | "ByPartition" >> beam.Map(_keyed).with_output_types(
-            tuple[PartitionKey, Progress]
+        types = tuple[PartitionKey, Progress]
+        keyed = progress | "ByPartition" >> beam.Map(_keyed).with_output_types(types)
+        begun = self._begun | "BegunByPartition" >> beam.Map(_keyed).with_output_types(types)
+        return (
+            (keyed, begun)
+            | "WithBeginnings" >> beam.Flatten()
+            | "CommitPartition" >> beam.ParDo(_CommitPartitionFn(self._config, self._told))
         )
-        return keyed | "CommitPartition" >> beam.ParDo(_CommitPartitionFn(self._config))
 
     def display_data(self) -> dict[str, Any]:
         return {"consumer_group": self._config.kafka.group}
@@ -249,23 +325,78 @@ class _Partition:
 
 class _CommitPartitionFn(_CommitBundleFn):
     DONE = ReadModifyWriteStateSpec("commit_done", coders.PickleCoder())
+    REFRESH = TimerSpec("commit_refresh", beam.TimeDomain.REAL_TIME)
+    # Fires at a drain and when a bounded run is done.
+    WINDOW_END = TimerSpec("commit_window_end", beam.TimeDomain.WATERMARK)
+
+    def __init__(
+        self,
+        config: CommitConfig,
+        told: frozenset[PartitionKey] | None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(config)
+        self._told = told
+        self._clock = clock
 
     def process(
         self,
         element: tuple[PartitionKey, Progress],
         done_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(DONE),  # type: ignore[assignment]
+        refresh: RuntimeTimer = beam.DoFn.TimerParam(REFRESH),  # type: ignore[assignment]
+        window_end: RuntimeTimer = beam.DoFn.TimerParam(WINDOW_END),  # type: ignore[assignment]
+        window: Any = beam.DoFn.WindowParam,
     ) -> Iterable[Any]:
         key, progress = element
-        partition: _Partition = done_state.read() or _Partition(
-            ContiguousOffsets(self._config.lanes.count)
-        )
-        mark = partition.done.add(progress)
-        if progress.halted and not partition.halt_note:
+        partition: _Partition | None = done_state.read()
+        if partition is None:
+            partition = _Partition(ContiguousOffsets())
+            refresh.set(Timestamp.of(self._clock() + self._config.refresh_secs))
+            window_end.set(window.end)
+        done = partition.done
+        before = min(done.marks(key), default=-1)
+        begins = progress.lane == EVERY_LANE
+        if not done.marks(key) and (begins or self._begins_unsaid(key)):
+            done.begin(key, [progress.start] * self._config.lanes.count)
+        if not begins:
+            done.add(progress)
+        stops = bool(progress.halted and not partition.halt_note)
+        if stops:
             # Kept with the offset, it can be seen from anywhere, whichever runner this is.
             partition.halt_note = HALT_NOTE + progress.halted
-            mark = min(partition.done.marks(key))
-        if mark is not None:
-            self._next_offsets[key] = mark
-            self._notes[key] = partition.halt_note
+        if stops or min(done.marks(key), default=-1) > before:
+            self._commit_again(key, partition)
         done_state.write(partition)
         return ()
+
+    @on_timer(REFRESH)
+    def refresh(
+        self,
+        key: PartitionKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
+        done_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(DONE),  # type: ignore[assignment]
+        refresh: RuntimeTimer = beam.DoFn.TimerParam(REFRESH),  # type: ignore[assignment]
+    ) -> Iterable[Any]:
+        self._commit_again(key, done_state.read())
+        refresh.set(Timestamp.of(self._clock() + self._config.refresh_secs))
+        return ()
+
+    @on_timer(WINDOW_END)
+    def end(
+        self,
+        key: PartitionKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
+        done_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(DONE),  # type: ignore[assignment]
+        refresh: RuntimeTimer = beam.DoFn.TimerParam(REFRESH),  # type: ignore[assignment]
+    ) -> Iterable[Any]:
+        # Flink's drain waits for every timer that is set, and fires none of real time any more.
+        refresh.clear()
+        self._commit_again(key, done_state.read())
+        return ()
+
+    def _begins_unsaid(self, key: PartitionKey) -> bool:
+        return self._told is not None and key not in self._told
+
+    def _commit_again(self, key: PartitionKey, partition: _Partition | None) -> None:
+        """Have the bundle commit where a partition stands, if that is known."""
+        if partition and (marks := partition.done.marks(key)):
+            self._next_offsets[key] = min(marks)
+            self._notes[key] = partition.halt_note

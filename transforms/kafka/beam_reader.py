@@ -18,7 +18,14 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms.kafka.client import KafkaConfig
-from transforms.records import NO_TIMESTAMP, PartitionKey, RecordChunk, Records
+from transforms.records import (
+    EVERY_LANE,
+    NO_TIMESTAMP,
+    PartitionKey,
+    Progress,
+    RecordChunk,
+    Records,
+)
 
 _CHUNK_RECORDS = 1_000
 _FIND_SECS = 10
@@ -46,6 +53,7 @@ class BeamReadConfig:
         in_flink: Whether the runner is Flink, which has the reader among its own classes.
         as_source: Whether it is to be a source of the runner's own, and not a splittable DoFn:
             then Flink can drain it, but it finds no partitions that come later.
+        starts: Where the partitions begin that were there when the job was submitted.
     """
 
     kafka: KafkaConfig
@@ -53,6 +61,7 @@ class BeamReadConfig:
     expansion_service: str | None = None
     in_flink: bool = False
     as_source: bool = False
+    starts: tuple[tuple[PartitionKey, int], ...] = ()
 
 
 class ReadRows(beam.PTransform):
@@ -67,7 +76,10 @@ class ReadRows(beam.PTransform):
         super().__init__()
         self._config = config
 
-    def expand(self, root: beam.pvalue.PBegin) -> beam.PCollection[RecordChunk]:
+    def expand(
+        self, root: beam.pvalue.PBegin
+    ) -> tuple[beam.PCollection[RecordChunk], beam.PCollection[Progress]]:
+        """The chunks, and where partitions begin (`EVERY_LANE`), as far as that is known."""
         config = self._config
         read = ReadFromKafka(
             consumer_config={
@@ -86,10 +98,19 @@ class ReadRows(beam.PTransform):
             expansion_service=_service(config),
         )
         pack = beam.ParDo(_PackFn()).with_output_types(RecordChunk)
-        return root | "ReadFromKafka" >> read | "Pack" >> pack
+        begun = beam.FlatMap(_begun, config.starts).with_output_types(Progress)
+        return (
+            root | "ReadFromKafka" >> read | "Pack" >> pack,
+            root | "Impulse" >> beam.Impulse() | "Begun" >> begun,
+        )
 
     def display_data(self) -> dict[str, Any]:
         return {"topics": ",".join(self._config.topics)}
+
+
+def _begun(_: bytes, starts: tuple[tuple[PartitionKey, int], ...]) -> Iterator[Progress]:
+    for key, start in starts:
+        yield Progress(*key, start, start, EVERY_LANE)
 
 
 def _service(config: BeamReadConfig) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from time import monotonic, sleep
 
@@ -91,6 +91,25 @@ def choose_start(
     return Start(committed, resolved=False), None
 
 
+def partly_known(
+    keys: Iterable[PartitionKey], known: Container[PartitionKey]
+) -> dict[str, tuple[list[int], int]]:
+    """Topics that a group has offsets for in some partitions only. Pure.
+
+    Returns:
+        By topic, the partitions without an offset, and how many partitions there are.
+    """
+    by_topic: dict[str, list[int]] = {}
+    for topic, partition in keys:
+        by_topic.setdefault(topic, []).append(partition)
+    found = {}
+    for topic, partitions in by_topic.items():
+        unknown = [number for number in partitions if (topic, number) not in known]
+        if 0 < len(unknown) < len(partitions):
+            found[topic] = (unknown, len(partitions))
+    return found
+
+
 class SourceOffsets:
     """Asks Kafka about the source's partitions.
 
@@ -143,6 +162,8 @@ class SourceOffsets:
         """
         known = self.committed(keys)
         committed = {key: offset for key, (offset, _) in known.items()}
+        if at_start:
+            self._warn_of_gaps(keys, known)
         ranges = {key: self.range(key) for key in keys}
         wanted = {key: low for key, (low, _) in ranges.items()}
         if at_start and self._config.starting_position == LATEST:
@@ -162,6 +183,20 @@ class SourceOffsets:
                 start = replace(start, note=known[key][1], end=high)
             starts[key] = start
         return starts
+
+    def _warn_of_gaps(self, keys: list[PartitionKey], known: Container[PartitionKey]) -> None:
+        for topic, (unknown, count) in partly_known(keys, known).items():
+            some = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+            _LOGGER.warning(
+                "group %s has no offset for %d of the %d partitions of topic %s (%s): they are "
+                "new, or the broker has forgotten it; they begin as --starting_position=%s says",
+                self._kafka.group,
+                len(unknown),
+                count,
+                topic,
+                some,
+                self._config.starting_position,
+            )
 
     def range(self, key: PartitionKey) -> tuple[int, int]:
         """A partition's first offset and its next one, asked of the broker."""

@@ -35,7 +35,14 @@ from transforms.kafka.client import describe, make_consumer, reason
 from transforms.kafka.offsets import SourceConfig, SourceOffsets
 from transforms.per_process import per_process
 from transforms.read.rounds import bytes_of, end_of_partition, to_records
-from transforms.records import NO_TIMESTAMP, PartitionKey, RecordChunk, Records
+from transforms.records import (
+    EVERY_LANE,
+    NO_TIMESTAMP,
+    PartitionKey,
+    Progress,
+    RecordChunk,
+    Records,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -301,17 +308,24 @@ class ReadPartitions(beam.PTransform):
         super().__init__()
         self._config = config
 
-    def expand(self, root: beam.pvalue.PBegin) -> beam.PCollection[RecordChunk]:
+    def expand(
+        self, root: beam.pvalue.PBegin
+    ) -> tuple[beam.PCollection[RecordChunk], beam.PCollection[Progress]]:
+        """The chunks, and where each partition begins (`EVERY_LANE`)."""
         find, read = beam.ParDo(_FindFn(self._config)), beam.ParDo(_ReadFn(self._config))
         begin = beam.Map(_begin, self._config.bounded)
-        return (
+        found = (
             root
             # Not by Create: it has steps named after lines of Beam's code, and a job can be updated
             # only to one whose steps have the same names.
             | "Impulse" >> beam.Impulse()
             | "Begin" >> begin.with_output_types(Finding)
             | "FindPartitions" >> find.with_output_types(FoundPartition)
-            | "ReadPartition" >> read.with_output_types(RecordChunk)
+        )
+        begun = beam.Map(_begun).with_output_types(Progress)
+        return (
+            found | "ReadPartition" >> read.with_output_types(RecordChunk),
+            found | "Begun" >> begun,
         )
 
     def display_data(self) -> dict[str, Any]:
@@ -336,6 +350,10 @@ class Finding:
 
 def _begin(_: bytes, bounded: bool) -> Finding:
     return Finding(bounded)
+
+
+def _begun(found: FoundPartition) -> Progress:
+    return Progress(*found.key, found.start, found.start, EVERY_LANE)
 
 
 class _FindingTracker(RestrictionTracker):

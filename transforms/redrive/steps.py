@@ -17,7 +17,7 @@ from typing import Any
 
 import apache_beam as beam
 
-from transforms.commit.commit import CommitConfig, OffsetCommitter
+from transforms.commit.commit import REFRESH_SECS, CommitConfig, OffsetCommitter
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig
 from transforms.lanes import Lanes
@@ -37,6 +37,8 @@ _METADATA_BYTES = 4096
 """What a broker takes with an offset, unless its `offset.metadata.max.bytes` says more."""
 _SAFE_METADATA_BYTES = 3500
 """Above it no more is taken: what is done in part takes more room than what is done."""
+
+_INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
 
 Original = Mapping[str, Any]
 """A record with the fields of `transforms.original.ORIGINAL_SCHEMA`."""
@@ -104,9 +106,20 @@ def error_records(chunk: RecordChunk) -> Iterator[ErrorRecord]:
 def read_originals(record: ErrorRecord) -> list[Original] | None:
     """The originals of an error record; None if it has none that can be read."""
     try:
-        return [decode_original(data) for data in record.originals] or None
+        originals: list[Original] = [decode_original(data) for data in record.originals]
     except (ValueError, TypeError, LookupError, EOFError, OverflowError):
         return None  # a header of that name which is somebody else's
+    return originals if originals and all(map(_is_possible, originals)) else None
+
+
+def _is_possible(original: Original) -> bool:
+    """Whether Kafka could have a record at such a place: other bytes can be read as Avro, too."""
+    return (
+        bool(original["topic"])
+        and 0 <= original["partition"] <= _INT32_MAX
+        and 0 <= original["offset"] < _INT64_MAX
+        and -_INT64_MAX <= original["timestamp"] <= _INT64_MAX
+    )
 
 
 def to_chunk(key: PartitionKey, originals: Iterable[Original]) -> RecordChunk:
@@ -125,6 +138,49 @@ def to_chunk(key: PartitionKey, originals: Iterable[Original]) -> RecordChunk:
 
 def _headers(original: Original) -> list[Header] | None:
     return [(header["name"], header["value"]) for header in original["headers"]] or None
+
+
+class OffsetSet:
+    """Offsets of one partition, a bit each: a million in a row take some 200 kB. Pure."""
+
+    _BLOCK = 1024
+
+    def __init__(self, offsets: Iterable[int] = ()) -> None:
+        self._blocks: dict[int, int] = {}
+        for offset in offsets:
+            self.add(offset)
+
+    def add(self, offset: int) -> None:
+        block, bit = divmod(offset, self._BLOCK)
+        self._blocks[block] = self._blocks.get(block, 0) | 1 << bit
+
+    def __contains__(self, offset: int) -> bool:
+        block, bit = divmod(offset, self._BLOCK)
+        return bool(self._blocks.get(block, 0) >> bit & 1)
+
+    def forget(self, end: int) -> None:
+        """Let go of offsets below this one, all but some of them."""
+        for block in [block for block in self._blocks if (block + 1) * self._BLOCK <= end]:
+            del self._blocks[block]
+
+    def bits(self, begin: int) -> int:
+        """The offsets from `begin` on: its lowest bit stands for `begin`."""
+        first = begin // self._BLOCK
+        last = max(self._blocks, default=first - 1)
+        size = self._BLOCK // 8
+        parts = (self._blocks.get(n, 0).to_bytes(size, "little") for n in range(first, last + 1))
+        return int.from_bytes(b"".join(parts), "little") >> begin % self._BLOCK
+
+    def add_bits(self, begin: int, bits: int) -> None:
+        """Take in offsets, the lowest bit standing for `begin`."""
+        first, shift = divmod(begin, self._BLOCK)
+        size = self._BLOCK // 8
+        whole = bits << shift
+        data = whole.to_bytes(-(-whole.bit_length() // self._BLOCK) * size, "little")
+        for place in range(0, len(data), size):
+            if block := int.from_bytes(data[place : place + size], "little"):
+                number = first + place // size
+                self._blocks[number] = self._blocks.get(number, 0) | block
 
 
 class Redriven:
@@ -146,7 +202,8 @@ class Redriven:
         self.position = max(begin, first)
         self._left: int | None = None
         self._taken: set[int] = set()
-        self._done: set[int] = set()
+        # Of those below the mark nobody asks any more.
+        self._done = OffsetSet()
         if metadata:
             if not metadata.startswith(_MARK):
                 raise ValueError("not written by a redrive")
@@ -154,13 +211,7 @@ class Redriven:
                 bits = zlib.decompress(b64decode(metadata.removeprefix(_MARK)))
             except zlib.error as error:
                 raise ValueError(str(error)) from None
-            self._done = {
-                begin + index * 8 + bit
-                for index, byte in enumerate(bits)
-                if byte
-                for bit in range(8)
-                if byte >> bit & 1
-            }
+            self._done.add_bits(begin, int.from_bytes(bits, "little"))
 
     def look(self, next_offset: int) -> None:
         """All error records below an offset have been taken, left or were redriven before."""
@@ -196,16 +247,17 @@ class Redriven:
         Args:
             more: Error records to count as redriven, to see what that would come to.
         """
-        more = set(more)
-        mark = min(self._taken - more, default=self.position)
-        mark = min(mark, self.position if self._left is None else self._left)
-        behind = [offset - mark for offset in self._done | more if offset > mark]
-        if not behind:
+        also = OffsetSet(more)
+        end = self.position if self._left is None else min(self.position, self._left)
+        self._done.forget(min(end, min(self._taken, default=end)))
+        mark = min((each for each in self._taken if each not in also), default=end)
+        mark = min(mark, end)
+        # The record at the mark is not redriven.
+        bits = (self._done.bits(mark) | also.bits(mark)) & ~1
+        if not bits:
             return mark, ""
-        bits = bytearray(max(behind) // 8 + 1)
-        for offset in behind:
-            bits[offset // 8] |= 1 << offset % 8
-        return mark, _MARK + b64encode(zlib.compress(bytes(bits), 9)).decode()
+        data = bits.to_bytes(-(-bits.bit_length() // 8), "little")
+        return mark, _MARK + b64encode(zlib.compress(data, 9)).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +272,7 @@ class RedriveConfig:
         topics_regex: Regex for whole topic names, or None.
         lanes: How a partition's records are divided.
         limit: Error records to take at most; None for all.
+        refresh_secs: How often what was committed is committed again.
     """
 
     kafka: KafkaConfig
@@ -229,6 +282,7 @@ class RedriveConfig:
     topics_regex: str | None = None
     lanes: Lanes = Lanes()
     limit: int | None = None
+    refresh_secs: float = REFRESH_SECS
 
 
 class Ledger:
@@ -248,7 +302,7 @@ class Ledger:
         self.redriven = 0
         self._chunks: list[RecordChunk] = []
         self._sent: dict[LaneKey, list[int]] = {}
-        self._finished: dict[PartitionKey, set[int]] = {}
+        self._finished: dict[PartitionKey, OffsetSet] = {}
         self._waiting: dict[tuple[PartitionKey, int], list[tuple[int, int]]] = {}
         self._missing: dict[tuple[int, int], int] = {}
 
@@ -267,7 +321,7 @@ class Ledger:
             missing = 0
             for original in originals:
                 key, offset = (original["topic"], original["partition"]), original["offset"]
-                if offset in self._finished.setdefault(key, set()):
+                if offset in self._finished.setdefault(key, OffsetSet()):
                     continue
                 missing += 1
                 waiting = self._waiting.setdefault((key, offset), [])
@@ -326,7 +380,7 @@ def shared_ledger(config: RedriveConfig) -> Ledger:
 
 
 def _make_committer(config: RedriveConfig) -> OffsetCommitter:
-    return OffsetCommitter(CommitConfig(config.kafka))
+    return OffsetCommitter(CommitConfig(config.kafka, refresh_secs=config.refresh_secs))
 
 
 def marks(config: RedriveConfig) -> dict[PartitionKey, int]:
@@ -349,6 +403,11 @@ def commit(config: RedriveConfig) -> None:
         if len(metadata[key]) > _METADATA_BYTES:
             raise KafkaError(cannot_remember(config))
     committer.commit(offsets, metadata)
+
+
+def refresh(config: RedriveConfig, now: bool = False) -> None:
+    """Commit again what was committed, if it is time to; see `OffsetCommitter.refresh`."""
+    per_process(_make_committer, config).refresh(now)
 
 
 def cannot_remember(config: RedriveConfig) -> str:

@@ -82,6 +82,7 @@ CASES = {
     "topics": (lambda c: c.source.topics, ("orders",), " a, b ,", ("a", "b")),
     "topics_regex": (lambda c: c.source.topics_regex, None, "o-.*", "o-.*"),
     "consumer_group": (lambda c: c.kafka.group, "g", "h", "h"),
+    "commit_refresh_secs": (lambda c: c.commit.refresh_secs, 3600, "60", 60),
     "starting_position": (lambda c: c.source.starting_position, "TRIM_HORIZON", "LATEST", "LATEST"),
     "starting_timestamp": (
         lambda c: c.source.starting_timestamp_ms,
@@ -272,6 +273,7 @@ def test_the_function_s_name_is_in_error_records() -> None:
 # -- bounds -------------------------------------------------------------------------------
 
 BOUNDS = {
+    "commit_refresh_secs": (1, 86_400, None),
     "function_timeout_secs": (1, 900, None),
     "batch_size": (1, 10_000, None),
     "batch_bytes": (1, 6_291_455, None),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import apache_beam as beam
@@ -28,7 +29,13 @@ from tests import sink
 from tests.conftest import Names
 from transforms.aws.function import FunctionConfig
 from transforms.batch.batch import BatchByPartition, BatchConfig
-from transforms.commit.commit import CommitConfig, CommitOffsets, OffsetCommitter
+from transforms.commit.commit import (
+    CommitConfig,
+    CommitOffsets,
+    OffsetCommitter,
+    _CommitPartitionFn,
+    read_halt,
+)
 from transforms.errors import FunctionConfigError, UsageError
 from transforms.invoke.handover import Handover
 from transforms.invoke.invoke import InvokeConfig, _PendingFn
@@ -36,8 +43,9 @@ from transforms.invoke.invoker import Invoker
 from transforms.invoke.outcome import Kind, Outcome
 from transforms.invoke.retry import RetryPolicy
 from transforms.kafka.beam_reader import BeamReadConfig, _service
-from transforms.kafka.client import KafkaConfig
-from transforms.kafka.offsets import SourceConfig
+from transforms.kafka.client import KafkaConfig, make_consumer
+from transforms.kafka.offsets import SourceConfig, SourceOffsets
+from transforms.lanes import Lanes
 from transforms.read.streaming import (
     Finding,
     Haste,
@@ -46,7 +54,16 @@ from transforms.read.streaming import (
     ReadPartitions,
     _FindingTracker,
 )
-from transforms.records import Batch, Finished, LaneKey, Progress, RecordChunk, Records
+from transforms.records import (
+    EVERY_LANE,
+    Batch,
+    Finished,
+    LaneKey,
+    PartitionKey,
+    Progress,
+    RecordChunk,
+    Records,
+)
 
 GIVEN = {
     "kafka_bootstrap_servers": "broker:9092",
@@ -275,12 +292,124 @@ def _read(config: NativeReadConfig) -> dict[int, list[RecordChunk]]:
     token = uuid.uuid4().hex
     _chunks[token] = []
     pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions([]))
-    _ = pipeline | ReadPartitions(config) | beam.Map(_keep, token)
+    chunks, _ = pipeline | ReadPartitions(config)
+    _ = chunks | beam.Map(_keep, token)
     _run(pipeline)
     found: dict[int, list[RecordChunk]] = {}
     for chunk in _chunks[token]:
         found.setdefault(chunk.partition, []).append(chunk)
     return found
+
+
+def _commit(
+    config: CommitConfig,
+    progress: list[Progress],
+    begins: dict[int, int],
+    told: frozenset[PartitionKey] | None = None,
+) -> None:
+    """Run the commit of a streaming run, what progress there is coming in the order given."""
+    topic = progress[0].topic
+    begun = [Progress(topic, *pair, pair[1], EVERY_LANE) for pair in begins.items()]
+    pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions([]))
+    beginnings = pipeline | "begun" >> beam.Create(begun, reshuffle=False)
+    ranges = pipeline | beam.Create(progress, reshuffle=False)
+    _ = ranges | CommitOffsets(config, beginnings, told)
+    _run(pipeline)
+
+
+def test_lanes_that_come_out_of_order_before_a_halt_are_not_committed_past(
+    broker: KafkaBroker, names: Names
+) -> None:
+    """What of a lane was not heard of is not done, whichever range comes first."""
+    halt = f"{names.topic()}|0|900|RetryAttemptsExhausted|ValueError"
+    topic, lanes = names.topic(), Lanes(2, 100)
+    broker.create_topic(topic, 1)
+    broker.produce(topic, list(sink.numbered(1, 1000)))
+    progress = [
+        Progress(topic, 0, 500, 1000, lane=0),  # its predecessor is still on its way
+        Progress(topic, 0, 500, 900, lane=1, halted=halt),
+        Progress(topic, 0, 0, 300, lane=1),
+        Progress(topic, 0, 0, 200, lane=0),
+    ]
+    kafka = KafkaConfig(broker.bootstrap_servers, names.group())
+    for count, (begin, done) in enumerate([(0, 200), (0, 0), (0, 0)]):
+        config = CommitConfig(replace(kafka, group=f"{kafka.group}-{count}"), lanes)
+        _commit(config, progress[: len(progress) - count], {0: begin})
+        assert broker.committed(config.kafka.group, topic) == {0: done}
+        found = SourceOffsets(
+            SourceConfig(config.kafka, (topic,)), make_consumer(config.kafka)
+        ).committed([(topic, 0)])
+        halted = read_halt(found[topic, 0][1])
+        assert halted and halted.next_offset == 900
+
+
+def test_a_partition_that_nothing_was_said_of_begins_with_the_first_range_to_come(
+    broker: KafkaBroker, names: Names
+) -> None:
+    """Beam's reader finds partitions that nobody tells of; those that were told of wait for it."""
+    topic, group = names.topic(), names.group()
+    broker.create_topic(topic, 2)
+    broker.produce(topic, list(sink.numbered(2, 50)))
+    config = CommitConfig(KafkaConfig(broker.bootstrap_servers, group))
+    progress = [Progress(topic, 0, 20, 30), Progress(topic, 1, 20, 30)]
+    _commit(config, progress, {0: 10}, frozenset([(topic, 0)]))
+    assert broker.committed(group, topic) == {0: 10, 1: 30}
+
+
+_committed: dict[str, list[tuple[dict[PartitionKey, int], dict[PartitionKey, str]]]] = {}
+
+
+class _NotedCommits:
+    """In place of a committer: notes what is to be committed."""
+
+    def __init__(self, config: CommitConfig) -> None:
+        self._noted = _committed[config.kafka.group]
+
+    def commit(self, offsets: dict[PartitionKey, int], notes: dict[PartitionKey, str]) -> None:
+        if offsets:
+            self._noted.append((dict(offsets), dict(notes)))
+
+
+_asked: list[float] = []
+
+
+def _hour_by_hour() -> float:
+    """Two partitions begin at 0; a timer set later is due after the end of the test."""
+    _asked.append(0.0)
+    return 0.0 if len(_asked) <= 2 else 1e6
+
+
+def test_each_partition_is_committed_again_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of which nothing came and one that is halted too; also at the end."""
+    group = uuid.uuid4().hex
+    noted = _committed[group] = []
+    config = CommitConfig(KafkaConfig("broker:9092", group), refresh_secs=60)
+    monkeypatch.setattr("transforms.commit.commit.shared_committer", _NotedCommits)
+    quiet, halted = ("t", 0), ("t", 1)
+    stream = (
+        TestStream()
+        .add_elements([(quiet, Progress(*quiet, 7, 7, EVERY_LANE))])
+        .add_elements([(halted, Progress(*halted, 3, 3, EVERY_LANE))])
+        .add_elements([(halted, Progress(*halted, 3, 5, halted="t|1|5|Why|What"))])
+        .advance_processing_time(61)
+        .advance_watermark_to_infinity()
+    )
+    _asked.clear()
+    with TestPipeline(options=PipelineOptions([], streaming=True)) as pipeline:
+        _ = (
+            pipeline
+            | stream
+            | beam.Map(_same).with_output_types(tuple[PartitionKey, Progress])
+            | beam.ParDo(_CommitPartitionFn(config, None, clock=_hour_by_hour))
+        )
+    by_partition = {
+        key: [(offsets[key], notes[key]) for offsets, notes in noted if key in offsets]
+        for key in (quiet, halted)
+    }
+    # At the start, while it runs, and at the end.
+    assert by_partition[quiet] == [(7, "")] * 3
+    note = "halted t|1|5|Why|What"
+    assert by_partition[halted] == [(3, ""), *[(5, note)] * 3]
 
 
 def test_the_native_reader_gives_every_record_once_in_ranges_without_a_hole(
@@ -310,10 +439,8 @@ def test_the_native_reader_begins_where_the_group_stands(broker: KafkaBroker, na
     broker.produce(topic, list(sink.numbered(1, 50)))
     commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group))
     ranges = [Progress(topic, 0, 20, 30), Progress(topic, 0, 0, 20), Progress(topic, 0, 31, 40)]
-    pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions([]))
-    _ = pipeline | beam.Create(ranges, reshuffle=False) | CommitOffsets(commit, streaming=True)
-    _run(pipeline)
-    # The first range to come is taken for a first one; the one behind the hole is not committed.
+    _commit(commit, ranges, {0: 0})
+    # What is behind the hole is not committed.
     assert broker.committed(group, topic) == {0: 30}
     source = SourceConfig(commit.kafka, (topic,))
     (chunk,) = _read(NativeReadConfig(source, bounded=True))[0]

@@ -39,12 +39,15 @@ def _range(start: int, next_offset: int, partition: int = 0, lane: int = 0) -> P
 def test_the_mark_moves_when_its_next_range_is_done(ranges, marks) -> None:
     """Each range moves the mark as far as there is no hole, and says so only if it moved."""
     offsets = ContiguousOffsets()
+    offsets.begin(("t", 0), [ranges[0][0]])
     assert [offsets.add(_range(*each)) for each in ranges] == marks
 
 
 def test_partitions_have_their_own_marks() -> None:
     """What one partition misses does not hold back another."""
     offsets = ContiguousOffsets()
+    for key, start in {("t", 0): 0, ("t", 1): 3, ("other", 0): 8}.items():
+        offsets.begin(key, [start])
     assert offsets.add(_range(0, 5, partition=0)) == 5
     assert offsets.add(_range(3, 4, partition=1)) == 4
     assert offsets.add(_range(8, 9, partition=0)) is None
@@ -53,38 +56,35 @@ def test_partitions_have_their_own_marks() -> None:
     assert offsets.add(_range(5, 8, partition=0)) == 9
 
 
-def test_where_a_partition_begins_can_be_told() -> None:
-    """Told where it begins, the first range to come is held back if it is not the first one."""
+def test_nothing_is_done_of_a_partition_until_it_is_known_where_it_begins() -> None:
+    """Whatever is heard of it before is held, and counts from then on."""
     offsets = ContiguousOffsets()
-    assert not offsets.marks(("t", 0))
-    offsets.begin(("t", 0), [0])
     assert offsets.add(_range(5, 9)) is None
-    assert offsets.add(_range(0, 5)) == 9
-    assert offsets.marks(("t", 0)) == [9]
+    assert offsets.add(_range(2, 4)) is None
+    assert not offsets.marks(("t", 0))
+    offsets.begin(("t", 0), [2])
+    assert offsets.marks(("t", 0)) == [4]
+    assert offsets.add(_range(4, 5)) == 9
 
 
 @given(
     borders=st.lists(st.integers(0, 300), min_size=2, max_size=20, unique=True).map(sorted),
     again=st.lists(st.integers(0, 100), max_size=5),
     shuffle=st.randoms(use_true_random=False),
-    told=st.booleans(),
+    told_after=st.integers(0, 30),
 )
 @settings(deadline=None, max_examples=300)
-def test_any_order_of_arrival_ends_at_the_end(borders, again, shuffle, told) -> None:
-    """For any division and any order, the mark is the end of what is done without a hole."""
+def test_any_order_of_arrival_ends_at_the_end(borders, again, shuffle, told_after) -> None:
+    """For any division and any order, the mark is the end of what is done without a hole, from
+    the moment on at which it is said where the partition begins."""
     ranges = list(itertools.pairwise(borders))
     arrivals = [*ranges, *(ranges[index % len(ranges)] for index in again)]
-    if told:
-        shuffle.shuffle(arrivals)
-    else:
-        # With nothing said, the first to come has to be the first one.
-        rest = arrivals[1:]
-        shuffle.shuffle(rest)
-        arrivals = [arrivals[0], *rest]
-    offsets, mark, arrived = ContiguousOffsets(), borders[0], set()
-    if told:
-        offsets.begin(("t", 0), [borders[0]])
-    for start, next_offset in arrivals:
+    shuffle.shuffle(arrivals)
+    offsets, key, mark, arrived = ContiguousOffsets(), ("t", 0), borders[0], set()
+    for number, (start, next_offset) in enumerate(arrivals):
+        if number == told_after:
+            offsets.begin(key, [borders[0]])
+            mark = min(offsets.marks(key))
         moved = offsets.add(_range(start, next_offset))
         arrived.add((start, next_offset))
         done = borders[0]
@@ -92,9 +92,14 @@ def test_any_order_of_arrival_ends_at_the_end(borders, again, shuffle, told) -> 
             if each not in arrived:
                 break
             done = each[1]
-        assert moved == (done if done > mark else None)
-        mark = done
-    assert mark == borders[-1]
+        if number < told_after:
+            assert moved is None and not offsets.marks(key)
+        else:
+            assert moved == (done if done > mark else None)
+            mark = done
+    if told_after >= len(arrivals):
+        offsets.begin(key, [borders[0]])
+    assert offsets.marks(key) == [borders[-1]]
 
 
 # -- lanes --------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ def test_any_order_of_arrival_ends_at_the_end(borders, again, shuffle, told) -> 
 
 def test_the_mark_is_the_lowest_of_the_lanes() -> None:
     """A lane that is ahead moves nothing, and one of which nothing was heard holds all back."""
-    offsets = ContiguousOffsets(lanes=3)
+    offsets = ContiguousOffsets()
     offsets.begin(("t", 0), [10, 10, 10])
     assert offsets.add(_range(10, 50, lane=1)) is None
     assert offsets.add(_range(10, 30, lane=0)) is None
@@ -115,7 +120,7 @@ def test_the_mark_is_the_lowest_of_the_lanes() -> None:
 
 def test_partitions_with_lanes_have_their_own_marks() -> None:
     """The same lane of another partition is another lane."""
-    offsets = ContiguousOffsets(lanes=2)
+    offsets = ContiguousOffsets()
     for partition in (0, 1):
         offsets.begin(("t", partition), [0, 0])
     assert offsets.add(_range(0, 9, partition=0, lane=0)) is None
@@ -126,7 +131,7 @@ def test_partitions_with_lanes_have_their_own_marks() -> None:
 
 def test_lanes_may_begin_at_different_offsets() -> None:
     """As an earlier run left them; the partition is done up to the one that is behind."""
-    offsets = ContiguousOffsets(lanes=3)
+    offsets = ContiguousOffsets()
     offsets.begin(("t", 0), [40, 10, 25])
     assert offsets.add(_range(10, 30, lane=1)) == 25
     assert offsets.add(_range(40, 50, lane=0)) is None
@@ -151,7 +156,7 @@ def test_the_mark_never_passes_what_a_lane_has_not_done(lanes, shuffle) -> None:
         for pair in itertools.pairwise(ends)
     ]
     shuffle.shuffle(arrivals)
-    offsets, mark = ContiguousOffsets(len(lanes)), 0
+    offsets, mark = ContiguousOffsets(), 0
     offsets.begin(("t", 0), [0] * len(lanes))
     done: list[set[int]] = [set() for _ in lanes]
     for progress in arrivals:
