@@ -20,7 +20,8 @@ usage: ./run.sh COMMAND [arguments]
                        --fast leaves both out, --flink runs only those on Flink
   check                format, lint, types, then test --fast
   bench [...]          measure throughput, with a real Kafka broker;
-                       --runner=flink: both readers on a Flink cluster too
+                       --runner=flink: both readers on a Flink cluster too;
+                       --latency: how soon a record is answered
   lambda [...]         only the local AWS Lambda endpoint
   clean                remove .venv and everything the tools left in this folder
   help                 this list

@@ -1,7 +1,7 @@
 """The benchmark: the pipeline beside the same job written by hand, on this machine's broker.
 
 ``python -m tests.bench [--records 400000] [--partitions 4] [--record_bytes 200] [--repeat 1]``
-With ``--runner=flink``: `tests.bench.flink`.
+With ``--runner=flink``: `tests.bench.flink`. With ``--latency``: `tests.bench.latency`.
 
 The client, the broker and the stub share the machine's processors: on two of them, with other work
 beside it, six runs of the same code gave 37,000 to 61,000 records/s. For figures to quote use
@@ -27,12 +27,21 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tests.bench import stub
+from tests.bench.common import (
+    CREDENTIALS,
+    HAND_WRITTEN,
+    PIPELINE,
+    chosen,
+    on_broker,
+    serving,
+    table,
+    verdict,
+)
 from tests.bench.topics import Topics, WrongResult
 from transforms.lanes import Lanes
 
@@ -177,9 +186,6 @@ AIMS = (
     Aim("peak < 500 MB in every scenario", None, "peak_mb", at_most=500),
 )
 
-PIPELINE = "pipeline"
-HAND_WRITTEN = "hand-written"
-
 
 def pipeline_command(job: Job) -> list[str]:
     """The pipeline on the DirectRunner, over what is in the topic now."""
@@ -228,16 +234,10 @@ COMPETITORS: dict[str, Callable[[Job], list[str]]] = {
 
 def execute(command: list[str]) -> tuple[float, resource.struct_rusage]:
     """Run a command to its end; return its seconds and its own resource usage."""
-    environment = {
-        **os.environ,
-        "AWS_ACCESS_KEY_ID": "bench",
-        "AWS_SECRET_ACCESS_KEY": "bench",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
     with tempfile.TemporaryFile() as output:
         begin = time.monotonic()
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | CREDENTIALS
         )
         try:
             _, status, usage = os.wait4(process.pid, 0)
@@ -252,17 +252,6 @@ def execute(command: list[str]) -> tuple[float, resource.struct_rusage]:
             text = output.read().decode(errors="replace")
             raise WrongResult(f"{' '.join(command)}\nended with {process.returncode}:\n{text}")
     return secs, usage
-
-
-@contextmanager
-def serving(latency_ms: float, batch: int = 100) -> Iterator[str]:
-    """A stub with a latency, as a client sees it; yield its URL."""
-    process, url = stub.start_calibrated(latency_ms, batch) if latency_ms else stub.start()
-    try:
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def measure(topics: Topics, source: Source, scenario: Scenario, who: str, url: str) -> Run:
@@ -389,13 +378,7 @@ def show(rows: list[dict[str, Any]]) -> None:
                 f"{row['cpu_us_per_record']:.1f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
-    for line in (titles, tuple("-" * width for width in widths), *lines):
-        texts = (
-            text.ljust(width) if index < 2 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        print("| " + " | ".join(texts) + " |")
+    print(table(titles, lines))
 
 
 def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -457,12 +440,6 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def chosen(name: str, group: list[str], only: list[str] | None) -> bool:
-    """Whether `--only` leaves `name` in: it names it, or none of its group."""
-    named = [other for other in group if other in (only or ())]
-    return name in named or not named
-
-
 def report(result: dict[str, Any]) -> None:
     """Print a result."""
     show(result["rows"])
@@ -479,15 +456,16 @@ def report(result: dict[str, Any]) -> None:
             f"{ceiling['call_ms']} ms a call"
         )
     print()
-    for verdict in result["aims"]:
-        holds = {None: "not measured", True: "holds", False: "MISSED"}[verdict["holds"]]
-        figure = "" if verdict["figure"] is None else f" ({verdict['figure']:g})"
-        print(f"{holds}: {verdict['aim']}{figure}")
+    for each in result["aims"]:
+        figure = "" if each["figure"] is None else f" ({each['figure']:g})"
+        print(f"{verdict(each['holds'])}: {each['aim']}{figure}")
 
 
 def main() -> int:
     """Run the benchmark; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument(
         "--runner",
         choices=("direct", "flink"),
@@ -508,24 +486,26 @@ def main() -> int:
     )
     parser.add_argument("--json", help="write the result to this file too")
     parser.add_argument("--bootstrap_servers", help="a running broker, instead of starting one")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--latency",
+        action="store_true",
+        help="how soon a record is answered; the other options then are those of --latency --help",
+    )
     # Ends by an exception, so that the processes and topics made here are cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if "--latency" in sys.argv[1:]:
+        from tests.bench import latency
+
+        return latency.main([word for word in sys.argv[1:] if word != "--latency"])
+    options = parser.parse_args()
     if options.runner == "flink":
         from tests.bench import flink
 
         options.records = options.records or 1_000_000
         return flink.bench(options)
     options.records = options.records or 400_000
-    if options.bootstrap_servers:
-        broker: Any = nullcontext()
-    else:
-        from pipeline.local.broker import KafkaBroker
-
-        broker = KafkaBroker(compiled_well=True)
     try:
-        with broker as started:
-            servers = options.bootstrap_servers or started.bootstrap_servers
+        with on_broker(options) as servers:
             result = bench(servers, options)
     except WrongResult as error:
         print(f"WRONG RESULT: {error}", file=sys.stderr)

@@ -29,6 +29,7 @@ from typing import Any
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.flink import FlinkCluster
 from tests.bench import stub
+from tests.bench.common import CREDENTIALS, cpu_secs
 from tests.bench.topics import Topics, WrongResult
 from transforms.lanes import Lanes
 
@@ -42,7 +43,6 @@ _PARALLELISM = 2
 _BATCHES = (1000, 100)
 _RUN_SECS = 900.0
 _JVMS = ("jobmanager", "taskmanager-1")
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,6 @@ class FlinkRun:
     python_secs: float
     jvm_secs: float
     checkpoints: int
-
-
-def cpu_secs(pid: int | None) -> float:
-    """Processor's time of a process, its living children, and those it has waited for."""
-    if pid is None:
-        return 0.0
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
-        return 0.0
-    # utime, stime, cutime, cstime: fields 14 to 17 of the line.
-    own = sum(map(int, fields[11:15])) / _TICKS
-    return own + sum(cpu_secs(int(child)) for child in children)
 
 
 class FlinkBench:
@@ -259,11 +245,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def bench(options: argparse.Namespace) -> int:
     """Do it all; returns the exit code."""
     # The workers' credentials are those of the process that starts the pool.
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "bench",
-        "AWS_SECRET_ACCESS_KEY": "bench",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
+    os.environ |= CREDENTIALS
     runs: list[FlinkRun] = []
     process, url = stub.start()
     try:

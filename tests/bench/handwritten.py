@@ -5,6 +5,9 @@ one response per record, and about once a second waits for the responses and com
 once, in strict order per partition. It has no retries but the clients' own, no error topic, no
 bisection, no rebalancing, and it ends at the offsets that were the ends when it started.
 
+``--each`` is the loop of one who wants each record answered at once, and runs until SIGTERM: poll
+one, invoke, produce, flush, commit. It has a thread per partition, four at most, which share them.
+
 ``--orjson`` is the same loop with orjson in the place of the standard library's json. At its end it
 prints one line: ``{"records": N, "elapsed_secs": S}``, S without the start of the interpreter.
 """
@@ -13,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +37,89 @@ from confluent_kafka import (
 )
 
 COMMIT_INTERVAL_SECS = 1.0
+EACH_THREADS = 4
+
+
+def entry(message: Message, loads: Callable[..., Any]) -> dict[str, Any]:
+    """A record as the function gets it."""
+    return {
+        "payload": {
+            "timestamp": message.timestamp()[1],
+            "topic": message.topic(),
+            "partition": message.partition(),
+            "offset": message.offset(),
+            "key": message.key().decode(),
+            "value": loads(message.value()),
+        }
+    }
+
+
+def key_of(message: Message) -> str:
+    """The key of a record's response."""
+    coordinates = f'"topic":"{message.topic()}","partition":{message.partition()}'
+    return f'{{{coordinates},"offset":{message.offset()}}}'
+
+
+def results_of(response: Any, records: int, loads: Callable[..., Any]) -> list[Any]:
+    """The function's results, one for each record."""
+    body = response["Payload"].read()
+    if "FunctionError" in response:
+        raise RuntimeError(f"the function failed: {body[:500]!r}")
+    results: list[Any] = loads(body)
+    if len(results) != records:
+        raise RuntimeError(f"{len(results)} results for {records} records")
+    return results
+
+
+def run_each(
+    options: argparse.Namespace,
+    partitions: list[int],
+    function: Any,
+    dumps: Callable[..., Any],
+    loads: Callable[..., Any],
+    ended: threading.Event,
+) -> int:
+    """Answer each record of some partitions as it comes, until told to end; return how many."""
+    failures: list[KafkaError] = []
+
+    def delivered(error: KafkaError | None, _: Message) -> None:
+        if error is not None:
+            failures.append(error)
+
+    servers = {"bootstrap.servers": options.bootstrap_servers}
+    consumer = Consumer(
+        {
+            **servers,
+            "group.id": options.group,
+            "enable.auto.commit": False,
+            "auto.offset.reset": "earliest",
+        }
+    )
+    producer = Producer({**servers, "enable.idempotence": True, "on_delivery": delivered})
+    consumer.assign([TopicPartition(options.topic, number, OFFSET_STORED) for number in partitions])
+    records = 0
+    try:
+        while not ended.is_set():
+            message = consumer.poll(1.0)
+            if message is None:
+                continue
+            if message.error():
+                raise KafkaException(message.error())
+            payload = dumps([entry(message, loads)])
+            response = function.invoke(FunctionName=options.function, Payload=payload)
+            (result,) = results_of(response, 1, loads)
+            producer.produce(
+                options.response_topic, key=key_of(message), value=dumps(result["payload"])
+            )
+            if producer.flush(60) or failures:
+                raise RuntimeError(f"a response was not delivered: {failures[:1]}")
+            consumer.commit(message, asynchronous=False)
+            records += 1
+    finally:
+        # None goes on alone: an error is to end the process.
+        ended.set()
+    consumer.close()
+    return records
 
 
 def run_partition(
@@ -86,29 +174,11 @@ def run_partition(
                 raise KafkaException(message.error())
         if not messages:
             continue
-        payload = [
-            {
-                "payload": {
-                    "timestamp": message.timestamp()[1],
-                    "topic": options.topic,
-                    "partition": partition,
-                    "offset": message.offset(),
-                    "key": message.key().decode(),
-                    "value": loads(message.value()),
-                }
-            }
-            for message in messages
-        ]
+        payload = [entry(message, loads) for message in messages]
         response = function.invoke(FunctionName=options.function, Payload=dumps(payload))
-        body = response["Payload"].read()
-        if "FunctionError" in response:
-            raise RuntimeError(f"the function failed: {body[:500]!r}")
-        results = loads(body)
-        if len(results) != len(messages):
-            raise RuntimeError(f"{len(results)} results for {len(messages)} records")
+        results = results_of(response, len(messages), loads)
         for message, result in zip(messages, results, strict=True):
-            coordinates = f'"topic":"{options.topic}","partition":{partition}'
-            key = f'{{{coordinates},"offset":{message.offset()}}}'
+            key = key_of(message)
             value = dumps(result["payload"])
             while True:
                 try:
@@ -128,14 +198,18 @@ def run_partition(
 
 
 def main() -> None:
-    """Run a thread per partition to the end."""
+    """Run the threads to their end."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.handwritten")
     for name in ("bootstrap_servers", "topic", "response_topic", "group", "endpoint"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--function", default="bench")
     parser.add_argument("--batch_size", type=int, default=100, help="records per invocation")
     parser.add_argument("--orjson", action="store_true", help="orjson instead of json")
+    parser.add_argument("--each", action="store_true", help="a call per record, until SIGTERM")
     options = parser.parse_args()
+    ended = threading.Event()
+    if options.each:
+        signal.signal(signal.SIGTERM, lambda *_: ended.set())
     begin = time.monotonic()
     dumps: Callable[..., Any] = orjson.dumps if options.orjson else json.dumps
     loads: Callable[..., Any] = orjson.loads if options.orjson else json.loads
@@ -149,11 +223,20 @@ def main() -> None:
         endpoint_url=options.endpoint,
         config=Config(max_pool_connections=len(partitions)),
     )
-    with ThreadPoolExecutor(len(partitions)) as pool:
-        tasks = [
-            pool.submit(run_partition, options, partition, function, dumps, loads)
-            for partition in partitions
-        ]
+    threads = min(len(partitions), EACH_THREADS) if options.each else len(partitions)
+    with ThreadPoolExecutor(threads) as pool:
+        if options.each:
+            tasks = [
+                pool.submit(
+                    run_each, options, partitions[n::threads], function, dumps, loads, ended
+                )
+                for n in range(threads)
+            ]
+        else:
+            tasks = [
+                pool.submit(run_partition, options, partition, function, dumps, loads)
+                for partition in partitions
+            ]
         records = sum(task.result() for task in tasks)
     print(json.dumps({"records": records, "elapsed_secs": round(time.monotonic() - begin, 3)}))
 

@@ -3,11 +3,10 @@ process's peak RSS is never reported below that of the parent it was started fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import orjson
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from transforms.lanes import Lanes
@@ -26,9 +25,10 @@ class Topics:
         self._admin = AdminClient(self._servers)
         self._created: list[str] = []
 
-    def create(self, topic: str, partitions: int) -> None:
+    def create(self, topic: str, partitions: int, config: dict[str, str] | None = None) -> None:
         """Create a topic and wait until it is there."""
-        self._admin.create_topics([NewTopic(topic, partitions, 1)])[topic].result(30)
+        new = NewTopic(topic, partitions, 1, config=config or {})
+        self._admin.create_topics([new])[topic].result(60)
         self._created.append(topic)
 
     def delete(self, topic: str) -> None:
@@ -62,6 +62,13 @@ class Topics:
         if sum(ends) != records:
             raise RuntimeError(f"{topic} has {sum(ends)} records, not {records}")
 
+    def write(self, topic: str, key: bytes, value: bytes) -> None:
+        """Write one record to partition 0; return when the broker has it."""
+        producer = Producer(self._servers)
+        producer.produce(topic, value, key, 0)
+        if producer.flush(30):
+            raise RuntimeError(f"a record was not written to {topic}")
+
     def check(self, topic: str, response_topic: str, lanes: Lanes) -> None:
         """Raise WrongResult unless every record has one response.
 
@@ -71,25 +78,19 @@ class Topics:
         ends = self._ends(topic)
         seen = [bytearray(end) for end in ends]
         responses = 0
-        for partition, end in enumerate(self._ends(response_topic)):
-            latest: dict[tuple[int, int], int] = {}
-            for message in self._read(response_topic, partition, end):
-                key = orjson.loads(message.key())
-                value = orjson.loads(message.value())
-                source, offset = key["partition"], key["offset"]
-                if key["topic"] != topic or any(value[name] != key[name] for name in key):
-                    raise WrongResult(f"a response's key {key} does not fit its value {value}")
-                if value["result"] != {"ok": True}:
-                    raise WrongResult(f"the response to {key} is {value}")
-                if seen[source][offset]:
-                    raise WrongResult(f"more than one response to {key}")
-                (lane,) = lanes.of([_key(offset * len(ends) + source)], [offset])
-                before = latest.get((source, lane), -1)
-                if offset <= before:
-                    raise WrongResult(f"the response to {key} comes after {before}'s")
-                seen[source][offset] = 1
-                latest[source, lane] = offset
-                responses += 1
+        latest: dict[tuple[int, int, int], int] = {}
+        for message in self.read(response_topic):
+            source, offset = answered(topic, message)
+            if seen[source][offset]:
+                raise WrongResult(f"more than one response to {source}/{offset}")
+            (lane,) = lanes.of([_key(offset * len(ends) + source)], [offset])
+            place = (message.partition(), source, lane)
+            before = latest.get(place, -1)
+            if offset <= before:
+                raise WrongResult(f"the response to {source}/{offset} comes after {before}'s")
+            seen[source][offset] = 1
+            latest[place] = offset
+            responses += 1
         if responses != sum(ends):
             raise WrongResult(f"{responses} responses to {sum(ends)} records")
 
@@ -97,8 +98,13 @@ class Topics:
         """Raise WrongResult unless the group is at the topic's end."""
         ends = self._ends(topic)
         committed = self._committed(group, topic, len(ends))
-        if committed != ends:
+        # Where there never was a record there need not be an offset.
+        if any(end and offset != end for offset, end in zip(committed, ends, strict=True)):
             raise WrongResult(f"{group} has committed {committed}, the topic ends at {ends}")
+
+    def count(self, topic: str) -> int:
+        """How many records were written to a topic, if none of them in a transaction."""
+        return sum(self._ends(topic))
 
     def _ends(self, topic: str) -> list[int]:
         consumer = Consumer({**self._servers, "group.id": "bench-check"})
@@ -119,8 +125,8 @@ class Topics:
         finally:
             consumer.close()
 
-    def _read(self, topic: str, partition: int, end: int) -> Any:
-        """Yield a partition's messages from its start to offset `end`."""
+    def read(self, topic: str) -> Iterator[Message]:
+        """Yield what a topic has now, each partition's in order."""
         consumer = Consumer(
             {
                 **self._servers,
@@ -133,20 +139,36 @@ class Topics:
                 "fetch.message.max.bytes": 2_000_000,
             }
         )
+        ends = self._ends(topic)
+        left = {partition for partition, end in enumerate(ends) if end}
         try:
-            consumer.assign([TopicPartition(topic, partition, 0)])
-            while end:
-                messages: Sequence[Any] = consumer.consume(2000, 1.0)
+            consumer.assign([TopicPartition(topic, partition, 0) for partition in left])
+            while left:
+                messages: Sequence[Message] = consumer.consume(2000, 1.0)
                 for message in messages:
                     error = message.error()
                     if error is None:
                         yield message
                     elif error.name() == "_PARTITION_EOF":
-                        return
+                        left.discard(message.partition())
                     else:
                         raise KafkaException(error)
         finally:
             consumer.close()
+
+
+def answered(topic: str, response: Message) -> tuple[int, int]:
+    """Partition and offset of the record that a response answers.
+
+    Raises:
+        WrongResult: It is none to a record of this topic, or another one than it should be.
+    """
+    key, value = orjson.loads(response.key()), orjson.loads(response.value())
+    if key["topic"] != topic or any(value[name] != key[name] for name in key):
+        raise WrongResult(f"a response's key {key} does not fit its value {value}")
+    if value["result"] != {"ok": True}:
+        raise WrongResult(f"the response to {key} is {value}")
+    return key["partition"], key["offset"]
 
 
 def _key(number: int) -> bytes:

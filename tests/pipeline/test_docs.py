@@ -210,7 +210,7 @@ def test_every_option_is_on_the_page() -> None:
 
 
 # Of ./run.sh bench.
-BENCHS = {"only", "records", "repeat"}
+BENCHS = {"latency", "only", "quick", "records", "repeat"}
 
 
 @parametrize_pages
