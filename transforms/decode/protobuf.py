@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date, time
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -48,9 +48,16 @@ _KNOWN = {
 }
 """Files that every registry takes for known, and the package that has them here."""
 
-_MAIN = "beam-lambda-sink.proto"
+_MAIN = "0.proto"
+_KNOWN_NAME = re.compile(r"[a-z0-9_]+(?:/[a-z0-9_]+)*\.proto")
 _COMPILER_LOG = re.compile(r"WARNING: All log messages|[IW]\d{4} ")
-_IMPORT = re.compile(r'\bimport\s+(?:public\s+|weak\s+)?"([^"]+)"')
+_COMPILER_SECS = 60.0
+_VARINT_BYTES = 5
+_TOKEN = re.compile(
+    r"""(?P<space>\s+|//[^\n]*|/\*.*?\*/)|(?P<string>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
+    r"|\w+|.",
+    re.DOTALL,
+)
 
 
 def protobuf_decoder(schema: SchemaText, style: str) -> Decode:
@@ -64,7 +71,7 @@ def protobuf_decoder(schema: SchemaText, style: str) -> Decode:
         DecodeError: The schema cannot be used.
         ImportError: It is text, and the compiler that takes text is not installed.
     """
-    pool, main = _load(schema)
+    pool, main, lenient = _load(schema)
     decoders: dict[tuple[int, ...], Callable[[bytes], Any]] = {}
 
     def decoder(path: tuple[int, ...]) -> Callable[[bytes], Any]:
@@ -73,12 +80,17 @@ def protobuf_decoder(schema: SchemaText, style: str) -> Decode:
         except (IndexError, KeyError):
             raise DecodeError("the schema has no message at its message indexes") from None
         parse = GetMessageClass(descriptor).FromString
+
+        def message(data: bytes) -> Any:
+            parsed = parse(data)
+            if lenient:
+                _check(parsed)
+            return parsed
+
         if style != CONNECT:
-            return lambda data: json_format.MessageToDict(
-                parse(data), preserving_proto_field_name=True, descriptor_pool=pool
-            )
+            return lambda data: _standard(message(data), pool)
         convert = _Converters().of_root(descriptor)
-        return lambda data: convert(parse(data))
+        return lambda data: convert(message(data))
 
     def decode(data: bytes) -> bytes:
         path, start = message_indexes(data)
@@ -88,10 +100,59 @@ def protobuf_decoder(schema: SchemaText, style: str) -> Decode:
             return orjson.dumps(decoders[path](data[start:]))
         except NoMessage:
             raise DecodeError("it is no message") from None
+        except DecodeError:
+            raise
         except Exception as error:
             raise DecodeError(why(error)) from None
 
     return decode
+
+
+def _check(message: Any) -> None:
+    """What the library lets pass in messages of proto2.
+
+    Raises:
+        DecodeError: A required field is missing, or a string is not UTF-8.
+    """
+    if not message.IsInitialized():
+        raise DecodeError("a required field is missing")
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            if field.type == FieldDescriptor.TYPE_STRING:
+                _check_texts(value if field.is_repeated else (value,))
+        elif not field.is_repeated:
+            _check(value)
+        elif not field.message_type.GetOptions().map_entry:
+            for item in value:
+                _check(item)
+        else:
+            kinds = field.message_type.fields_by_name
+            if kinds["key"].type == FieldDescriptor.TYPE_STRING:
+                _check_texts(value)
+            if kinds["value"].type == FieldDescriptor.TYPE_STRING:
+                _check_texts(value.values())
+            elif kinds["value"].message_type is not None:
+                for item in value.values():
+                    _check(item)
+
+
+def _check_texts(values: Iterable[Any]) -> None:
+    # The library hands out as bytes what is no text.
+    if not all(isinstance(value, str) for value in values):
+        raise DecodeError("a string is not UTF-8")
+
+
+def _standard(message: Any, pool: DescriptorPool) -> Any:
+    try:
+        return json_format.MessageToDict(
+            message, preserving_proto_field_name=True, descriptor_pool=pool
+        )
+    except TypeError:
+        raise DecodeError("an Any holds a type that the schema does not have") from None
+    except NoMessage:
+        raise DecodeError("an Any holds what is no message of its type") from None
+    except (ValueError, json_format.SerializeToJsonError):
+        raise DecodeError("a value is outside what its type may have") from None
 
 
 def message_indexes(data: bytes) -> tuple[tuple[int, ...], int]:
@@ -121,76 +182,120 @@ def message_indexes(data: bytes) -> tuple[tuple[int, ...], int]:
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     """A zigzag number, and the place behind it."""
     number = shift = 0
-    for place, byte in enumerate(data[at : at + 5], at):
+    for place, byte in enumerate(data[at : at + _VARINT_BYTES], at):
         number |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:
             return (number >> 1) ^ -(number & 1), place + 1
+    if len(data) - at >= _VARINT_BYTES:
+        raise DecodeError("its message indexes are no numbers of 32 bits")
     raise DecodeError("its message indexes are cut off")
 
 
 # The schema
 
 
-def _load(schema: SchemaText) -> tuple[DescriptorPool, FileDescriptorProto]:
-    """A pool with the schema and all it imports, and the schema's own file."""
-    texts = {**dict(all_references(schema)), _MAIN: schema}
+def _load(schema: SchemaText) -> tuple[DescriptorPool, FileDescriptorProto, bool]:
+    """A pool with the schema and all it imports, the schema's own file, and whether any is lenient.
+
+    Only proto3 has its strings checked by the library, and no required fields.
+
+    Names that the registry hands out stay in texts: the files have numbers for names, so that
+    nothing from outside is an argument of the compiler or a place on the disk.
+    """
+    references = dict(all_references(schema))
+    numbered = {name: f"{number}.proto" for number, name in enumerate(references, 1)}
+    texts = [*((numbered[name], text) for name, text in references.items()), (_MAIN, schema)]
     files: dict[str, FileDescriptorProto] = {}
     known: dict[str, FileDescriptorProto] = {}
     sources: dict[str, str] = {}
+
+    def imported(name: str) -> str:
+        if _add_known(name, known):
+            return name
+        if name not in numbered:
+            raise ValueError(f"it imports {name}, which is not among its references")
+        return numbered[name]
+
     try:
-        for name, text in texts.items():
-            file = _decoded(name, text.text)
+        for name, text in texts:
+            file = _decoded(text.text)
             if file is None:
-                sources[name] = text.text
+                sources[name] = _with_imports(text.text, imported)
             else:
+                file.name = name
+                file.dependency[:] = map(imported, file.dependency)
                 files[name] = file
-            for needed in _IMPORT.findall(text.text) if file is None else file.dependency:
-                if needed not in texts:
-                    _add_known(needed, known)
         if sources:
-            files |= _compile(sources, [*known.values(), *files.values()])
+            shown = {_MAIN: "the schema", **{file: name for name, file in numbered.items()}}
+            files |= _compile(sources, [*known.values(), *files.values()], shown)
         pool = DescriptorPool()
-        for file in (*known.values(), *(files[name] for name in texts)):
+        for file in (*known.values(), *(files[name] for name, _ in texts)):
             pool.Add(file)
     except ImportError:
         raise
     except Exception as error:
         raise DecodeError(f"it is no Protobuf schema that can be used: {explain(error)}") from None
-    return pool, files[_MAIN]
+    return pool, files[_MAIN], any(file.syntax != "proto3" for file in files.values())
 
 
-def _decoded(name: str, text: str) -> FileDescriptorProto | None:
+def _with_imports(text: str, imported: Callable[[str], str]) -> str:
+    """A schema's text with other names in its import statements.
+
+    Args:
+        text: The schema.
+        imported: The new name of an import.
+    """
+    parts: list[str] = []
+    statement: list[str] = []
+    for token in _TOKEN.finditer(text):
+        part = token[0]
+        if token["string"] and statement and statement[0] == "import":
+            part = f'"{imported(part[1:-1])}"'
+        if not token["space"]:
+            statement = [] if part in ";{}" else [*statement, part][:2]
+        parts.append(part)
+    return "".join(parts)
+
+
+def _decoded(text: str) -> FileDescriptorProto | None:
     """The file of a schema that is a descriptor in base64; None if it is text."""
     try:
         encoded = base64.b64decode(text, validate=True)
     except ValueError:
         return None
-    file = FileDescriptorProto.FromString(encoded)
-    file.name = name
-    return file
+    return FileDescriptorProto.FromString(encoded)
 
 
-def _add_known(name: str, known: dict[str, FileDescriptorProto]) -> None:
-    """Add a file that schemas import without saying where it is, after what it imports itself."""
+def _add_known(name: str, known: dict[str, FileDescriptorProto]) -> bool:
+    """Add a file that schemas import without saying where it is, after what it imports itself.
+
+    Returns:
+        Whether it is such a file.
+    """
     if name in known:
-        return
+        return True
     for prefix, package in _KNOWN.items():
-        if name.startswith(prefix):
+        if name.startswith(prefix) and _KNOWN_NAME.fullmatch(name):
             module = name[len(prefix) :].removesuffix(".proto").replace("/", ".") + "_pb2"
             with contextlib.suppress(ImportError):
                 descriptor = importlib.import_module(package + module).DESCRIPTOR
                 for needed in descriptor.dependencies:
                     _add_known(needed.name, known)
                 known[name] = FileDescriptorProto.FromString(descriptor.serialized_pb)
-                return
-    raise ValueError(f"it imports {name}, which is not among its references")
+                return True
+    return False
 
 
 def _compile(
-    sources: dict[str, str], others: list[FileDescriptorProto]
+    sources: dict[str, str], others: list[FileDescriptorProto], shown: dict[str, str]
 ) -> dict[str, FileDescriptorProto]:
     """The files of schemas that the registry hands out as text.
+
+    Args:
+        sources: By the name of ours for a file, its text.
+        others: What they import that is compiled already.
+        shown: By the name of ours, the schema's own name, for messages.
 
     Raises:
         ImportError: The compiler is not installed.
@@ -200,12 +305,9 @@ def _compile(
         raise ImportError("grpc_tools")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
+        (folder / "in").mkdir()
         for name, text in sources.items():
-            target = (folder / "in" / name).resolve()
-            if not target.is_relative_to(folder / "in"):
-                raise ValueError(f"it imports {name}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text)
+            (folder / "in" / name).write_text(text, encoding="utf-8")
         (folder / "others").write_bytes(FileDescriptorSet(file=others).SerializeToString())
         command = [sys.executable, "-m", "grpc_tools.protoc", f"--proto_path={folder / 'in'}"]
         options = [
@@ -213,12 +315,21 @@ def _compile(
             f"--descriptor_set_out={folder / 'out'}",
         ]
         # A process of its own: what it says is ours to say, and it may crash without us.
-        done = subprocess.run(
-            [*command, *options, *sources], stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
+        try:
+            done = subprocess.run(
+                [*command, *options, *sources],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=_COMPILER_SECS,
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"to compile it takes over {_COMPILER_SECS:.0f} s") from None
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if not _COMPILER_LOG.match(line)]
-            raise ValueError("; ".join(lines).replace(f"{folder / 'in'}/", ""))
+            said = "; ".join(lines).replace(f"{folder / 'in'}/", "")
+            raise ValueError(re.sub(r"\d+\.proto\b", lambda m: shown.get(m[0], m[0]), said))
         compiled = FileDescriptorSet.FromString((folder / "out").read_bytes())
     return {file.name: file for file in compiled.file}
 

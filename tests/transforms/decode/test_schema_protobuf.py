@@ -6,6 +6,7 @@ import base64
 import contextlib
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,12 +80,12 @@ NOTHING: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def orders() -> SchemaText:
     """The schema as a registry of Confluent's hands it out."""
-    _, file = _load(SchemaText(PROTOBUF, ORDERS))
+    _, file, _ = _load(SchemaText(PROTOBUF, ORDERS))
     return SchemaText(PROTOBUF, base64.b64encode(file.SerializeToString()).decode())
 
 
 def _message(schema: SchemaText, name: str = "shop.Order") -> Any:
-    pool, _ = _load(schema)
+    pool, _, _ = _load(schema)
     return GetMessageClass(pool.FindMessageTypeByName(name))()
 
 
@@ -185,7 +186,8 @@ def test_which_message_a_record_is(
     [
         (b"", "message indexes are cut off"),
         (b"\x80", "message indexes are cut off"),
-        (b"\xff" * 9, "message indexes are cut off"),
+        (b"\xff" * 4, "message indexes are cut off"),
+        (b"\xff" * 11, "no numbers of 32 bits"),
         (b"\x02", "message indexes are none"),
         (b"\x01", "message indexes are none"),
         (b"\x02\x01", "message indexes are none"),
@@ -280,7 +282,7 @@ def test_a_schema_that_imports_others(encoded: bool) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("%%%", "beam-lambda-sink.proto:1:1"),
+        ("%%%", "the schema:1:1"),
         ('syntax = "proto3"; message M { Nowhere a = 1; }', "Nowhere"),
         ('syntax = "proto3"; import "other.proto";', "imports other.proto, which is not among"),
         ('syntax = "proto3"; import "google/protobuf/none.proto";', "imports google/protobuf/none"),
@@ -296,12 +298,99 @@ def test_what_is_no_schema(text: str, why: str) -> None:
     assert "/tmp" not in str(raised.value)
 
 
-def test_a_name_that_leads_out_of_its_folder() -> None:
-    """A registry's names are not paths of this machine."""
-    other = SchemaText(PROTOBUF, 'syntax = "proto3"; message X {}')
-    text = 'syntax = "proto3"; import "../../x.proto"; message M {}'
-    with pytest.raises(DecodeError, match="imports"):
-        protobuf_decoder(SchemaText(PROTOBUF, text, (("../../x.proto", other),)), CONNECT)
+@pytest.mark.parametrize(
+    "name",
+    ["../../x.proto", "/etc/x.proto", "--python_out=.", "@x.proto", "a\nb.proto", "x", "0.proto", ""],
+)
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_names_of_the_registry_are_no_paths_and_no_arguments(name: str, quote: str) -> None:
+    """What a schema imports is found by any name, and comments and defaults are no imports."""
+    item = SchemaText(PROTOBUF, 'syntax = "proto3"; package a; message Item { int32 x = 1; }')
+    text = f"""
+        syntax = "proto2"; // import "comment.proto";
+        /* import "other.proto"; */ import /* this */ public {quote}{name}{quote};
+        message M {{ required a.Item i = 1; optional string import = 2 [default = "import"]; }}
+    """
+    if "\n" in name:
+        with pytest.raises(DecodeError, match="no Protobuf schema"):
+            protobuf_decoder(SchemaText(PROTOBUF, text, ((name, item),)), CONNECT)
+    else:
+        decoded = _decode(SchemaText(PROTOBUF, text, ((name, item),)), b"\x00\x0a\x02\x08\x05")
+        assert decoded == {"i": {"x": 5}, "import": None}
+
+
+def test_names_of_the_registry_run_nothing(tmp_path: Path) -> None:
+    """Not as options of the compiler, with or without an import of them."""
+    nothing = SchemaText(PROTOBUF, 'syntax = "proto3";')
+    names = (
+        "--plugin=protoc-gen-x=/bin/sh",
+        f"--x_out={tmp_path}",
+        f"--python_out={tmp_path}",
+        f"a\ntouch {tmp_path}/flag\nexit 0\n.proto",
+    )
+    text = 'syntax = "proto3"; message M { string a = 1; }'
+    schema = SchemaText(PROTOBUF, text, tuple((name, nothing) for name in names))
+    assert _decode(schema, b"\x00\x0a\x01a") == {"a": "a"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_compiler_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes longer is no schema that can be used."""
+    monkeypatch.setattr("transforms.decode.protobuf._COMPILER_SECS", 0.001)
+    with pytest.raises(DecodeError, match="to compile it takes over"):
+        protobuf_decoder(SchemaText(PROTOBUF, ORDERS), CONNECT)
+
+
+def _any(type: str, value: bytes) -> bytes:
+    field = b"\x0a" + bytes([len(type)]) + type.encode() + b"\x12" + bytes([len(value)]) + value
+    return b"\x00\x0a" + bytes([len(field)]) + field
+
+
+@pytest.mark.parametrize("style", [CONNECT, STANDARD])
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"\x0a\x01a", "a required field is missing"),
+        (b"\x0a\x02\xff\xfe\x10\x01", "a string is not UTF-8"),
+        (b"\x10\x01\x1a\x01\xff", "a string is not UTF-8"),
+        (b"\x10\x01\x22\x04\x0a\x02\x10\x01\x22\x02\x0a\x00", "a required field is missing"),
+        (b"\x10\x01\x22\x05\x0a\x01\xff\x10\x01", "a string is not UTF-8"),
+        (b"\x10\x01\x2a\x05\x0a\x01\xff\x12\x00", "a string is not UTF-8"),
+        (b"\x10\x01\x2a\x05\x0a\x00\x12\x01\xff", "a string is not UTF-8"),
+        (b"\x10\x01\x32\x04\x0a\x00\x12\x00", "a required field is missing"),
+    ],
+)
+def test_what_the_library_lets_pass(data: bytes, why: str, style: str) -> None:
+    """Messages of proto2 have required fields, and strings that nobody has looked at."""
+    text = """
+    syntax = "proto2";
+    message M {
+      optional string s = 1;
+      required int32 need = 2;
+      repeated string many = 3;
+      repeated M within = 4;
+      map<string, string> map = 5;
+      map<string, M> messages = 6;
+    }
+    """
+    with pytest.raises(DecodeError, match=why):
+        _decode(SchemaText(PROTOBUF, text), b"\x00" + data, style)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (_any("type.googleapis.com/p.Unknown", b"x"), "a type that the schema does not have"),
+        (_any("type.googleapis.com/M", b"x"), "no message of its type"),
+    ],
+)
+def test_what_an_any_holds(data: bytes, why: str) -> None:
+    """Protobuf's own JSON shows the message inside, so it has to be one."""
+    text = 'syntax = "proto3"; import "google/protobuf/any.proto"; '
+    schema = SchemaText(PROTOBUF, text + "message M { google.protobuf.Any a = 1; }")
+    with pytest.raises(DecodeError, match=why):
+        _decode(schema, data, STANDARD)
+    assert set(_decode(schema, data)["a"]) == {"type_url", "value"}
 
 
 def test_text_needs_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
