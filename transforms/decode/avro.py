@@ -9,6 +9,7 @@ member of a union can be read as the struct that Connect makes of it.
 from __future__ import annotations
 
 import io
+import re
 import struct
 from base64 import b64encode
 from collections import Counter
@@ -41,6 +42,14 @@ _MAP_ENTRY = "io.confluent.connect.avro.MapEntry"
 
 _DEEP_BYTES = 1_000
 """Data of a recursive schema above this size may nest so deep that the C stack overflows."""
+
+
+_ROOT = "BeamLambdaSinkRoot"
+
+# Each byte of a number but its last has the high bit, and 64 bits take ten bytes.
+_HIGH_BITS = bytes(byte & 0x80 for byte in range(256))
+_LONG_NUMBER = b"\x80" * 10
+_LONG_RUN = re.compile(rb"[\x80-\xff]{10,}")
 
 
 def unscaled(data: bytes) -> str:
@@ -87,6 +96,16 @@ def _double(number: float, *_: Any) -> float | str:
     return double(number)
 
 
+_BOOLEANS = {b"\0": False, b"\1": True}
+
+
+def _boolean(data: bytes, *_: Any) -> bool:
+    try:
+        return _BOOLEANS[data]
+    except KeyError:
+        raise DecodeError("a boolean is neither 0 nor 1") from None
+
+
 def _object(entries: list[dict[str, Any]], *_: Any) -> dict[str, Any]:
     return {str(entry["key"]): entry["value"] for entry in entries}
 
@@ -100,6 +119,7 @@ _READERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("fixed", "base64"): _base64,
     ("bytes", "decimal"): _decimal,
     ("fixed", "decimal"): _decimal,
+    ("fixed", "boolean"): _boolean,
     ("float", "number"): _single,
     ("double", "number"): _double,
     ("array", "object"): _object,
@@ -147,6 +167,10 @@ class _Rewriter:
             KeyError, TypeError, ValueError: It is no Avro schema, or none to read by.
         """
         if isinstance(schema, str):
+            if schema == "boolean":
+                # fastavro takes any byte for one.
+                fixed = {"type": "fixed", "name": self._new_name(), "namespace": "", "size": 1}
+                return _read_as("boolean", fixed)
             if schema in _PRIMITIVES:
                 return _REWRITTEN.get(schema, schema)
             name = _full_name(schema, namespace)
@@ -222,10 +246,13 @@ class _Rewriter:
             for name, null, member in zip(names, is_null, rewritten)
         ]
 
+    def _new_name(self) -> str:
+        return f"BeamLambdaSink{next(self._numbers)}"
+
     def _struct(self, fields: Sequence[str], set: str, schema: Any) -> dict[str, Any]:
         return {
             "type": "record",
-            "name": f"BeamLambdaSinkUnion{next(self._numbers)}",
+            "name": self._new_name(),
             # None, since a reference inside it without a namespace means one that has none.
             "namespace": "",
             "fields": [
@@ -251,6 +278,36 @@ class _Rewriter:
         return ""
 
 
+class _Choices(list[Any]):
+    """The members of a union or the symbols of an enum, of which data chooses one by its index.
+
+    Readers would count a negative index from the end. They ask a list for its length to do so.
+    """
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if index < 0:
+            raise IndexError
+        return super().__getitem__(index)
+
+
+def _with_choices(schema: Any) -> Any:
+    """A parsed schema that takes no index below zero. Changes records and what is in them."""
+    if isinstance(schema, list):
+        return _Choices(map(_with_choices, schema))
+    if isinstance(schema, dict):
+        for field in schema.get("fields", ()):
+            field["type"] = _with_choices(field["type"])
+        for part in ("items", "values"):
+            if part in schema:
+                schema[part] = _with_choices(schema[part])
+        if "symbols" in schema:
+            schema["symbols"] = _Choices(schema["symbols"])
+    return schema
+
+
 def _full_name(name: str, namespace: str | None) -> str:
     return name if "." in name or not namespace else f"{namespace}.{name}"
 
@@ -270,7 +327,16 @@ def avro_decoder(schema: SchemaText, style: str) -> Decode:
     try:
         for _, reference in all_references(schema):
             fastavro.parse_schema(rewriter.rewrite(orjson.loads(reference.text)), named)
-        parsed = fastavro.parse_schema(rewriter.rewrite(orjson.loads(schema.text)), named)
+        # In a record, whose data is that of its only field: it is parsed once, unlike a union.
+        root = {
+            "type": "record",
+            "name": _ROOT,
+            "namespace": "",
+            "fields": [{"name": "value", "type": rewriter.rewrite(orjson.loads(schema.text))}],
+        }
+        parsed = _with_choices(fastavro.parse_schema(root, named))
+        for part in named.values():
+            _with_choices(part)
     except Exception as error:
         raise DecodeError(f"it is no Avro schema that can be used: {explain(error)}") from None
     recursive = rewriter.recursive
@@ -279,10 +345,15 @@ def avro_decoder(schema: SchemaText, style: str) -> Decode:
     def decode(data: bytes) -> bytes:
         stream = io.BytesIO(data)
         stream.seek(PREFIX_BYTES)
-        # The Python reader ends with an error where the C reader would end the process.
-        read = read_deep if recursive and len(data) > _DEEP_BYTES else read_fast
+        # The Python reader ends with an error where the C reader would end the process, or wrap a
+        # number of more than 64 bits.
+        is_deep = recursive and len(data) > _DEEP_BYTES
+        read = read_deep if is_deep or _may_hold_long_number(data) else read_fast
         try:
-            text = orjson.dumps(read(stream, parsed, None))
+            value: Any = read(stream, parsed, None)
+            text = orjson.dumps(value["value"])
+        except DecodeError:
+            raise
         except Exception as error:
             raise DecodeError(why(error)) from None
         if left := len(data) - stream.tell():
@@ -290,6 +361,18 @@ def avro_decoder(schema: SchemaText, style: str) -> Decode:
         return text
 
     return decode
+
+
+def _may_hold_long_number(data: bytes) -> bool:
+    """Whether there are bytes in a row as in a number of more than 64 bits, and in no text."""
+    if _LONG_NUMBER not in data.translate(_HIGH_BITS):
+        return False
+    for run in _LONG_RUN.finditer(data):
+        try:
+            run[0].decode()
+        except UnicodeDecodeError:
+            return True
+    return False
 
 
 def avro_encoder(id: int, schema: str, like: str) -> Callable[[Any], bytes]:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import jsonschema_rs
 import orjson
 
+from transforms.decode.json_dialect import resources, usable
 from transforms.decode.schemas import (
     PREFIX_BYTES,
     Decode,
@@ -26,9 +27,12 @@ def json_decoder(schema: SchemaText) -> Decode:
         DecodeError: The schema cannot be used.
     """
     try:
-        contents = orjson.loads(schema.text)
+        contents = usable(orjson.loads(schema.text))
+        references = {
+            name: usable(orjson.loads(text.text)) for name, text in all_references(schema)
+        }
         registry = jsonschema_rs.Registry(
-            [(name, orjson.loads(text.text)) for name, text in all_references(schema)],
+            list(resources(contents, references).items()),
             draft=jsonschema_rs.Draft7,
             retriever=_refuse,
         )

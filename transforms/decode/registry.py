@@ -246,13 +246,17 @@ class SchemaRegistry:
             schema = self._client.get_schema(id, fmt="serialized")
         return self._with_references(schema)
 
-    def _with_references(self, schema: Any) -> SchemaText:
+    def _with_references(self, schema: Any, above: frozenset[Any] = frozenset()) -> SchemaText:
         format = schema.schema_type or AVRO
         form = "serialized" if format == PROTOBUF else None
         references = []
         for reference in schema.references or ():
-            found = self._client.get_version(reference.subject, reference.version, True, form)
-            references.append((reference.name, self._with_references(found.schema)))
+            place = reference.subject, reference.version
+            # In a circle there is no end to them; whoever needs it finds it by its name.
+            if place not in above:
+                found = self._client.get_version(*place, True, form)
+                inner = self._with_references(found.schema, above | {place})
+                references.append((reference.name, inner))
         return SchemaText(format, schema.schema_str or "", tuple(references))
 
     def _ask(self, what: str, ask: Callable[[], T]) -> T | None:

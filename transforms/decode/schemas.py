@@ -80,9 +80,11 @@ def explain(error: Exception) -> str:
 _REASONS = (
     (EOFError, "it ends too early"),
     (UnicodeDecodeError, "a string is not UTF-8"),
+    (IndexError, "an index is none of its enum or union"),
     (RecursionError, "it is nested too deep"),
     (orjson.JSONDecodeError, "it is not JSON"),
     (orjson.JSONEncodeError, "it is nested too deep, or a number is too large"),
+    (OverflowError, "a number is too large"),
 )
 
 

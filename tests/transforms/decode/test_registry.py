@@ -123,6 +123,14 @@ def test_protobuf_is_asked_for_as_a_descriptor() -> None:
     ]
 
 
+def test_references_in_a_circle() -> None:
+    """No registry should have them; they are followed once and not without end."""
+    itself = SimpleNamespace(name="a.json", subject="a", version=1)
+    registry, client, _ = _registry(_schema("{}", "JSON", itself))
+    assert registry.schema(7) == SchemaText("JSON", "{}", (("a.json", SchemaText("JSON", "{}")),))
+    assert len(client.asked) == 2
+
+
 def test_a_schema_that_is_missing_is_not_asked_for_again_and_again() -> None:
     """But after a while, since another node of the registry may have come to know of it."""
     registry, client, stop = _registry(MISSING)

@@ -213,8 +213,8 @@ def test_long_data_of_a_schema_that_holds_itself() -> None:
         ("string", b"\x08abc", "it ends too early"),
         ("string", b"\x02\xff", "a string is not UTF-8"),
         ("int", b"\x02\x02", "1 bytes are left over"),
-        (_COLOR, b"\x08", "IndexError"),
-        (["null", "int"], b"\x08", "IndexError"),
+        (_COLOR, b"\x08", "an index is none of its enum"),
+        (["null", "int"], b"\x08", "an index is none of its enum"),
         (
             {"type": "array", "items": "int"},
             b"\xfe\xff\xff\xff\xff\xff\xff\xff\xff\x01",
@@ -372,3 +372,38 @@ def test_a_schema_that_has_come_to_have_more_fields() -> None:
     newer["fields"][-1].pop("default")
     with pytest.raises(DecodeError):
         avro_encoder(1, json.dumps(newer), like=value)
+
+
+@pytest.mark.parametrize("style", [CONNECT, STANDARD])
+@pytest.mark.parametrize(
+    ("schema", "data", "why"),
+    [
+        ("boolean", b"\x02", "a boolean is neither 0 nor 1"),
+        (["null", "boolean"], b"\x02\xff", "a boolean is neither 0 nor 1"),
+        (_COLOR, b"\x01", "an index is none of its enum or union"),
+        (_COLOR, b"\x04", "an index is none of its enum or union"),
+        (["null", "string"], b"\x01\x02a", "an index is none of its enum or union"),
+        (["null", "string"], b"\x03\x02a", "an index is none of its enum or union"),
+        (["null", "string"], b"\x04\x02a", "an index is none of its enum or union"),
+        (["int", "string"], b"\x01\x02a", "an index is none of its enum or union"),
+        ({"type": "array", "items": _COLOR}, b"\x02\x01\x00", "an index is none"),
+        ({"type": "map", "values": _COLOR}, b"\x02\x02a\x01\x00", "an index is none"),
+        ([_record(_COLOR), _record("Color", "S")], b"\x02\x01", "an index is none"),
+        (_record(["null", "R"]), b"\x01\x00", "an index is none"),
+        (_record(["null", "R"]), b"\x02" * 2_000 + b"\x01\x00", "nested too deep|an index is"),
+        ("long", b"\xff" * 10 + b"\x01", "a number is too large"),
+        ("long", b"\x80" * 10 + b"\x01", "a number is too large"),
+    ],
+)
+def test_what_the_library_lets_pass(schema: Any, data: bytes, why: str, style: str) -> None:
+    """An index below zero counts from the end, any byte is a boolean, and numbers wrap."""
+    with pytest.raises(DecodeError, match=why):
+        _decode(schema, data, style)
+
+
+def test_texts_that_look_like_long_numbers() -> None:
+    """Texts with only high bytes, and bytes that are no text, are read as they are."""
+    for value in ("\u0436" * 50, "\u4e2d" * 500):
+        assert _decode("string", _written("string", value)) == value
+    data = bytes(range(128, 256)) * 2
+    assert _decode("bytes", _written("bytes", data)) == b64encode(data).decode()

@@ -104,7 +104,8 @@ def test_json_that_is_nested_deep() -> None:
         '{"$ref":"other.json"}',
         '{"$ref":"http://127.0.0.1:9/other.json"}',
         '{"pattern":"("}',
-        '{"$schema":"http://127.0.0.1:9/draft"}',
+        '{"pattern":"[a"}',
+        '{"pattern":"*"}',
     ],
 )
 def test_what_is_no_schema(text: str) -> None:
@@ -112,3 +113,84 @@ def test_what_is_no_schema(text: str) -> None:
     with pytest.raises(DecodeError) as raised:
         json_decoder(SchemaText(JSON, text))
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "fits", "does_not"),
+    [
+        ({"pattern": r"^[\w-.]+@[\w-]+$"}, "a.b-c@example", "a b@example"),
+        ({"pattern": r"^[\d-x]$"}, "-", "y"),
+        ({"pattern": r"^a\hb$"}, "a\u00a0b", "aab"),
+        ({"pattern": r"^[\h,]$"}, "\t", "h"),
+        ({"pattern": r"\Aa\z"}, "a", "ba"),
+        ({"pattern": r"^\Qa.b\E$"}, "a.b", "axb"),
+        ({"pattern": r"(?i)^abc$"}, "ABC", None),
+        ({"pattern": r"^a++$"}, "aa", None),
+        ({"pattern": r"^\p{javaLowerCase}$"}, "a", None),
+        (
+            {"properties": {"pattern": {"enum": [{"pattern": "\\h"}]}}},
+            {"pattern": {"pattern": "\\h"}},
+            {"pattern": {"pattern": "h"}},
+        ),
+        ({"properties": {"default": {"pattern": r"^[\w-.]$"}}}, {"default": "."}, {"default": "("}),
+        (
+            {"patternProperties": {r"^[\w-.]$": {"type": "string"}}, "additionalProperties": False},
+            {".": "x"},
+            {"(": "x"},
+        ),
+        ({"patternProperties": {r"(?i)^x": {}}, "additionalProperties": False}, {"X": "x"}, None),
+        ({"$schema": "https://example.com/our-meta-schema", "type": "object"}, {}, 5),
+        ({"$schema": "", "type": "object"}, {}, 5),
+        ({"$schema": None, "type": "object"}, {}, 5),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-03/schema#",
+                "properties": {
+                    "a": {"required": True, "divisibleBy": 2},
+                    "b": {"type": "any"},
+                    "c": {"type": ["string", {"type": "null"}]},
+                },
+            },
+            {"a": 4, "b": 1, "c": None},
+            {"b": 1},
+        ),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-03/schema",
+                "disallow": "string",
+                "extends": {"type": ["number", "string"]},
+            },
+            5,
+            "x",
+        ),
+    ],
+)
+def test_what_the_tools_of_producers_take(schema: Any, fits: Any, does_not: Any) -> None:
+    """Patterns of Java's, schemas of no draft that is known, and of draft 3."""
+    data = json.dumps(fits).encode()
+    assert _decode(schema, data) == data
+    if does_not is not None:
+        with pytest.raises(DecodeError, match="of the schema does not hold"):
+            _decode(schema, json.dumps(does_not).encode())
+
+
+def test_a_pattern_that_is_not_checked_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, when the schema is read."""
+    assert _decode({"pattern": r"(?i)^abc$"}, b'"x"')
+    assert [record.getMessage() for record in caplog.records] == [
+        "a JSON Schema has the pattern '(?i)^abc$', which only Java can check"
+    ]
+
+
+@pytest.mark.parametrize("id", ["https://example.com/schemas/order.json", "order.json", "/a/b/"])
+def test_references_beside_an_id(id: str) -> None:
+    """A name of a reference is one beside the schema's own, wherever that is."""
+    item = SchemaText(
+        JSON,
+        '{"$schema":"https://example.com/x","properties":{"x":{"$ref":"x.json"}}}',
+        (("x.json", SchemaText(JSON, '{"type":"string"}')),),
+    )
+    schema = {"$id": id, "properties": {"item": {"$ref": "item.json"}, "x": {"$ref": "x.json#"}}}
+    assert _decode(schema, b'{"item":{"x":"y"}}', ("item.json", item))
+    with pytest.raises(DecodeError, match="type of the schema does not hold"):
+        _decode(schema, b'{"item":{"x":5}}', ("item.json", item))

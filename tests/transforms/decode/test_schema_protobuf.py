@@ -300,7 +300,16 @@ def test_what_is_no_schema(text: str, why: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../../x.proto", "/etc/x.proto", "--python_out=.", "@x.proto", "a\nb.proto", "x", "0.proto", ""],
+    [
+        "../../x.proto",
+        "/etc/x.proto",
+        "--python_out=.",
+        "@x.proto",
+        "a\nb.proto",
+        "x",
+        "0.proto",
+        "",
+    ],
 )
 @pytest.mark.parametrize("quote", ['"', "'"])
 def test_names_of_the_registry_are_no_paths_and_no_arguments(name: str, quote: str) -> None:
