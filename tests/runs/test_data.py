@@ -10,6 +10,7 @@ from typing import Any
 from confluent_kafka import Producer
 
 from pipeline.local.broker import KafkaBroker, NewRecord
+from pipeline.local.faults import slow
 from tests.conftest import Names
 from tests.raw_records import RawRecord, send
 from tests.sink import (
@@ -238,7 +239,8 @@ def test_offsets_without_a_record_are_passed_over(broker: KafkaBroker, names: Na
     kept = broker.compact_wait(accounts, fewer_than=91)
     assert len(kept) == 17
 
-    with serve() as server:
+    # Slow, so that ranges without a record come behind a call that is running.
+    with serve(faults=[slow(0.2, times=None)]) as server:
         run(
             broker,
             server,
