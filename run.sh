@@ -17,11 +17,13 @@ usage: ./run.sh COMMAND [arguments]
                        --runner=flink: with a real Kafka broker, on a Flink cluster
   run [...]            the pipeline; run --help lists its options
   test [...]           the tests, with a real Kafka broker and a real Flink cluster;
-                       --fast leaves both out, --flink runs only those on Flink
+                       --fast leaves both out, --flink runs only those on Flink;
+                       folders run in several processes, -n 0: in one
   check                format, lint, types, then test --fast
   bench [...]          measure throughput, with a real Kafka broker;
                        --runner=flink: both readers on a Flink cluster too;
-                       --latency: how soon a record is answered
+                       --latency: how soon a record is answered;
+                       --soak: minutes of everything at once, and what became of each record
   lambda [...]         only the local AWS Lambda endpoint
   clean                remove .venv and everything the tools left in this folder
   help                 this list
@@ -183,8 +185,10 @@ run_tests() {
   done
   if [[ $marks != not* ]]; then require_servers kafka flink; fi
   if [[ -z $marks ]]; then require_registry; fi
-  # First, so that a -m of the caller's wins.
-  exec "$VENV/bin/python" -m pytest -m "$marks" ${arguments[@]+"${arguments[@]}"}
+  # First, so that what the caller says wins: -m, and -n 0 for one process. How many they are, and
+  # which tests belong together, is in tests/conftest.py.
+  exec "$VENV/bin/python" -m pytest -m "$marks" -n auto --dist loadfile --no-loadscope-reorder \
+    ${arguments[@]+"${arguments[@]}"}
 }
 
 command=${1:-help}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 import warnings
 from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,10 +80,44 @@ def pytest_runtest_makereport(
     return report
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes `-n auto` means: none but this one where few tests are asked for.
+
+    Most tests wait for a server, so that one more than there are processors does not slow them.
+    """
+    few = config.option.keyword or any(".py" in argument for argument in config.args)
+    return 0 if few else min((os.cpu_count() or 1) + 1, 4)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `--dist loadfile`: a file's tests stay together, and so do all with a Flink cluster.
+
+    A file's fixtures are made once, and one cluster runs at a time beside all other tests.
+    """
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "flink" if Path(file).stem.startswith("test_flink") else file
+
+    return Scheduling(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # First, because `-m` selects in this same hook.
     for item in items:
         for fixture, marker in {"broker": "broker", "cluster": "flink"}.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(marker)
+    # For pytest-xdist, which begins with the first: what takes longest may not be left to the end.
+    if hasattr(config, "workerinput"):
+        whole = {item.path: 2 for item in items}
+        for item in items:
+            for rank, marker in enumerate(("flink", "broker")):
+                if item.get_closest_marker(marker):
+                    whole[item.path] = min(rank, whole[item.path])
+        items.sort(key=lambda item: whole[item.path])
