@@ -2,6 +2,7 @@
 
 ``python -m tests.bench [--records 400000] [--partitions 4] [--record_bytes 200] [--repeat 1]``
 With ``--runner=flink``: `tests.bench.flink`. With ``--latency``: `tests.bench.latency`.
+With ``--soak``: `tests.bench.soak`.
 
 The client, the broker and the stub share the machine's processors: on two of them, with other work
 beside it, six runs of the same code gave 37,000 to 61,000 records/s. For figures to quote use
@@ -491,12 +492,21 @@ def main() -> int:
         action="store_true",
         help="how soon a record is answered; the other options then are those of --latency --help",
     )
+    parser.add_argument(
+        "--soak",
+        action="store_true",
+        help="minutes of everything at once; the other options then are those of --soak --help",
+    )
     # Ends by an exception, so that the processes and topics made here are cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if "--latency" in sys.argv[1:]:
         from tests.bench import latency
 
         return latency.main([word for word in sys.argv[1:] if word != "--latency"])
+    if "--soak" in sys.argv[1:]:
+        from tests.bench import soak
+
+        return soak.main([word for word in sys.argv[1:] if word != "--soak"])
     options = parser.parse_args()
     if options.runner == "flink":
         from tests.bench import flink
