@@ -344,8 +344,11 @@ class _BufferFn(beam.DoFn):
         batch_start = state.start if open_records else min(state.start, chunk.start)
         start = chunk.start
         for part in cut(sizes, rejections, open_records, open_bytes, self._config, frame):
-            end = offsets[part.high] if part.high < len(offsets) else chunk.next_offset
             low, high = part.low, part.high
+            # Behind its last record, not in front of the next: that one's number says nothing.
+            end = start if low == high else offsets[high - 1] + 1
+            if high == len(offsets):
+                end = chunk.next_offset
             piece = Piece(start, end, records.slice(low, high), encoded.entries[low:high])
             start = end
             if part.close or pieces is None:

@@ -314,8 +314,10 @@ class Delivery:
     def _done(self, high: int) -> None:
         self._at = high
         offsets = self.batch.records.offsets
-        # Up to the next record rather than past the last one: a gap holds nothing to wait for.
-        self.finished.next_offset = offsets[high] if high < len(offsets) else self.batch.next_offset
+        if high == len(offsets):
+            self.finished.next_offset = self.batch.next_offset
+        elif high:
+            self.finished.next_offset = offsets[high - 1] + 1
 
     def _fail(
         self, indexes: Sequence[int], attempts: int, condition: str, outcome: Outcome

@@ -381,7 +381,7 @@ class RoundReader:
                 break
             taken, taken_bytes = taken + count, taken_bytes + chunk_bytes
             is_last = taken == len(lane.messages)
-            next_offset = partition.next_offset if is_last else lane.messages[taken].offset()
+            next_offset = partition.next_offset if is_last else messages[count - 1].offset() + 1
             yield self._chunk(partition, lane, next_offset, messages[:count]), chunk_bytes
             if cut_short:
                 break

@@ -306,12 +306,13 @@ def test_a_tail_found_after_its_records_is_handed_out() -> None:
     assert (chunk.start, chunk.next_offset, len(chunk.records)) == (10, 12, 0)
 
 
-def test_gaps_belong_to_the_chunk_before_them() -> None:
-    """Between two chunks of a partition there is no hole, whatever the log leaves out."""
+def test_gaps_belong_to_the_chunk_behind_them() -> None:
+    """Between two chunks of a partition there is no hole, whatever the log leaves out. A chunk ends
+    right behind its last record: what stands there is for its source alone to say."""
     reading = Reading({0: 2}, batch_size=2)
     reading.fill([_message(offset) for offset in (5, 9, 20, 21)])
     chunks = reading.take({0: (2, PLENTY)}) + reading.take()
-    assert [(c.start, c.next_offset) for c in chunks] == [(2, 20), (20, 22)]
+    assert [(c.start, c.next_offset) for c in chunks] == [(2, 10), (10, 22)]
 
 
 def test_an_old_end_is_not_believed() -> None:
