@@ -19,7 +19,10 @@ from transforms.invoke.invoker import Invoker
 from transforms.records import Batch, Finished, LaneKey
 
 LEASE_SECS = 30.0
-"""How long a key is worked on without a sign of life from its state."""
+"""How long calls of a key may begin without a sign of life from its state."""
+
+LET_GO_SECS = 3600.0
+"""How long a key's outcomes are kept without one; by then it has moved to another worker."""
 
 
 @dataclass(slots=True)
@@ -32,6 +35,8 @@ class _Desk:
         tail: Number of the next batch to come.
         finished: What became of the batches from `head` on, in order.
         renewed: When the key's state was last heard of, by the timer.
+        lapsed: Whether a call was not begun, for nothing had been heard for too long: batches that
+            are not finished are not held any more, and none begins until they are handed over.
     """
 
     token: str
@@ -39,13 +44,20 @@ class _Desk:
     tail: int
     finished: deque[Finished] = field(default_factory=deque)
     renewed: float = 0.0
+    lapsed: bool = False
+
+    @property
+    def done(self) -> int:
+        """Number of the first batch that is not finished."""
+        return self.head + len(self.finished)
 
 
 class Handover:
     """Hands batches to the invoker and keeps their outcomes until the state has let go of them.
 
     Thread-safe. An outcome is kept until `agree` is called with a head behind it: emitting it
-    is not enough, since the bundle that does may fail.
+    is not enough, since the bundle that does may fail. A state that is not heard of for long
+    costs what has finished nothing: only no further call begins.
 
     Args:
         make: Makes the invoker, given the check whether a key may be worked on.
@@ -60,29 +72,33 @@ class Handover:
         self._timer = timer
         self._lock = threading.Lock()
         self._desks: dict[LaneKey, _Desk] = {}
+        self._tidied = timer()
         self.invoker = make(self._is_leased)
 
-    def agree(self, key: LaneKey, token: str, head: int, tail: int) -> bool:
-        """Whether exactly the batches from `head` up to `tail` are held here; renews the lease.
+    def agree(self, key: LaneKey, token: str, head: int, tail: int) -> int | None:
+        """From which number on the batches up to `tail` have to be handed over again.
 
-        Outcomes before `head` are dropped: the state has let go of them. If the answer is False,
-        the key was forgotten, and its batches have to be handed over again with another token.
+        Outcomes before `head` are dropped: the state has let go of them. Renews the lease.
+
+        Returns:
+            `tail` if all are held here. A lower number if the others are not held any more: hand
+            them over with `resume`. None if the key is not known as the state has it: it was
+            forgotten; hand over all that is pending, with another token, with `begin`.
         """
         with self._lock:
+            self._tidy()
             desk = self._desks.get(key)
-            if (
-                desk
-                and (desk.token, desk.tail) == (token, tail)
-                and desk.head <= head <= desk.head + len(desk.finished)
-            ):
+            if desk and (desk.token, desk.tail) == (token, tail) and desk.head <= head <= desk.done:
                 for _ in range(head - desk.head):
                     desk.finished.popleft()
                 desk.head = head
                 desk.renewed = self._timer()
-                return True
-            self._desks.pop(key, None)
-            self.invoker.abandon(key)
-            return False
+                if not desk.lapsed:
+                    return tail
+                self._collect()
+                return desk.done
+            self._forget(key)
+            return None
 
     def begin(self, key: LaneKey, token: str, head: int, batches: Sequence[Batch]) -> None:
         """Hand a key over, with all that is pending of it; the first batch has this number."""
@@ -90,31 +106,64 @@ class Handover:
             self._desks[key] = _Desk(token, head, head + len(batches), renewed=self._timer())
             self.invoker.submit(batches)
 
-    def submit(self, key: LaneKey, batch: Batch) -> None:
-        """Hand over one more batch of a key that is agreed on."""
+    def resume(self, key: LaneKey, batches: Sequence[Batch]) -> None:
+        """Hand over again what `agree` said is not held any more."""
         with self._lock:
-            self._desks[key].tail += 1
-            self.invoker.submit([batch])
+            desk = self._desks[key]
+            # What came after the lapse was put in line too, without being begun. What another
+            # lane has halted stays so.
+            self.invoker.abandon(key, lift_halt=False)
+            desk.renewed, desk.lapsed = self._timer(), False
+            self.invoker.submit(batches)
+
+    def submit(self, key: LaneKey, batch: Batch) -> None:
+        """Hand over one more batch of a key that was agreed on.
+
+        If its lease has lapsed since then, the batch does not begin, and `agree` tells.
+        """
+        with self._lock:
+            if desk := self._desks.get(key):
+                desk.tail += 1
+                self.invoker.submit([batch])
 
     def finished(self, key: LaneKey, head: int) -> list[Finished]:
         """What became of the key's batches from this number on, as far as they are finished."""
         with self._lock:
-            for finished in self.invoker.collect():
-                if desk := self._desks.get(finished.lane_key):
-                    desk.finished.append(finished)
+            self._collect()
             desk = self._desks.get(key)
             return list(desk.finished)[head - desk.head :] if desk else []
 
-    def renew(self, key: LaneKey) -> None:
-        """A sign of life from the key's state."""
+    def renew(self, key: LaneKey) -> bool:
+        """A sign of life from the key's state; False if it came too late for what is pending."""
         with self._lock:
-            if desk := self._desks.get(key):
+            desk = self._desks.get(key)
+            if desk:
                 desk.renewed = self._timer()
+            return bool(desk and not desk.lapsed)
+
+    def _collect(self) -> None:
+        for finished in self.invoker.collect():
+            if desk := self._desks.get(finished.lane_key):
+                desk.finished.append(finished)
+
+    def _tidy(self) -> None:
+        """Let go of keys that have moved to another worker."""
+        now = self._timer()
+        if now - self._tidied < LEASE_SECS:
+            return
+        self._tidied = now
+        for key, desk in list(self._desks.items()):
+            if now - desk.renewed > LET_GO_SECS:
+                self._forget(key)
+
+    def _forget(self, key: LaneKey) -> None:
+        self._desks.pop(key, None)
+        self.invoker.abandon(key)
 
     def _is_leased(self, key: LaneKey) -> bool:
-        # Without the lock, since the invoker asks under its own; a dict can be read at any time.
+        # Without the lock, since the invoker asks under its own. Once it says no it does so until
+        # the key is handed over again: what was in line is gone, so what is behind must not begin.
         desk = self._desks.get(key)
-        if desk and self._timer() - desk.renewed <= LEASE_SECS:
-            return True
-        self._desks.pop(key, None)
-        return False
+        if desk and not desk.lapsed:
+            desk.lapsed = self._timer() - desk.renewed > LEASE_SECS
+        return bool(desk and not desk.lapsed)

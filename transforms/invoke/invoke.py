@@ -304,7 +304,7 @@ class _PendingFn(beam.DoFn):
         place = yield from self._emit(key, place, pending)
         while handover.invoker.queue(key[:2]).bytes > _KEY_BYTES and not place.halted:
             handover.invoker.wait(lambda invoker: invoker.has_finished, 1.0)
-            handover.renew(key)
+            place = self._renew(key, place, pending)
             place = yield from self._emit(key, place, pending)
         self._set(collect, place, place_state)
 
@@ -341,21 +341,31 @@ class _PendingFn(beam.DoFn):
         handover = self._share(self._config)
         while not place.halted and place.head < place.tail:
             place = yield from self._emit(key, place, pending)
-            handover.renew(key)
+            place = self._renew(key, place, pending)
             handover.invoker.wait(lambda invoker: invoker.has_finished, 0.1)
         place_state.write(place)
 
     def _agree(self, key: LaneKey, place: Place, pending: BagRuntimeState) -> Place:
         """See to it that this process holds what the state says is pending."""
         handover = self._share(self._config)
-        if handover.agree(key, place.token, place.head, place.tail):
+        held = handover.agree(key, place.token, place.head, place.tail)
+        if held == place.tail:
             return place
-        numbered = sorted(pending.read(), key=itemgetter(0)) if place.head < place.tail else []
-        batches = [batch for number, batch in numbered if number >= place.head]
+        first = place.head if held is None else held
+        numbered = sorted(pending.read(), key=itemgetter(0)) if first < place.tail else []
+        batches = [batch for number, batch in numbered if number >= first]
         self._handed_over_again.inc(len(batches))
-        place = replace(place, token=uuid.uuid4().hex)
-        handover.begin(key, place.token, place.head, batches)
+        if held is None:
+            place = replace(place, token=uuid.uuid4().hex)
+            handover.begin(key, place.token, place.head, batches)
+        else:
+            handover.resume(key, batches)
         return place
+
+    def _renew(self, key: LaneKey, place: Place, pending: BagRuntimeState) -> Place:
+        """Keep a key going inside a bundle, also if the bundle has taken too long for its lease."""
+        handover = self._share(self._config)
+        return place if handover.renew(key) else self._agree(key, place, pending)
 
     def _emit(
         self, key: LaneKey, place: Place, pending: BagRuntimeState

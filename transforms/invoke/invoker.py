@@ -210,17 +210,21 @@ class Invoker:
                 self._wake()
             return finished
 
-    def abandon(self, key: LaneKey) -> None:
+    def abandon(self, key: LaneKey, lift_halt: bool = True) -> None:
         """Forget a lane: what has not begun never does, what is running counts for nothing.
 
-        What is submitted for it afterwards begins once the call that is running has ended. A
-        halt of its partition is forgotten too.
+        What is submitted for it afterwards begins once the call that is running has ended.
+
+        Args:
+            key: The lane.
+            lift_halt: Whether a halt of its partition is forgotten too.
         """
         topic, partition_number, lane = key
         with self._changed:
             partition = self._partitions.get((topic, partition_number))
             if partition:
-                partition.halted = None
+                if lift_halt:
+                    partition.halted = None
                 if lane in partition.lanes:
                     self._abandon(partition.lanes[lane])
             dropped = [finished for finished in self._finished if finished.lane_key == key]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from pipeline.local.processes import wait_until
-from transforms.invoke.handover import LEASE_SECS, Handover
+from transforms.invoke.handover import LEASE_SECS, LET_GO_SECS, Handover
 from transforms.invoke.invoker import Invoker
 from transforms.invoke.outcome import Kind, Outcome
 from transforms.invoke.retry import Call, RetryPolicy
@@ -25,6 +25,7 @@ class Function:
 
     def __init__(self) -> None:
         self.calls: list[int] = []
+        self.answer = Outcome(Kind.SUCCESS)
         self.go = threading.Event()
         self.go.set()
 
@@ -33,7 +34,7 @@ class Function:
     ) -> Outcome:
         self.calls.append(batch.start)
         assert self.go.wait(30)
-        return Outcome(Kind.SUCCESS)
+        return self.answer
 
 
 class Clock:
@@ -66,27 +67,27 @@ def _starts(handover: Handover, head: int, count: int) -> list[int]:
 
 def test_outcomes_stay_until_the_state_has_let_go_of_them() -> None:
     handover = _handover(Function())
-    assert not handover.agree(KEY, "", 0, 0)
+    assert handover.agree(KEY, "", 0, 0) is None
     handover.begin(KEY, "a", 0, [])
     for offset in range(3):
         handover.submit(KEY, _batch(offset))
     assert _starts(handover, 0, 3) == [0, 1, 2]
     # A bundle that failed comes again with the head it had before.
-    assert handover.agree(KEY, "a", 0, 3)
+    assert handover.agree(KEY, "a", 0, 3) == 3
     assert _starts(handover, 0, 3) == [0, 1, 2]
-    assert handover.agree(KEY, "a", 2, 3)
+    assert handover.agree(KEY, "a", 2, 3) == 3
     assert _starts(handover, 2, 1) == [2]
     # What was let go of is gone: a state that has gone back to it has to hand over again.
-    assert not handover.agree(KEY, "a", 1, 3)
+    assert handover.agree(KEY, "a", 1, 3) is None
 
 
 def test_a_process_that_knows_nothing_is_handed_everything() -> None:
     function = Function()
     handover = _handover(function)
-    assert not handover.agree(KEY, "from-before", 5, 7)
+    assert handover.agree(KEY, "from-before", 5, 7) is None
     handover.begin(KEY, "new", 5, [_batch(50), _batch(51)])
     assert _starts(handover, 5, 2) == [50, 51]
-    assert handover.agree(KEY, "new", 7, 7)
+    assert handover.agree(KEY, "new", 7, 7) == 7
     assert function.calls == [50, 51]
 
 
@@ -97,7 +98,7 @@ def test_a_process_that_is_ahead_of_a_restored_state_forgets_what_it_has() -> No
     handover.begin(KEY, "a", 0, [_batch(0), _batch(1), _batch(2)])
     wait_until(lambda: function.calls == [0], "not called")
     # The checkpoint knew of two batches only; the third may come out another one.
-    assert not handover.agree(KEY, "a", 0, 2)
+    assert handover.agree(KEY, "a", 0, 2) is None
     handover.begin(KEY, "b", 0, [_batch(0), _batch(1)])
     function.go.set()
     assert _starts(handover, 0, 2) == [0, 1]
@@ -108,22 +109,92 @@ def test_a_process_that_is_ahead_of_a_restored_state_forgets_what_it_has() -> No
 def test_the_same_numbers_of_another_handing_over_do_not_agree() -> None:
     handover = _handover(Function())
     handover.begin(KEY, "a", 0, [_batch(0)])
-    assert not handover.agree(KEY, "b", 0, 1)
+    assert handover.agree(KEY, "b", 0, 1) is None
 
 
-def test_a_key_without_a_sign_of_life_is_not_worked_on() -> None:
-    function, clock = Function(), Clock()
+def _lapsed(function: Function, clock: Clock, batches: int) -> Handover:
+    """A key of which nothing was heard for too long while its first call was running."""
     function.go.clear()
     handover = _handover(function, clock)
-    handover.begin(KEY, "a", 0, [_batch(0), _batch(1), _batch(2)])
+    handover.begin(KEY, "a", 0, [_batch(number) for number in range(batches)])
     wait_until(lambda: function.calls == [0], "not called")
     clock.now = LEASE_SECS + 1
     function.go.set()
     wait_until(lambda: handover.invoker.pending_batches == 0, "still worked on")
     assert function.calls == [0]
-    assert not handover.agree(KEY, "a", 0, 3)
-    handover.begin(KEY, "b", 0, [_batch(0), _batch(1), _batch(2)])
+    return handover
+
+
+def test_a_key_without_a_sign_of_life_keeps_what_is_finished_and_begins_nothing() -> None:
+    function, clock = Function(), Clock()
+    handover = _lapsed(function, clock, 3)
+    assert handover.agree(KEY, "a", 0, 3) == 1
+    handover.resume(KEY, [_batch(1), _batch(2)])
     assert _starts(handover, 0, 3) == [0, 1, 2]
+    assert handover.agree(KEY, "a", 3, 3) == 3
+    assert function.calls == [0, 1, 2]
+
+
+def test_looks_that_are_further_apart_than_a_lease_get_on() -> None:
+    function, clock = Function(), Clock()
+    handover = _lapsed(function, clock, 20)
+    head = turns = 0
+    while head < 20:
+        held = handover.agree(KEY, "a", head, 20)
+        assert held is not None
+        if held < 20:
+            handover.resume(KEY, [_batch(number) for number in range(held, 20)])
+        wait_until(lambda: handover.finished(KEY, head), "no progress")  # noqa: B023
+        head += len(handover.finished(KEY, head))
+        clock.now += 2 * LEASE_SECS
+        turns += 1
+    assert function.calls == list(range(20))
+
+
+def test_a_batch_that_comes_when_the_lease_has_lapsed_waits_for_those_before_it() -> None:
+    function, clock = Function(), Clock()
+    handover = _lapsed(function, clock, 2)
+    # The process stood still between agreeing and this.
+    handover.submit(KEY, _batch(2))
+    assert handover.agree(KEY, "a", 0, 3) == 1
+    handover.resume(KEY, [_batch(1), _batch(2)])
+    assert _starts(handover, 0, 3) == [0, 1, 2]
+    assert function.calls == [0, 1, 2]
+
+
+def test_a_batch_of_a_key_that_was_let_go_of_is_handed_over_with_the_next_look() -> None:
+    handover = _handover(Function())
+    handover.submit(KEY, _batch(0))
+    assert handover.agree(KEY, "a", 0, 1) is None
+
+
+def test_a_key_that_has_moved_to_another_worker_is_let_go_of() -> None:
+    clock = Clock()
+    handover = _handover(Function(), clock)
+    handover.begin(KEY, "a", 0, [_batch(0)])
+    assert _starts(handover, 0, 1) == [0]
+    other = ("orders", 1, 0)
+    clock.now = LET_GO_SECS - 1
+    handover.agree(other, "", 0, 0)
+    assert handover.finished(KEY, 0)
+    clock.now = LET_GO_SECS + LEASE_SECS
+    handover.agree(other, "", 0, 0)
+    assert not handover.finished(KEY, 0)
+
+
+def test_another_lane_s_halt_outlives_a_lapse() -> None:
+    clock = Clock()
+    function = Function()
+    handover = _lapsed(function, clock, 2)
+    lane = Batch("orders", 0, 9, 10, _batch(9).records, [b"{}"], lane=1)
+    function.answer = Outcome(Kind.FUNCTION_ERROR, error_type="ValueError", message="m")
+    handover.begin(("orders", 0, 1), "l", 0, [lane])
+    wait_until(lambda: handover.invoker.queue(("orders", 0)).halted, "not halted")
+    function.answer = Outcome(Kind.SUCCESS)
+    assert handover.agree(KEY, "a", 0, 2) == 1
+    handover.resume(KEY, [_batch(1)])
+    assert handover.invoker.queue(("orders", 0)).halted
+    assert function.calls == [0, 9]
 
 
 def test_a_renewed_key_goes_on() -> None:
