@@ -311,6 +311,24 @@ class CallStats:
     throttles: int = 0
     invoke_ms: int = 0
 
+    def add(self, more: CallStats) -> None:
+        """Count what others have counted."""
+        self.invocations += more.invocations
+        self.retries += more.retries
+        self.bisections += more.bisections
+        self.throttles += more.throttles
+        self.invoke_ms += more.invoke_ms
+
+    def since(self, before: CallStats) -> CallStats:
+        """What was counted since it stood so."""
+        return CallStats(
+            self.invocations - before.invocations,
+            self.retries - before.retries,
+            self.bisections - before.bisections,
+            self.throttles - before.throttles,
+            self.invoke_ms - before.invoke_ms,
+        )
+
 
 @dataclass(slots=True)
 class Finished:

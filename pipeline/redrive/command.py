@@ -34,7 +34,7 @@ from pipeline.options.declare import resolve as resolve_options
 from pipeline.options.explain import explain
 from pipeline.run.graph import Graph
 from pipeline.run.preflight import check_outputs
-from pipeline.run.rounds import Status, Totals, drain, hear, run_or_stop
+from pipeline.run.rounds import Status, Totals, drain, hear, run_or_stop, with_calls
 from pipeline.signals import DONE, HALTED, stop_on_signals, tune_interpreter
 from pipeline.watch.logs import say
 from pipeline.watch.progress import Progress, halted_text, summary
@@ -270,6 +270,7 @@ class Redrive:
         self._totals = Totals()
         self._ledger: Ledger = shared_ledger(redrive)
         self._invoker = shared_invoker(config.invoke)
+        self._stats_before = self._invoker.stats
         # Each error record is due at once.
         self._reader = RoundReader(ReadConfig(redrive.kafka, 1, 1, 0))
         self._ends: dict[PartitionKey, int] = {}
@@ -317,7 +318,7 @@ class Redrive:
     def status(self) -> Status:
         """How it stands; may be called from another thread."""
         return Status(
-            totals=self._totals,
+            totals=with_calls(self._totals, self._invoker, self._stats_before),
             in_flight=self._invoker.in_flight,
             lags={
                 key: max(0, end - self._reader.position(key))
@@ -326,6 +327,7 @@ class Redrive:
             halted=self._invoker.halted,
             committed=dict(self._marks),
             elapsed_secs=self._timer() - self._started,
+            trouble=self._invoker.trouble,
         )
 
     # -- one window ------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from time import monotonic
+from dataclasses import asdict, dataclass, field, replace
+from time import monotonic, time
 from zlib import crc32
 
 from pipeline.build import build
@@ -22,11 +22,12 @@ from pipeline.run.preflight import preflight
 from transforms.commit.commit import shared_committer
 from transforms.decode.registry import shared_registry
 from transforms.errors import SinkError, Stopped
+from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import InvokeConfig, shared_invoker, why_broken
 from transforms.invoke.invoker import Invoker, QueueView
 from transforms.kafka.offsets import LOOK_SECS, SourceOffsets
 from transforms.read.rounds import Room, Round, shared_reader
-from transforms.records import Finished, PartitionKey
+from transforms.records import CallStats, Finished, PartitionKey
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -213,6 +214,21 @@ class Totals:
         return self["write.responses"] + self["write.errors"] + self["filter.filtered"]
 
 
+def with_calls(totals: Totals, invoker: Invoker, before: CallStats) -> Totals:
+    """Totals with all calls that have ended. What the rounds count of them, they do when a batch is
+    finished, which while a function is away may be never.
+
+    Args:
+        totals: Sums over all rounds.
+        invoker: Makes the calls.
+        before: What it had counted when the run began.
+    """
+    counters = Counter(totals.counters)
+    for name, count in asdict(invoker.stats.since(before)).items():
+        counters[f"invoke.{name}"] = count
+    return Totals(counters, totals.rounds)
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
     """How a run stands; what progress and summary show.
@@ -230,6 +246,7 @@ class Status:
         breaker_open: Whether nothing is invoked now, but for a probe from time to time.
         breaker_openings: How often it came to that.
         begun: Whether the partitions are known.
+        trouble: What does not go well, as things are.
     """
 
     totals: Totals
@@ -243,6 +260,7 @@ class Status:
     breaker_open: bool = False
     breaker_openings: int = 0
     begun: bool = False
+    trouble: Trouble = Trouble()
 
     @staticmethod
     def of_nothing(elapsed_secs: float) -> Status:
@@ -325,6 +343,8 @@ class Rounds:
         self._discovered = float("-inf")
         self._ends: dict[PartitionKey, int | None] | None = None
         self._looked = float("-inf")
+        self._oldest_read_ms: int | None = None
+        self._stats_before = self._invoker.stats
 
     def run(self) -> Status:
         """Run to the end.
@@ -361,7 +381,7 @@ class Rounds:
         """How the run stands; may be called from another thread."""
         committed, ends = dict(self._committer.committed), self._ends
         return Status(
-            totals=self._totals,
+            totals=with_calls(self._totals, self._invoker, self._stats_before),
             in_flight=self._invoker.in_flight,
             lags={key: _lag(end, committed.get(key)) for key, end in (ends or {}).items()},
             halted=self._invoker.halted,
@@ -372,7 +392,15 @@ class Rounds:
             breaker_open=self._invoker.breaker_open,
             breaker_openings=self._invoker.breaker_openings,
             begun=ends is not None,
+            trouble=self._trouble(),
         )
+
+    def _trouble(self) -> Trouble:
+        trouble, read_ms = self._invoker.trouble, self._oldest_read_ms
+        if read_ms is None:
+            return trouble
+        age_secs = max(0.0, time() - read_ms / 1000, trouble.oldest_age_secs or 0.0)
+        return replace(trouble, oldest_age_secs=age_secs)
 
     # -- one pass of the loop --------------------------------------------------------------
 
@@ -494,11 +522,13 @@ class Rounds:
         return self._flush and self._reader.position(key) >= self._targets[key]
 
     def _look_at_ends(self, every_secs: float = _ENDS_SECS) -> None:
-        """Note where the partitions end, for `status`. Another thread must not ask the consumer: it
-        would have to wait for a moment in which this one does not, and may never meet with one."""
+        """Note where the partitions end and what was read, for `status`. Another thread must not
+        ask the consumer: it would have to wait for a moment in which this one does not, and may
+        never meet with one."""
         if self._timer() - self._looked >= every_secs:
             self._looked = self._timer()
             self._ends = {key: self._reader.end(key) for key in self._reader.partitions}
+            self._oldest_read_ms = self._reader.oldest_ms
 
 
 def _lag(end: int | None, committed: int | None) -> int | None:

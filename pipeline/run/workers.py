@@ -26,6 +26,7 @@ from typing import Any
 from pipeline.options.declare import Config
 from pipeline.run.rounds import Rounds, Share, Status, Totals
 from transforms.errors import SinkError, WorkerError
+from transforms.invoke.failures import Trouble
 from transforms.records import Finished
 
 _LOGGER = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def merge(statuses: Sequence[Status], elapsed_secs: float) -> Status:
         breaker_open=any(status.breaker_open for status in statuses),
         breaker_openings=sum(status.breaker_openings for status in statuses),
         begun=all(status.begun for status in statuses),
+        trouble=Trouble.join([status.trouble for status in statuses]),
     )
 
 

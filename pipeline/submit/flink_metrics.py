@@ -22,7 +22,8 @@ _METRIC = re.compile(rf"(?:^|\.)({'|'.join(_STEPS)})_([a-z_]+)$")
 _QUERY_CHARACTERS = 3000
 
 IN_FLIGHT = "invoke.in_flight"
-_GAUGES = frozenset({IN_FLIGHT})
+OLDEST_AGE_SECS = "invoke.oldest_age_secs"
+_GAUGES = frozenset({IN_FLIGHT, OLDEST_AGE_SECS})
 
 Get = Callable[[str], Any]
 
@@ -83,7 +84,7 @@ def job_counters(get: Get, beam_name: str) -> Counter[str] | None:
             for metric in get(f"{path}?get={asked}&agg=sum,max"):
                 name = metric_name(metric["id"])
                 if name in _GAUGES:
-                    # Each subtask tells the same number, that of its process.
+                    # Each subtask tells the same number, that of its process; the oldest counts.
                     counters[name] = max(counters[name], int(metric["max"]))
                 elif name:
                     counters[name] += int(metric["sum"])

@@ -23,9 +23,10 @@ from pipeline.options.declare import FLINK_RUNNERS, Config, parse_beam
 from pipeline.run.preflight import preflight
 from pipeline.run.rounds import Status, Totals
 from pipeline.submit import dataflow
-from pipeline.submit.flink_metrics import IN_FLIGHT, get_json, job_counters
+from pipeline.submit.flink_metrics import IN_FLIGHT, OLDEST_AGE_SECS, get_json, job_counters
 from transforms.commit.commit import read_halt, shared_committer
 from transforms.errors import KafkaError, from_runner
+from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import HALTS
 from transforms.kafka.beam_reader import AS_SOURCE, BeamReadConfig
 from transforms.kafka.client import make_consumer
@@ -180,6 +181,7 @@ class StreamRun:
         if not self._result:
             return Status(totals, 0, {}, [], {}, elapsed_secs)
         in_flight = 0
+        oldest_age_secs = None
         unknown: tuple[type[BaseException], ...] = (
             OSError,
             ValueError,
@@ -188,6 +190,7 @@ class StreamRun:
         try:
             if (counted := self._running_counters()) is not None:
                 in_flight = counted.pop(IN_FLIGHT, 0)
+                oldest_age_secs = counted.pop(OLDEST_AGE_SECS, 0) or None
                 totals.counters.update(counted)
             else:
                 self._add_counters(totals, halts)
@@ -196,7 +199,17 @@ class StreamRun:
             _LOGGER.warning("the numbers of the job %s are not known: %s", self._name, error)
         committed, lags, halted = self._offsets()
         halts |= halted
-        return Status(totals, in_flight, lags, list(halts.values()), committed, elapsed_secs)
+        # What failed last, and what waits for what, is in the workers' log only.
+        trouble = Trouble(oldest_age_secs=oldest_age_secs)
+        return Status(
+            totals,
+            in_flight,
+            lags,
+            list(halts.values()),
+            committed,
+            elapsed_secs,
+            trouble=trouble,
+        )
 
     def _running_counters(self) -> Counter[str] | None:
         """What a job that runs on Flink has counted, if Flink can be asked."""

@@ -18,6 +18,9 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        # What the message says, for machines.
+        said = getattr(record, "facts", {})
+        facts |= {name: value for name, value in said.items() if name not in facts}
         if record.exc_info:
             facts["exception"] = self.formatException(record.exc_info)
         return orjson.dumps(facts).decode()

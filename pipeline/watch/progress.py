@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 import orjson
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.run.rounds import Status
 from pipeline.watch.logs import say
-from transforms.records import Finished
+from transforms.invoke.failures import Failed, Stuck, halt_facts, halt_line
+from transforms.records import PartitionKey
 
 _LOGGER = logging.getLogger(__name__)
 
 LOG_SECS = 10.0
 _SHOWN_PARTITIONS = 20
+# Of those in trouble a line names so many.
+_NAMED = 5
+_HALTED = "halted"
 
 
 def summary(status: Status) -> dict[str, Any]:
@@ -37,7 +43,11 @@ def summary(status: Status) -> dict[str, Any]:
         "concurrency": {"limit": status.limit, "in_flight_max": status.in_flight_max},
         "breaker": {"open": status.breaker_open, "openings": status.breaker_openings},
         "filtered": totals["filter.filtered"],
-        "halted": [_halt(finished) for finished in status.halted],
+        "halted": [halt_facts(finished) for finished in status.halted],
+        "last_error": _last_error(status.trouble.last_error),
+        "waits": _waits(status),
+        "lag_max": max((lag for lag in status.lags.values() if lag is not None), default=None),
+        "oldest_age_secs": _rounded(status.trouble.oldest_age_secs),
         "committed": {
             f"{topic}-{partition}": offset
             for (topic, partition), offset in sorted(status.committed.items())
@@ -56,7 +66,7 @@ def summary_text(status: Status) -> str:
         f"{facts['responses']}, errors: {facts['errors']}, batches: {facts['batches']}, "
         f"invocations: {facts['invocations']}, retries: {facts['retries']}, bisections: "
         f"{facts['bisections']}, throttles: {facts['throttles']}"
-        f"{_filtered_text(status)}"
+        f"{_filtered_text(status)}{trouble_text(status)}"
     )
 
 
@@ -66,29 +76,83 @@ def _filtered_text(status: Status) -> str:
     return f", filtered: {filtered}" if filtered else ""
 
 
-def _halt(finished: Finished) -> dict[str, Any]:
-    assert finished.halted
-    failure = finished.halted
-    return {
-        "topic": finished.topic,
-        "partition": finished.partition,
-        "offset": failure.records.offsets[0],
-        "condition": failure.condition,
-        "error_type": failure.error_type,
-        "message": failure.message[:500],
-    }
+def _last_error(error: Failed | None) -> dict[str, Any] | None:
+    return None if error is None else {"time": _time(error.at)} | error.facts
+
+
+def _waits(status: Status) -> list[dict[str, Any]]:
+    """Per partition that does not get on, what it waits for."""
+    stuck = [
+        {
+            "topic": each.topic,
+            "partition": each.partition,
+            "for": each.waits_for,
+            "until": None if each.until is None else _time(each.until),
+            "error_type": each.error_type,
+        }
+        for each in status.trouble.stuck
+    ]
+    halted = [
+        {
+            "topic": finished.topic,
+            "partition": finished.partition,
+            "for": _HALTED,
+            "until": None,
+            "error_type": halt_facts(finished)["error_type"],
+        }
+        for finished in status.halted
+    ]
+    return stuck + halted
+
+
+def _time(secs: float) -> str:
+    return datetime.fromtimestamp(secs, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _rounded(secs: float | None) -> float | None:
+    return None if secs is None else round(secs, 3)
+
+
+def _clock(secs: float) -> str:
+    return f"{datetime.fromtimestamp(secs, timezone.utc):%H:%M:%SZ}"
+
+
+def trouble_text(status: Status) -> str:
+    """What a line adds where something does not go well; empty where all does."""
+    trouble = status.trouble
+    parts = []
+    if trouble.oldest_age_secs is not None:
+        parts.append(f"oldest unfinished record: {trouble.oldest_age_secs:.0f} s")
+    if status.halted:
+        parts.append(f"halted: {_named([_name(finished.key) for finished in status.halted])}")
+    if trouble.stuck:
+        parts.append(f"waiting: {_named([_wait_text(stuck) for stuck in trouble.stuck])}")
+    if error := trouble.last_error:
+        said = f": {error.message}" if error.message else ""
+        parts.append(
+            f"last error: {error.topic}-{error.partition} at offset {error.first}, "
+            f"{_clock(error.at)}: {error.error_type}{said}"
+        )
+    return "".join(f", {part}" for part in parts)
+
+
+def _wait_text(stuck: Stuck) -> str:
+    until = "" if stuck.until is None else f" until {_clock(stuck.until)}"
+    return f"{stuck.topic}-{stuck.partition} ({stuck.waits_for}{until}, {stuck.error_type})"
+
+
+def _name(key: PartitionKey) -> str:
+    return f"{key[0]}-{key[1]}"
+
+
+def _named(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return " ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def halted_text(status: Status, group: str) -> list[str]:
     """The last lines of a run with halted partitions: which, where, and how to go on."""
-    lines = []
-    for finished in status.halted:
-        facts = _halt(finished)
-        message = " ".join(str(facts["message"]).split())
-        lines.append(
-            f"halted: {facts['topic']}-{facts['partition']} at offset {facts['offset']}: "
-            f"{facts['condition']}, {facts['error_type']}: {message}"
-        )
+    lines = [halt_line(finished) for finished in status.halted]
     if lines:
         lines.append(
             f"Nothing from there on is committed to group {group}. Mend the function and run the "
@@ -105,9 +169,18 @@ def progress_text(status: Status) -> str:
     return (
         f"records: {totals.records}, batches: {totals['batch.batches']}, in flight: "
         f"{_in_flight(status)}, retries: {totals['invoke.retries']}, errors: "
-        f"{totals['write.errors']}, lag: {lag}, partitions: {len(status.lags)}"
-        f"{_filtered_text(status)}"
+        f"{totals['write.errors']}, lag: {lag}{_largest_lag(status)}, "
+        f"partitions: {len(status.lags)}"
+        f"{_filtered_text(status)}{trouble_text(status)}"
     )
+
+
+def _largest_lag(status: Status) -> str:
+    lags = {key: lag for key, lag in status.lags.items() if lag}
+    if len(lags) < 2:
+        return ""
+    key = max(lags, key=lambda key: lags[key])
+    return f" (largest: {_name(key)} {lags[key]})"
 
 
 def _in_flight(status: Status) -> str:
@@ -137,8 +210,12 @@ def progress_table(status: Status) -> Table:
         f"{topic}-{partition} {'halted' if (topic, partition) in halted else f'{lag or 0:,}'}"
         for (topic, partition), lag in sorted(lags)
     )
-    if shown:
-        table.caption = f"lag: {shown}"
+    lines = [f"lag: {shown}"] if shown else []
+    if trouble := trouble_text(status):
+        lines.append(trouble.removeprefix(", "))
+    if lines:
+        # Somebody else's text: not to be read as markup.
+        table.caption = Text("\n".join(lines))
         table.caption_justify = "left"
     return table
 

@@ -7,7 +7,7 @@ is not finished is kept in state, and a timer collects (`transforms.invoke.hando
 
 from __future__ import annotations
 
-import logging
+import math
 import random
 import time
 import uuid
@@ -43,12 +43,12 @@ from transforms.invoke.outcome import Fault, Outcome, Reply, classify_fault, cla
 from transforms.invoke.reply import CONFLUENT, NONE, Answer, read_reply
 from transforms.invoke.retry import Call, RetryPolicy
 from transforms.per_process import forget, per_process
-from transforms.records import NO_TIMESTAMP, Batch, Failure, Finished, LaneKey, halt_name
-
-_LOGGER = logging.getLogger(__name__)
+from transforms.records import NO_TIMESTAMP, Batch, Finished, LaneKey, halt_name
 
 _STATS = ("invocations", "retries", "bisections", "throttles", "invoke_ms")
 
+# How often it is looked at what does not go well.
+_LOOK_SECS = 0.5
 # How often what has finished is looked for. Each look is a bundle of its own.
 _COLLECT_SECS = 0.1
 # Payload bytes of one key that may wait in memory; above it the input has to wait too. The native
@@ -187,11 +187,35 @@ class _Gauges:
         self._limit = gauge("invoke", "concurrency_limit")
         self._in_flight = gauge("invoke", "in_flight")
         self._breaker_open = gauge("invoke", "breaker_open")
+        self._stuck = gauge("invoke", "stuck_partitions")
+        self._oldest_age_secs = gauge("invoke", "oldest_age_secs")
+        self._looked = -math.inf
 
     def set(self, invoker: Invoker) -> None:
         self._limit.set(invoker.limit)
         self._in_flight.set(invoker.in_flight)
         self._breaker_open.set(int(invoker.breaker_open))
+        # To look at all partitions takes time; and what is told last stays.
+        if invoker.is_idle or time.monotonic() - self._looked > _LOOK_SECS:
+            self._looked = time.monotonic()
+            trouble = invoker.trouble
+            self._stuck.set(len(trouble.stuck))
+            self._oldest_age_secs.set(round(trouble.oldest_age_secs or 0))
+
+
+class _Counters:
+    """What calls come to, counted when they have ended and not when their batch is finished."""
+
+    def __init__(self) -> None:
+        counter = beam.metrics.Metrics.counter
+        self._counters = {name: counter("invoke", name) for name in _STATS}
+
+    def take(self, invoker: Invoker) -> None:
+        """Add what was not added yet, by whichever instance in this process."""
+        stats = invoker.take_stats()
+        for name, counter in self._counters.items():
+            if more := getattr(stats, name):
+                counter.inc(more)
 
 
 class _HandOverFn(beam.DoFn):
@@ -200,8 +224,7 @@ class _HandOverFn(beam.DoFn):
     def __init__(self, config: InvokeConfig) -> None:
         self._config = config
         self._gauges = _Gauges()
-        counter = beam.metrics.Metrics.counter
-        self._counters = {name: counter("invoke", name) for name in _STATS}
+        self._counters = _Counters()
 
     def start_bundle(self) -> None:
         # For the whole bundle: to look it up costs more than to hand a batch over.
@@ -219,10 +242,9 @@ class _HandOverFn(beam.DoFn):
             yield WindowedValue(finished, window.max_timestamp(), (window,))
 
     def _collect(self) -> Iterator[Finished]:
-        for finished in self._invoker.collect():
-            for name, counter in self._counters.items():
-                counter.inc(getattr(finished.stats, name))
-            yield finished
+        finished = self._invoker.collect()
+        self._counters.take(self._invoker)
+        yield from finished
 
 
 HALTS = "halted"
@@ -272,7 +294,7 @@ class _PendingFn(beam.DoFn):
         self._clock = clock
         metrics = beam.metrics.Metrics
         self._gauges = _Gauges()
-        self._counters = {name: metrics.counter("invoke", name) for name in _STATS}
+        self._counters = _Counters()
         self._dropped = metrics.counter("invoke", "behind_a_halt")
         self._handed_over_again = metrics.counter("invoke", "handed_over_again")
         self._iterator_age_ms = metrics.distribution("invoke", "iterator_age_ms")
@@ -375,13 +397,13 @@ class _PendingFn(beam.DoFn):
         self._gauges.set(handover.invoker)
         # Asked first: then what halted it, if that was in this lane, is among what is finished.
         halted = handover.invoker.queue(key[:2]).halted
-        for finished in handover.finished(key, place.head):
-            for name, counter in self._counters.items():
-                counter.inc(getattr(finished.stats, name))
+        all_finished = handover.finished(key, place.head)
+        self._counters.take(handover.invoker)
+        for finished in all_finished:
             yield finished
             place = replace(place, head=place.head + 1)
             if finished.halted:
-                self._halt(finished, finished.halted)
+                beam.metrics.Metrics.counter(HALTS, halt_name(finished)).inc()
                 pending.clear()
                 return replace(place, head=place.tail, kept=place.tail, halted=True)
         if halted:
@@ -423,17 +445,6 @@ class _PendingFn(beam.DoFn):
         if timestamps and timestamps[-1] != NO_TIMESTAMP:
             age_ms = round(self._clock() * 1000) - timestamps[-1]
             self._iterator_age_ms.update(max(0, age_ms))
-
-    def _halt(self, finished: Finished, failure: Failure) -> None:
-        beam.metrics.Metrics.counter(HALTS, halt_name(finished)).inc()
-        _LOGGER.error(
-            "halted: %s-%d at offset %d: %s, %s; nothing from there on is committed, the other "
-            "partitions go on; mend the function and start again from the group's offsets",
-            *finished.key,
-            failure.records.offsets[0],
-            failure.condition,
-            failure.error_type,
-        )
 
 
 coders.registry.register_coder(Finished, SizedPickleCoder)

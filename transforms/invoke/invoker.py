@@ -15,6 +15,7 @@ import itertools
 import logging
 import math
 import threading
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field, replace
@@ -22,11 +23,36 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+from transforms.conditions import AGE_EXCEEDED
 from transforms.invoke.breaker import Begun, Breaker, BreakerPolicy
 from transforms.invoke.concurrency import ConcurrencyLimit
-from transforms.invoke.outcome import Outcome
+from transforms.invoke.failures import (
+    BACKOFF,
+    BREAKER,
+    REPEATING,
+    THROTTLE,
+    Failed,
+    FailureLog,
+    Stuck,
+    Trouble,
+    failed,
+    failure_line,
+    given_up,
+    halt_facts,
+    halt_log_line,
+    recovery_line,
+)
+from transforms.invoke.outcome import Kind, Outcome
 from transforms.invoke.retry import Call, Delivery, RetryPolicy, Step, Wait
-from transforms.records import Batch, Finished, LaneKey, PartitionKey
+from transforms.records import (
+    NO_TIMESTAMP,
+    Batch,
+    CallStats,
+    Finished,
+    LaneKey,
+    PartitionKey,
+    Responses,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -83,7 +109,10 @@ class _Queue:
     records: int = 0
     bytes: int = 0
     waiting: bool = False
+    due: float | None = None
     called: int = 0
+    failed: Failed | None = None
+    counted: CallStats = field(default_factory=CallStats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +210,10 @@ class Invoker:
         self._in_flight_max = 0
         self._stopping = False
         self._broken: BaseException | Outcome | None = None
+        self._failures = FailureLog()
+        self._last_error: Failed | None = None
+        self._stats = CallStats()
+        self._taken_stats = CallStats()
 
     # -- handing over and collecting ------------------------------------------------------
 
@@ -244,7 +277,8 @@ class Invoker:
         elif queue in self._ready:
             self._ready.remove(queue)
             queue.scheduled = False
-        queue.prepared = None
+        queue.prepared = queue.failed = None
+        self._failures.left(queue.key[:2], queue.key[2])
 
     def wait(self, done: Callable[[Invoker], bool], timeout_secs: float) -> bool:
         """Block until `done`, asked after every change, or the time is over; says which."""
@@ -321,6 +355,38 @@ class Invoker:
     def broken(self) -> BaseException | Outcome | None:
         """What stopped all work: a configuration outcome, or an exception of ours."""
         return self._broken
+
+    @property
+    def stats(self) -> CallStats:
+        """All calls so far, those of batches that are not finished included."""
+        with self._changed:
+            return replace(self._stats)
+
+    def take_stats(self) -> CallStats:
+        """What has been added to `stats` since this was asked last."""
+        with self._changed:
+            before, self._taken_stats = self._taken_stats, replace(self._stats)
+            return self._taken_stats.since(before)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way, in line, or waits for its next call."""
+        return not (self._working or self._ready or self._waits or self._held)
+
+    @property
+    def trouble(self) -> Trouble:
+        """What does not go well, as things are."""
+        with self._changed:
+            clock, now = self._clock(), self._timer()
+            stuck = []
+            for key, partition in self._partitions.items():
+                queue = next((each for each in partition.lanes.values() if each.failed), None)
+                if queue and queue.failed and not partition.halted:
+                    until = None if queue.due is None else clock + queue.due - now
+                    stuck.append(Stuck(*key, _waits_for(queue), until, queue.failed.error_type))
+            oldest = min(filter(None, map(_oldest_ms, self._partitions.values())), default=None)
+            age_secs = None if oldest is None else max(0.0, clock - oldest / 1000)
+            return Trouble(self._last_error, stuck, age_secs)
 
     # -- ending ---------------------------------------------------------------------------
 
@@ -418,7 +484,7 @@ class Invoker:
         """Put what need not wait any longer in line; when to look again. Holds the lock."""
         while self._waits and self._waits[0][0] <= now:
             queue = heapq.heappop(self._waits)[2]
-            queue.waiting = False
+            queue.waiting, queue.due = False, None
             self._ready.append(queue)
         if self._breaker.lets_through(now):
             # Who has called least recently is first, so that not only the same one probes.
@@ -433,6 +499,7 @@ class Invoker:
         """Begin with a queue's next batch. Holds the lock."""
         batch = queue.batches.popleft()
         queue.delivery = Delivery(batch, self._policy, self._clock, self._random)
+        queue.counted = CallStats()
         queue.steps = queue.delivery.steps()
 
     def _advance(self, queue: _Queue) -> _Queue | None:
@@ -458,7 +525,10 @@ class Invoker:
                     return None
                 begun = self._begin()
                 queue.called = next(self._order)
-            step = _send(steps, self._invoke(queue, delivery, step, begun))
+            outcome = self._invoke(queue, delivery, step, begun)
+            call, step = step, _send(steps, outcome)
+            self._count(queue, delivery)
+            self._note(queue, delivery, call, outcome, step)
         with self._changed:
             self._working -= 1
             if isinstance(step, Wait) and self._goes_on(queue):
@@ -466,7 +536,10 @@ class Invoker:
                 return None
             steps.close()
             self._finish(queue, delivery)
-            return self._next(wait=False)
+            is_halt = queue.partition.halted is delivery.finished
+            following = self._next(wait=False)
+        self._note_end(delivery, is_halt)
+        return following
 
     def _goes_on(self, queue: _Queue) -> bool:
         return not (self._ending or queue.partition.halted or queue.abandoned)
@@ -490,7 +563,8 @@ class Invoker:
         queue.waiting = True
         now = self._timer()
         if self._breaker.lets_through(now):
-            heapq.heappush(self._waits, (now + secs, next(self._order), queue))
+            queue.due = now + secs
+            heapq.heappush(self._waits, (queue.due, next(self._order), queue))
             if secs > _TOLD_SECS:
                 text = "%s-%d waits %d s before its next invocation, as the answer to the last one "
                 _LOGGER.warning(text + "asked for (Retry-After)", *queue.key[:2], secs)
@@ -587,9 +661,81 @@ class Invoker:
             policy.wait_secs,
         )
 
+    def _count(self, queue: _Queue, delivery: Delivery) -> None:
+        """Add what a call has come to, at once and not when its batch ends."""
+        stats = replace(delivery.finished.stats)
+        with self._changed:
+            self._stats.add(stats.since(queue.counted))
+            queue.counted = stats
+
+    def _note(
+        self, queue: _Queue, delivery: Delivery, call: Call, outcome: Outcome, step: Step | None
+    ) -> None:
+        """Say that a call has failed, or that its partition is answered again, if it is due."""
+        batch = delivery.batch
+        if outcome.kind is Kind.SUCCESS:
+            queue.failed = None
+            if self._failures.is_quiet:
+                return
+            with self._changed:
+                recovery = self._failures.succeeded(batch.key, batch.lane, self._timer())
+            if recovery:
+                place = {"topic": batch.topic, "partition": batch.partition}
+                text = recovery_line(batch.key, recovery)
+                _LOGGER.info("%s", text, extra={"facts": place})
+            return
+        if outcome.kind is Kind.CONFIG:
+            return  # it ends the run, which says so
+        offsets = call.pick(batch.records.offsets)
+        failure = failed(batch.key, offsets, outcome, call.attempt, self._clock())
+        with self._changed:
+            queue.failed = self._last_error = failure
+            if delivery.finished.halted:
+                return  # said as that
+            held_back = self._failures.failed(
+                batch.key, batch.lane, failure.error_type, self._timer()
+            )
+            waits = not self._breaker.lets_through(self._timer())
+        if held_back is None:
+            return
+        secs = None
+        if isinstance(step, Call):
+            then = "tried again at once"
+        elif isinstance(step, Wait) and waits:
+            then = "tried again when the breaker lets it through"
+        elif isinstance(step, Wait):
+            secs = round(step.secs, 1)
+            then = f"tried again in {secs} s"
+        else:
+            then = "given up"
+        more = {"next_try_secs": secs, "held_back": held_back}
+        text = failure_line(failure, then, held_back)
+        _LOGGER.warning("%s", text, extra={"facts": failure.facts | more})
+
+    def _note_end(self, delivery: Delivery, is_halt: bool) -> None:
+        """Say that a partition was halted, or that records were given up that were not sent."""
+        batch, finished = delivery.batch, delivery.finished
+        if is_halt and finished.halted:
+            with self._changed:
+                held_back = self._failures.halted(batch.key)
+                self._last_error = given_up(batch.key, finished.halted, self._clock())
+                facts = self._last_error.facts | halt_facts(finished)
+            _LOGGER.error("%s", halt_log_line(finished, held_back), extra={"facts": facts})
+        for part in finished.parts:
+            if isinstance(part, Responses) or (part.attempts and part.condition != AGE_EXCEEDED):
+                continue
+            failure = given_up(batch.key, part, self._clock())
+            with self._changed:
+                self._last_error = failure
+                due = self._failures.given_up(batch.key, failure.error_type, self._timer())
+            if due is not None:
+                text = failure_line(failure, "given up", due)
+                _LOGGER.warning("%s", text, extra={"facts": failure.facts | {"held_back": due}})
+
     def _finish(self, queue: _Queue, delivery: Delivery) -> None:
         """The head is done, halted, or abandoned. Holds the lock."""
         batch, finished = delivery.batch, delivery.finished
+        queue.failed = queue.due = None
         queue.delivery = queue.steps = None
         queue.scheduled = False
         records, size = _size(batch)
@@ -642,6 +788,7 @@ class Invoker:
             queue.records, queue.bytes = _size(queue.delivery.batch) if queue.delivery else (0, 0)
         for queue in idle:
             queue.scheduled = queue.waiting = False
+            queue.due = None
             if queue.delivery:
                 self._finish(queue, queue.delivery)
 
@@ -666,6 +813,37 @@ def _send(steps: Generator[Step, Outcome | None, None], outcome: Outcome) -> Ste
 def _failed_at(finished: Finished) -> int:
     assert finished.halted
     return finished.halted.records.offsets[0]
+
+
+def _waits_for(queue: _Queue) -> str:
+    """What a lane waits for that has failed."""
+    if not queue.waiting:
+        return REPEATING
+    if queue.due is None:
+        return BREAKER
+    assert queue.failed
+    return THROTTLE if queue.failed.kind == Kind.THROTTLED.value else BACKOFF
+
+
+def _oldest_ms(partition: _Partition) -> int | None:
+    """The timestamp of the first record that is not finished; None if there is none."""
+    if partition.halted:
+        assert partition.halted.halted
+        stamps = list(partition.halted.halted.records.timestamps[:1])
+    else:
+        stamps = [_first_ms(queue) for queue in partition.lanes.values()]
+    return min((stamp for stamp in stamps if stamp > NO_TIMESTAMP), default=None)
+
+
+def _first_ms(queue: _Queue) -> int:
+    done, head = 0, []
+    if queue.delivery:
+        done, head = queue.delivery.finished.next_offset, [queue.delivery.batch]
+    for batch in itertools.chain(head, queue.batches):
+        place = bisect_left(batch.records.offsets, done)
+        if place < len(batch.records):
+            return batch.records.timestamps[place]
+    return NO_TIMESTAMP
 
 
 def _size(batch: Batch) -> tuple[int, int]:

@@ -257,6 +257,17 @@ class RoundReader:
         flush = flush and partition.at_end
         return any(self._due(lane, flush) for lane in partition.lanes)
 
+    @property
+    def oldest_ms(self) -> int | None:
+        """The timestamp of the oldest record that was read and not handed out."""
+        firsts = (
+            lane.messages[0].timestamp()
+            for partition in self._partitions.values()
+            for lane in partition.lanes
+            if lane.messages
+        )
+        return min((stamp for kind, stamp in firsts if kind), default=None)
+
     def waiting(self, key: PartitionKey) -> tuple[int, int]:
         """Records of a partition that were read and not handed out, and their bytes."""
         partition = self._partitions[key]

@@ -20,6 +20,7 @@ from pipeline.watch.progress import (
     summary,
     summary_text,
 )
+from transforms.invoke.failures import BACKOFF, BREAKER, THROTTLE, Failed, Stuck, Trouble
 from transforms.records import Failure, Finished, Records
 
 COUNTERS = Counter(
@@ -79,6 +80,10 @@ FIELDS = [
     "breaker",
     "filtered",
     "halted",
+    "last_error",
+    "waits",
+    "lag_max",
+    "oldest_age_secs",
     "committed",
     "elapsed_secs",
 ]
@@ -110,6 +115,18 @@ def test_the_summary_has_exactly_these_fields() -> None:
                 "message": "no such item",
             }
         ],
+        "last_error": None,
+        "waits": [
+            {
+                "topic": "orders",
+                "partition": 2,
+                "for": "halted",
+                "until": None,
+                "error_type": "ValueError",
+            }
+        ],
+        "lag_max": 100,
+        "oldest_age_secs": None,
         "committed": {"a-0": 1, "orders-2": 70, "orders-10": 5},
         "elapsed_secs": 2.0,
     }
@@ -153,8 +170,8 @@ def test_halted_partitions_say_which_where_and_how_to_go_on() -> None:
     assert lines[0] == (
         "halted: orders-2 at offset 70: RetryAttemptsExhausted, ValueError: no such item"
     )
-    assert (
-        lines[1] == "halted: pay-0 at offset 70: RetryAttemptsExhausted, ValueError: a long story"
+    assert lines[1] == (
+        r"halted: pay-0 at offset 70: RetryAttemptsExhausted, ValueError: a\n  long\nstory"
     )
     assert len(lines) == 3
     for part in ("group g1", "same command again", "--on_error=log", "--error_topic"):
@@ -198,7 +215,41 @@ def test_the_progress_line() -> None:
     assert "\n" not in text
     for part in ("records: 1240", "batches: 12", "in flight: 7 of 8,", "retries: 3"):
         assert part in text
-    assert "lag: 111, partitions: 3" in text
+    assert "lag: 111 (largest: orders-0 100), partitions: 3" in text
+
+
+def test_an_outage_shows_in_line_table_and_summary() -> None:
+    """What failed last, where, what the stuck partitions wait for, and how old what waits is."""
+    error = Failed(
+        "orders", 0, 100, 109, "transient", "Timeout", "[red]slow", 3, 1e9, request_id="r-1"
+    )
+    stuck = [
+        Stuck("orders", 0, BACKOFF, 1e9 + 5, "Timeout"),
+        Stuck("orders", 3, BREAKER, None, "Timeout"),
+        *(Stuck("pay", number, THROTTLE, 1e9 + 1, "TooMany") for number in range(20)),
+    ]
+    status = _status(trouble=Trouble(error, stuck, 61.26), halted=[_halted()])
+    text = (
+        "oldest unfinished record: 61 s, halted: orders-2, "
+        "waiting: orders-0 (backoff until 01:46:45Z, Timeout) orders-3 (breaker, Timeout) "
+        "pay-0 (throttle until 01:46:41Z, TooMany) pay-1 (throttle until 01:46:41Z, TooMany) "
+        "pay-2 (throttle until 01:46:41Z, TooMany) and 17 more, "
+        "last error: orders-0 at offset 100, 01:46:40Z: Timeout: [red]slow"
+    )
+    assert progress_text(status).endswith(f", partitions: 3, {text}")
+    assert summary_text(status).endswith(f", throttles: 5, {text}")
+    assert str(progress_table(status).caption).splitlines()[1] == text
+    facts = summary(status)
+    assert facts["last_error"] == {"time": "2001-09-09T01:46:40.000+00:00"} | error.facts
+    assert facts["oldest_age_secs"] == 61.26
+    assert len(facts["waits"]) == 23
+    assert facts["waits"][0] == {
+        "topic": "orders",
+        "partition": 0,
+        "for": "backoff",
+        "until": "2001-09-09T01:46:45.000+00:00",
+        "error_type": "Timeout",
+    }
 
 
 def test_a_limit_that_is_not_known_is_not_shown() -> None:
@@ -238,7 +289,10 @@ def test_the_live_table_shows_the_halted_partition() -> None:
         "620",
         "2.0",
     ]
-    assert str(table.caption) == "lag: orders-0 100  orders-2 halted  orders-3 0"
+    assert str(table.caption).splitlines() == [
+        "lag: orders-0 100  orders-2 halted  orders-3 0",
+        "halted: orders-2",
+    ]
 
 
 def test_the_live_table_shows_the_largest_lags_only() -> None:
@@ -291,6 +345,15 @@ def test_json_logs_parse(logging_restored, capsys) -> None:
     assert set(first) == {"time", "level", "logger", "message"}
     assert second["level"] == "ERROR"
     assert "ValueError: bad" in second["exception"]
+
+
+def test_json_logs_keep_the_facts_beside_the_message(logging_restored, capsys) -> None:
+    """As fields; none of them takes the place of a line's own."""
+    logs.configure("json")
+    facts = {"topic": "orders", "offsets": [1, 2], "message": "of the function"}
+    logging.getLogger("transforms").warning("failed", extra={"facts": facts})
+    line = json.loads(capsys.readouterr().err)
+    assert (line["topic"], line["offsets"], line["message"]) == ("orders", [1, 2], "failed")
 
 
 def test_text_logs_are_lines(logging_restored, capsys) -> None:

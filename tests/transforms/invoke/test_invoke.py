@@ -175,8 +175,17 @@ def test_the_limit_and_the_breaker_are_gauges() -> None:
 
         try:
             gauges(0, 1)
-            assert shared_invoker(config).wait(lambda invoker: invoker.breaker_open, 60)
-            assert gauges(2) == {"in_flight": 0, "concurrency_limit": 7, "breaker_open": 1}
+            assert shared_invoker(config).wait(
+                lambda invoker: invoker.breaker_open and bool(invoker.trouble.stuck), 60
+            )
+            found = gauges(2)
+            assert found.pop("oldest_age_secs") > 1e9  # its timestamp is that of 1970
+            assert found == {
+                "in_flight": 0,
+                "concurrency_limit": 7,
+                "breaker_open": 1,
+                "stuck_partitions": 1,
+            }
         finally:
             invoker = forget(make_invoker, config)
             assert invoker

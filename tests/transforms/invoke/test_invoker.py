@@ -22,6 +22,7 @@ from transforms.invoke.retry import Call, RetryPolicy
 from transforms.lanes import Lanes
 from transforms.records import (
     Batch,
+    CallStats,
     Failure,
     Finished,
     Progress,
@@ -1503,3 +1504,34 @@ def test_lanes_keep_the_order_of_each_key_and_the_mark_below_what_is_not_done(
         assert not halted
         assert sorted(done) == list(range(len(log)))
         assert mark == len(log)
+
+
+def test_calls_are_counted_when_they_end_and_each_once() -> None:
+    """Not when their batch ends, which while a function is away is never."""
+    timer = Timer()
+    ok = threading.Event()
+
+    def answer(batch: Batch, call: Call) -> Outcome:
+        return _answered(batch, call) if ok.is_set() else _failed(Kind.TRANSIENT)
+
+    function = Function(answer)
+    with _running(function, False, timer=timer, random=lambda: 1.0) as invoker:
+        invoker.submit([_batch(A, 0), _batch(B, 0)])
+        assert invoker.wait(lambda invoker: invoker.stats.retries == 2, GUARD_SECS)
+        assert not invoker.has_finished
+        assert invoker.take_stats().invocations == 2
+        ok.set()
+        assert invoker.wait(lambda invoker: len(invoker.trouble.stuck) == 2, GUARD_SECS)
+        assert {stuck.waits_for for stuck in invoker.trouble.stuck} == {"backoff"}
+        timer.secs = 100.0
+        invoker.submit([_batch(C, 0)])
+        assert invoker.wait(lambda invoker: not invoker.pending_batches, GUARD_SECS)
+        taken = invoker.take_stats()
+        assert (taken.invocations, taken.retries) == (3, 0)
+        assert invoker.take_stats() == CallStats()
+        total = CallStats()
+        for finished in invoker.collect():
+            total.add(finished.stats)
+        assert invoker.stats == total
+        assert not invoker.trouble.stuck
+        assert invoker.trouble.last_error
