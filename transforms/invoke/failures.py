@@ -182,7 +182,7 @@ def halt_log_line(finished: Finished, held_back: int = 0) -> str:
     if failure.request_id:
         parts.append(f"request id {shown(failure.request_id, _TYPE_CHARACTERS)}")
     if held_back:
-        parts.append(f"{held_back} failures before it were not logged")
+        parts.append(f"failures not logged before: {held_back}")
     parts.append("nothing from there on is committed, the other partitions go on")
     return "; ".join(parts)
 
@@ -208,7 +208,7 @@ class Recovery:
 def recovery_line(key: PartitionKey, recovery: Recovery) -> str:
     """What the log says when a partition is answered again."""
     held_back = recovery.held_back
-    more = f"; {held_back} failures before were not logged" if held_back else ""
+    more = f"; failures not logged before: {held_back}" if held_back else ""
     after = ""
     if failures := recovery.failures:
         many = "s" if failures > 1 else ""

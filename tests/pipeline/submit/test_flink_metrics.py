@@ -42,6 +42,7 @@ class JobManager:
         "t2": {
             "[3]{Invoke}.invoke_invocations": (7, 4),
             "[3]{Invoke}.invoke_in_flight": (6, 3),
+            "[3]{Invoke}.invoke_oldest_age_secs": (80, 50),
             "[4]{Write}.write_responses": (60, 40),
         },
     }
@@ -79,6 +80,7 @@ def test_counters_are_summed_and_what_runs_is_not() -> None:
         "read.records": 70,
         "invoke.invocations": 7,
         "invoke.in_flight": 3,
+        "invoke.oldest_age_secs": 50,
         "write.responses": 60,
     }
     assert not any("numRecordsIn" in path for path in manager.asked)

@@ -227,7 +227,7 @@ def test_a_halt_has_one_wording() -> None:
     line = r"halted: orders-2 at offset 70: RetryAttemptsExhausted, ValueError: no\nitem"
     assert halt_line(finished) == line
     assert halt_log_line(finished, 4) == (
-        f"{line}; attempt 3; request id r-1; 4 failures before it were not logged; nothing from "
+        f"{line}; attempt 3; request id r-1; failures not logged before: 4; nothing from "
         "there on is committed, the other partitions go on"
     )
 
@@ -241,12 +241,12 @@ def test_a_halt_has_one_wording() -> None:
         ),
         (
             Recovery(12.34, 17, 15),
-            "recovered: orders-0 is answered again after 12.3 s and 17 failed invocations; 15 "
-            "failures before were not logged",
+            "recovered: orders-0 is answered again after 12.3 s and 17 failed invocations; "
+            "failures not logged before: 15",
         ),
         (
             Recovery(0, 0, 15),
-            "recovered: orders-0 is answered again; 15 failures before were not logged",
+            "recovered: orders-0 is answered again; failures not logged before: 15",
         ),
     ],
 )
