@@ -220,8 +220,11 @@ class _Writer:
 def soak(load: Load) -> Result:
     """Run it on a broker of its own."""
     with tempfile.TemporaryDirectory() as folder, KafkaBroker() as broker:
-        broker.create_topic(TOPIC, load.partitions)
         broker.create_topic(RESPONSES, 8)
+        # A few at a time: each time is waited for, and the machine may be busy.
+        broker.create_topic(TOPIC, min(load.partitions, 100))
+        for total in range(200, load.partitions + 100, 100):
+            broker.add_partitions(TOPIC, min(total, load.partitions))
         return run_on(broker, load, Path(folder))
 
 

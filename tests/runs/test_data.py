@@ -145,7 +145,7 @@ def test_a_header_name_that_is_no_text_costs_nothing(broker: KafkaBroker, names:
     assert broker.committed(group, topic) == {0: 3}
     (error,) = broker.read_all(errors)
     (original,) = originals(error)
-    assert [header["key"] for header in original["headers"]] == ["\ufffd", "trace"]
+    assert [header["name"] for header in original["headers"]] == ["\ufffd", "trace"]
 
 
 def test_payloads_are_bounded_to_the_byte(broker: KafkaBroker, names: Names) -> None:
