@@ -43,7 +43,6 @@ from pipeline.local.faults import Fault, throttle, unavailable
 from tests.bench.topics import Topics
 from tests.sink import serve, start
 
-GROUP, TOPIC, RESPONSES = "soak", "soak", "soak-responses"
 STEP_SECS = 0.25
 BURST = 5  # records of one key, one behind the other
 _PLACE = re.compile(rb'"partition":(\d+),')
@@ -64,6 +63,7 @@ class Load:
         lanes: Invocations at once inside a partition.
         throttled: Share of the invocations that are answered 429.
         unavailable: Share that is answered 503.
+        name: Of the topic and the consumer group.
     """
 
     secs: float = 300.0
@@ -75,6 +75,12 @@ class Load:
     lanes: int = 4
     throttled: float = 0.01
     unavailable: float = 0.005
+    name: str = "soak"
+
+    @property
+    def responses(self) -> str:
+        """The response topic."""
+        return f"{self.name}-responses"
 
     @property
     def bad(self) -> int:
@@ -178,7 +184,7 @@ class _Writer:
         self._load = load
         self._random = random.Random(random_seed)
         self._plain = Producer({"bootstrap.servers": servers, "linger.ms": 5})
-        self._aborting = Producer({"bootstrap.servers": servers, "transactional.id": "soak"})
+        self._aborting = Producer({"bootstrap.servers": servers, "transactional.id": load.name})
         self._aborting.init_transactions(60)
         self._steps = 0
 
@@ -213,18 +219,18 @@ class _Writer:
             key = b"key-%d" % self._random.randrange(20)
             value = b'{"status":"%s","note":"%s"}' % (b"new" if dropped else b"paid", b"x" * 200)
             for _ in range(BURST):
-                producer.produce(TOPIC, value, key, partition)
+                producer.produce(self._load.name, value, key, partition)
             producer.poll(0)
 
 
 def soak(load: Load) -> Result:
     """Run it on a broker of its own."""
     with tempfile.TemporaryDirectory() as folder, KafkaBroker() as broker:
-        broker.create_topic(RESPONSES, 8)
+        broker.create_topic(load.responses, 8)
         # A few at a time: each time is waited for, and the machine may be busy.
-        broker.create_topic(TOPIC, min(load.partitions, 100))
+        broker.create_topic(load.name, min(load.partitions, 100))
         for total in range(200, load.partitions + 100, 100):
-            broker.add_partitions(TOPIC, min(total, load.partitions))
+            broker.add_partitions(load.name, min(total, load.partitions))
         return run_on(broker, load, Path(folder))
 
 
@@ -240,9 +246,9 @@ def run_on(broker: KafkaBroker, load: Load, folder: Path) -> Result:
         start(
             broker,
             server,
-            topics=TOPIC,
-            response_topic=RESPONSES,
-            consumer_group=GROUP,
+            topics=load.name,
+            response_topic=load.responses,
+            consumer_group=load.name,
             filter_criteria=filters,
             parallelization_factor=load.lanes,
             batch_size=10,
@@ -252,7 +258,7 @@ def run_on(broker: KafkaBroker, load: Load, folder: Path) -> Result:
         writer = _Writer(broker.bootstrap_servers, load)
         first = Phase()
         function.phase = first
-        broker.produce(TOPIC, [(load.partitions - 1, None, b'{"status":"paid"}')])
+        broker.produce(load.name, [(load.partitions - 1, None, b'{"status":"paid"}')])
         sink.until(lambda: bool(first.waits), "nothing is invoked", 120)
         writer.run(load.secs / 10)
         for phase, secs in ((result.without, load.secs / 3), (result.beside, load.secs * 2 / 3)):
@@ -264,10 +270,10 @@ def run_on(broker: KafkaBroker, load: Load, folder: Path) -> Result:
             sink.until(lambda: True, "the load was over")  # it still runs
         function.phase = None
         result.peak_mb = _peak_mb(sink.process.pid)
-        ends = broker.end_offsets(TOPIC)
+        ends = broker.end_offsets(load.name)
 
         def is_done() -> bool:
-            committed = broker.committed(GROUP, TOPIC)
+            committed = broker.committed(load.name, load.name)
             return all(
                 committed.get(partition, 0) >= end
                 for partition, end in ends.items()
@@ -286,19 +292,19 @@ def run_on(broker: KafkaBroker, load: Load, folder: Path) -> Result:
         if ended.code != (3 if load.halted else 0):
             result.wrong.append(f"the exit code is {ended.code}: {ended.stderr[-500:]}")
         result.summary = json.loads(ended.stdout) if ended.stdout.strip() else {}
-    _count(broker, result)
+    _count(broker, load, result)
     return result
 
 
-def _count(broker: KafkaBroker, result: Result) -> None:
+def _count(broker: KafkaBroker, load: Load, result: Result) -> None:
     """What became of each record."""
     responses: Counter[tuple[int, int]] = Counter()
     topics = Topics(broker.bootstrap_servers)
-    for message in topics.read(RESPONSES):
+    for message in topics.read(load.responses):
         key = json.loads(message.key() or b"")
         responses[key["partition"], key["offset"]] += 1
-    committed = broker.committed(GROUP, TOPIC)
-    for record in broker.read_all(TOPIC, timeout=300):
+    committed = broker.committed(load.name, load.name)
+    for record in broker.read_all(load.name, timeout=300):
         place = (record.partition, record.offset)
         count = responses.pop(place, 0)
         finished = record.offset < committed.get(record.partition, 0)
