@@ -141,9 +141,11 @@ def _secret(secretmanager: Any, secret: Secret) -> bytes:
     host = f"secretmanager.{secret.location}.rep.googleapis.com" if secret.location else None
     # The variable is the one of gcloud, for private endpoints.
     other = os.environ.get("CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER", "").rstrip("/")
-    settings: dict[str, Any] = {"client_options": {"api_endpoint": other or host}}
-    if other:
-        settings["transport"] = "rest"
+    # Not gRPC: it leaves threads behind, and workers are forked from this process.
+    settings: dict[str, Any] = {
+        "client_options": {"api_endpoint": other or host},
+        "transport": "rest",
+    }
     if other.startswith("http://"):
         # No credentials go where anybody may listen.
         from google.auth.credentials import AnonymousCredentials

@@ -213,7 +213,9 @@ GROUPS = (
             Option(
                 "starting_position",
                 "Where to begin with a partition for which the group has no committed offset: at "
-                "its first record, behind its last one, or at --starting_timestamp.",
+                "its first record, behind its last one, or at --starting_timestamp. With LATEST, a "
+                "partition added while no run was up begins at its first record all the same: one "
+                "of a topic, or of topics of a regex, of which the group has offsets.",
                 kind="choice",
                 default=TRIM_HORIZON,
                 choices=(TRIM_HORIZON, LATEST, AT_TIMESTAMP),

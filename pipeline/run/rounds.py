@@ -25,13 +25,15 @@ from transforms.errors import SinkError, Stopped
 from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import InvokeConfig, shared_invoker, why_broken
 from transforms.invoke.invoker import Invoker, QueueView
-from transforms.kafka.offsets import LOOK_SECS, SourceOffsets
+from transforms.kafka.offsets import LOOK_SECS, SourceOffsets, choose_start
 from transforms.read.rounds import Room, Round, shared_reader
 from transforms.records import CallStats, Finished, PartitionKey
 
 _LOGGER = logging.getLogger(__name__)
 
 _DISCOVER_SECS = 2.0
+_MISSING_LOOKS = 4
+_MEND_SECS = 0.5
 _ENDS_SECS = 0.5
 _BUSY_POLL_SECS = 0.02
 _IDLE_POLL_SECS = 0.2
@@ -340,6 +342,9 @@ class Rounds:
         self._source = SourceOffsets(config.source, self._reader.consumer)
         hear(config, stop)
         self._targets: dict[PartitionKey, int] = {}
+        self._topic_ids: dict[str, str] = {}
+        self._missed: Counter[PartitionKey] = Counter()
+        self._mended = float("-inf")
         self._discovered = float("-inf")
         self._ends: dict[PartitionKey, int | None] | None = None
         self._looked = float("-inf")
@@ -356,9 +361,11 @@ class Rounds:
             preflight(self._config, self._source)
         self._discover(at_start=True)
         self._look_at_ends(0)
-        while not self._stop.is_set() and not self._invoker.broken and not self._ended():
+        ended = False
+        while not (self._stop.is_set() or self._invoker.broken or (ended := self._ended())):
             busy = self._invoker.pending_batches > 0 or self._invoker.has_finished
             self._reader.fill(_BUSY_POLL_SECS if busy else _IDLE_POLL_SECS)
+            self._mend()
             self._look_at_ends()
             if self._timer() - self._discovered > _DISCOVER_SECS:
                 self._discover(at_start=False)
@@ -375,6 +382,10 @@ class Rounds:
         self._graph.close()
         self._committer.refresh(now=True)
         self._look_at_ends(0)
+        if ended:
+            for key, error in self._reader.lost.items():
+                if not self._at_target(key):
+                    raise error
         return self.status()
 
     def status(self) -> Status:
@@ -478,32 +489,112 @@ class Rounds:
     def _discover(self, at_start: bool) -> None:
         """Take in partitions that were not there before."""
         self._discovered = self._timer()
+        self._committer.listen()
         try:
-            known = set(self._reader.partitions)
             found = self._source.partitions() if at_start else self._source.partitions(LOOK_SECS)
-            keys = [key for key in found if key not in known and self._share.has(key)]
-            starts = self._source.starts(keys, at_start) if keys else {}
-        except SinkError:
+            found = [key for key in found if self._share.has(key)]
+            ids = self._source.topic_ids({topic for topic, _ in found}) if found else {}
+            anew = {topic for topic, id in ids.items() if self._topic_ids.get(topic, id) != id}
+            if anew:
+                self._begin_anew(anew, found)
+            self._topic_ids |= ids
+            known = set(self._reader.partitions)
+            self._take_up([key for key in found if key not in known], at_start)
+            self._miss(known - set(found), known)
+        except SinkError as error:
             if at_start:
                 raise
-            return  # a broker that is away for a moment; asked again with the next turn
-        if self._flush:
-            self._targets |= {key: self._source.range(key)[1] for key in keys}
-        if starts:
-            marks = {
-                key: self._config.lanes.marks(start.note, start.offset, start.end)
-                for key, start in starts.items()
-            }
-            # Committed at once: what a starting position came to, so that a crash before the first
-            # batch is finished does not move it; and what was committed before, by whomever, since
-            # the broker counts from then on how long it keeps it.
-            self._committer.commit(
-                {key: start.offset for key, start in starts.items()},
-                {key: self._config.lanes.note(each) for key, each in marks.items()},
-            )
-            for key, each in marks.items():
-                self._committer.begin(key, each)
-            self._reader.assign(marks)
+            # A broker that is away for a moment; asked again with the next turn.
+            _LOGGER.debug("partitions are not looked for now: %s", error)
+
+    def _miss(self, missing: set[PartitionKey], known: set[PartitionKey]) -> None:
+        """Give partitions up that are not there, looked for again and again: a broker that has just
+        begun may not know them yet."""
+        for key in known - missing:
+            if self._missed.pop(key, 0) >= _MISSING_LOOKS:
+                self._reader.find(key)
+        for key in missing:
+            self._missed[key] += 1
+            if self._missed[key] >= _MISSING_LOOKS:
+                self._reader.lose(key)
+
+    def _take_up(self, keys: list[PartitionKey], at_start: bool) -> None:
+        """Begin with partitions, each where it was left, or where a new one begins."""
+        if not keys:
+            return
+        starts = self._source.starts(keys, at_start)
+        targets = {key: high for key, (_, high) in self._source.ranges(keys).items()}
+        marks = {
+            key: self._config.lanes.marks(start.note, start.offset, start.end)
+            for key, start in starts.items()
+        }
+        # Committed at once: what a starting position came to, so that a crash before the first
+        # batch is finished does not move it; and what was committed before, by whomever, since
+        # the broker counts from then on how long it keeps it.
+        self._committer.commit(
+            {key: start.offset for key, start in starts.items()},
+            {key: self._config.lanes.note(each) for key, each in marks.items()},
+        )
+        for key, each in marks.items():
+            self._committer.begin(key, each)
+        self._targets |= targets
+        self._reader.assign(marks)
+
+    def _begin_anew(self, topics: set[str], found: list[PartitionKey]) -> None:
+        """Begin with the first records of topics that were deleted and made anew: the offsets of
+        before are those of other records."""
+        before = [key for key in self._reader.partitions if key[0] in topics]
+        self._restart({key: 0 for key in before if key in found}, "the topic was made anew")
+        for key in before:
+            if key not in found:
+                self._abandon(key)
+                self._reader.drop(key)
+
+    def _restart(self, offsets: dict[PartitionKey, int], why: str) -> None:
+        """Begin again with partitions, each at the first offset there is from the one given on.
+        What is under way of them counts for nothing."""
+        ranges = self._source.ranges(offsets, LOOK_SECS)
+        starts = {key: max(offset, ranges[key][0]) for key, offset in offsets.items()}
+        for key, start in starts.items():
+            self._abandon(key)
+            self._committer.begin(key, [start] * self._config.lanes.count)
+            self._targets[key] = ranges[key][1]
+            _LOGGER.warning("%s-%d: %s; going on at %d", *key, why, start)
+        self._reader.begin_anew(
+            {key: [start] * self._config.lanes.count for key, start in starts.items()}
+        )
+        self._committer.commit(starts)
+
+    def _abandon(self, key: PartitionKey) -> None:
+        for lane in range(self._config.lanes.count):
+            self._invoker.abandon((*key, lane))
+
+    def _mend(self) -> None:
+        """Go on with partitions whose next offset does not exist any more."""
+        overtaken = self._reader.overtaken
+        if not overtaken or self._timer() - self._mended < _MEND_SECS:
+            return
+        self._mended = self._timer()
+        try:
+            for key, (low, high) in self._source.ranges(overtaken, LOOK_SECS).items():
+                reached = overtaken[key]
+                if reached > high:
+                    start, why = choose_start(reached, low, high, low)
+                    self._restart({key: start.offset}, (why or "").rpartition("; ")[0])
+                    continue
+                if low > reached:
+                    self._totals.counters["read.offsets_gone"] += low - reached
+                    _LOGGER.warning(
+                        "%s-%d: %d offsets from %d on were deleted by the topic's retention before "
+                        "they were read; what was read is worked off, then it goes on at %d",
+                        *key,
+                        low - reached,
+                        reached,
+                        low,
+                    )
+                self._reader.go_on_at(key, low)
+        except SinkError as error:
+            _LOGGER.debug("asked again: %s", error)
 
     def _ended(self) -> bool:
         """Whether nothing more is to come, or nothing more can."""
@@ -511,8 +602,13 @@ class Rounds:
         if invoker.pending_batches or invoker.has_finished:
             return False
         halted = {finished.key for finished in invoker.halted}
-        going_on = [key for key in self._reader.partitions if key not in halted]
-        if halted and not going_on:
+        lost = self._reader.lost.keys()
+        going_on = [
+            key
+            for key in self._reader.partitions
+            if key not in halted and key not in lost and not self._reader.is_dropped(key)
+        ]
+        if (halted or lost) and not going_on:
             # Of several processes another may go on, and partitions be found for this one.
             return self._flush or self._share.count == 1
         return self._flush and all(map(self._at_target, going_on))

@@ -197,6 +197,10 @@ class OffsetCommitter:
         if failed:
             raise KafkaException(failed[0])
 
+    def listen(self) -> None:
+        """Take in what the connections have said: nobody else does, and it would pile up."""
+        self._consumer.poll(0)
+
 
 def final_problem(error: KafkaException, kafka: KafkaConfig, late: bool) -> KafkaError | None:
     """What to end with after a commit that failed; None if it is worth another try. Pure.

@@ -19,6 +19,7 @@ from typing import Any
 import confluent_kafka
 from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
 
 from transforms.errors import KafkaError, UsageError
 from transforms.text_file import read_text
@@ -149,13 +150,17 @@ def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
     return settings
 
 
-def make_consumer(config: KafkaConfig, **ours: Any) -> confluent_kafka.Consumer:
+def make_consumer(config: KafkaConfig, **defaults: Any) -> confluent_kafka.Consumer:
     """A consumer that is never subscribed: it reads and commits what it is told to.
+
+    Args:
+        config: The cluster, the group and the settings file.
+        defaults: Settings that the file may change.
 
     Raises:
         KafkaError: librdkafka refuses the settings.
     """
-    settings = client_settings(config) | {
+    ours = {
         "group.id": config.group,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
@@ -163,7 +168,16 @@ def make_consumer(config: KafkaConfig, **ours: Any) -> confluent_kafka.Consumer:
         "auto.offset.reset": "error",
         "enable.partition.eof": True,
     }
-    return _client(confluent_kafka.Consumer, settings | ours)
+    return _client(confluent_kafka.Consumer, defaults | client_settings(config) | ours)
+
+
+def make_admin(config: KafkaConfig) -> AdminClient:
+    """A client that asks about topics; who uses it calls `poll(0)`, so that no events pile up.
+
+    Raises:
+        KafkaError: librdkafka refuses the settings.
+    """
+    return _client(AdminClient, client_settings(config))
 
 
 def make_producer(settings: Mapping[str, Any]) -> confluent_kafka.Producer:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass, replace
 from time import monotonic, sleep
 
-from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka import (
+    Consumer,
+    IsolationLevel,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from transforms.errors import KafkaError
@@ -18,6 +25,7 @@ from transforms.kafka.client import (
     KafkaConfig,
     client_settings,
     describe,
+    make_admin,
     partitions_of,
     reason,
 )
@@ -31,6 +39,7 @@ TRIM_HORIZON, LATEST, AT_TIMESTAMP = "TRIM_HORIZON", "LATEST", "AT_TIMESTAMP"
 
 _NO_OFFSET = -1001  # what librdkafka reports for a group without a committed offset
 _INTERNAL = "__"
+_NOT_YET = NO_COORDINATOR | {ErrorCode.UNSTABLE_OFFSET_COMMIT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +78,17 @@ class Start:
     end: int = 0
 
 
+# An unclean election takes the last few records; of a topic made anew nothing is left.
+_FEW = 0.01
+
+
 def choose_start(
     committed: int | None, low: int, high: int, wanted: int
 ) -> tuple[Start, str | None]:
     """Where to begin, and what to warn of. Pure.
 
     Args:
-        committed: The group's committed offset, None if there is none.
+        committed: The group's committed offset, or what was reached; None if there is none.
         low: First offset that exists.
         high: The next offset to be written.
         wanted: What the starting position comes to.
@@ -86,8 +99,12 @@ def choose_start(
         lost = f"{low - committed} offsets after the committed {committed} were deleted by the "
         return Start(low, resolved=False), lost + f"topic's retention; going on at {low}"
     if committed > high:
-        again = f"the committed offset {committed} is behind the topic's end {high}: the topic was "
-        return Start(wanted, resolved=True), again + f"made anew; going on at {wanted}"
+        beyond = f"the committed offset {committed} is behind the topic's end {high}: "
+        if committed - high <= _FEW * committed:
+            lost = "its last records were lost, as by an unclean election of a leader; "
+            return Start(high, resolved=True), f"{beyond}{lost}going on at {high}"
+        # Whatever the starting position: all of it is newer than what was committed.
+        return Start(low, resolved=True), f"{beyond}the topic was made anew; going on at {low}"
     return Start(committed, resolved=False), None
 
 
@@ -110,6 +127,22 @@ def partly_known(
     return found
 
 
+def added_meanwhile(
+    keys: Iterable[PartitionKey], committed: Collection[PartitionKey], any_topic: bool
+) -> set[PartitionKey]:
+    """Partitions that were not there when the group was last at work. Pure.
+
+    Args:
+        keys: The partitions there are.
+        committed: Those of which the group has an offset.
+        any_topic: Whether a topic of which it has none is new too, since it has one of another.
+    """
+    topics = {topic for topic, _ in committed}
+    return {
+        key for key in keys if key not in committed and (key[0] in topics or (any_topic and topics))
+    }
+
+
 class SourceOffsets:
     """Asks Kafka about the source's partitions.
 
@@ -122,6 +155,7 @@ class SourceOffsets:
         self._config = config
         self._kafka = config.kafka
         self._consumer = consumer
+        self._admin: AdminClient | None = None
         self._pattern = re.compile(config.topics_regex) if config.topics_regex else None
 
     def partitions(self, timeout_secs: float = _TIMEOUT_SECS) -> list[PartitionKey]:
@@ -162,12 +196,25 @@ class SourceOffsets:
         """
         known = self.committed(keys)
         committed = {key: offset for key, (offset, _) in known.items()}
-        if at_start:
+        if at_start and self._config.starting_position != LATEST:
             self._warn_of_gaps(keys, known)
-        ranges = {key: self.range(key) for key in keys}
+        ranges = self.ranges(keys)
         wanted = {key: low for key, (low, _) in ranges.items()}
         if at_start and self._config.starting_position == LATEST:
-            wanted = {key: high for key, (_, high) in ranges.items()}
+            added = added_meanwhile(keys, committed, self._pattern is not None)
+            for key in keys:
+                low, high = ranges[key]
+                if key not in added:
+                    wanted[key] = high
+                elif low < high:
+                    _LOGGER.warning(
+                        "%s-%d has no committed offset, and others of --consumer_group=%s have: it "
+                        "was added while no run was up, or its offset has expired; going on at its "
+                        "first record, %d, in place of LATEST",
+                        *key,
+                        self._kafka.group,
+                        low,
+                    )
         elif at_start and self._config.starting_position == AT_TIMESTAMP:
             wanted = self._at_timestamp(ranges)
         starts = {}
@@ -200,23 +247,88 @@ class SourceOffsets:
 
     def range(self, key: PartitionKey) -> tuple[int, int]:
         """A partition's first offset and its next one, asked of the broker."""
+        return self.ranges([key])[key]
+
+    def ranges(
+        self, keys: Iterable[PartitionKey], timeout_secs: float = _TIMEOUT_SECS
+    ) -> dict[PartitionKey, tuple[int, int]]:
+        """The first offset and the next one of each partition, asked of all brokers at once.
+
+        Raises:
+            KafkaError: They cannot be read.
+        """
+        keys = list(keys)
+        lows = self._list_offsets(keys, OffsetSpec.earliest(), timeout_secs=timeout_secs)
+        highs = self._list_offsets(
+            keys, OffsetSpec.latest(), self._isolation(), timeout_secs=timeout_secs
+        )
+        return {key: (lows[key], max(lows[key], highs[key])) for key in keys}
+
+    def topic_ids(self, topics: Iterable[str], timeout_secs: float = LOOK_SECS) -> dict[str, str]:
+        """What tells a topic from one made anew under its name; nothing of brokers before 2.8.
+
+        Raises:
+            KafkaError: They cannot be read.
+        """
+        admin = self._get_admin()
         try:
-            low, high = self._consumer.get_watermark_offsets(
-                TopicPartition(*key), timeout=_TIMEOUT_SECS
+            asked = admin.describe_topics(
+                TopicCollection(list(topics)), request_timeout=timeout_secs
             )
-        except KafkaException as error:
-            raise self._failed("offsets of " + "-".join(map(str, key)), error) from None
-        return low, high
+            found = {}
+            for topic, future in asked.items():
+                try:
+                    found[topic] = future.result(timeout_secs + 1).topic_id
+                except KafkaException as error:
+                    if error.args[0].code() != ErrorCode.UNKNOWN_TOPIC_OR_PART:
+                        raise
+        except (KafkaException, TimeoutError) as error:
+            raise self._failed("topic ids", error) from None
+        finally:
+            admin.poll(0)
+        return {topic: str(id) for topic, id in found.items() if id is not None}
 
     def _written_end(self, key: PartitionKey) -> int:
         """A partition's end, records of open transactions included."""
-        admin = AdminClient(client_settings(self._kafka))
-        request = {TopicPartition(*key): OffsetSpec.latest()}
+        return self._list_offsets([key], OffsetSpec.latest())[key]
+
+    def _list_offsets(
+        self,
+        keys: list[PartitionKey],
+        which: OffsetSpec,
+        isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED,
+        timeout_secs: float = _TIMEOUT_SECS,
+    ) -> dict[PartitionKey, int]:
+        if not keys:
+            return {}
+        admin = self._get_admin()
+        what = "offsets"
         try:
-            found = admin.list_offsets(request, isolation_level=IsolationLevel.READ_UNCOMMITTED)
-            return int(next(iter(found.values())).result(_TIMEOUT_SECS).offset)
-        except KafkaException as error:
-            raise self._failed("offsets of " + "-".join(map(str, key)), error) from None
+            asked = admin.list_offsets(
+                {TopicPartition(*key): which for key in keys},
+                isolation_level=isolation,
+                request_timeout=timeout_secs,
+            )
+            found = {}
+            for each, future in asked.items():
+                what = f"offsets of {each.topic}-{each.partition}"
+                found[each.topic, each.partition] = int(future.result(timeout_secs + 1).offset)
+        except (KafkaException, TimeoutError) as error:
+            raise self._failed(what, error) from None
+        finally:
+            admin.poll(0)
+        return found
+
+    def _isolation(self) -> IsolationLevel:
+        level = client_settings(self._kafka).get("isolation.level")
+        if level == "read_uncommitted":
+            return IsolationLevel.READ_UNCOMMITTED
+        return IsolationLevel.READ_COMMITTED
+
+    def _get_admin(self) -> AdminClient:
+        if self._admin is None:
+            self._admin = make_admin(self._kafka)
+        return self._admin
 
     def committed(self, keys: list[PartitionKey]) -> dict[PartitionKey, tuple[int, str]]:
         """The group's committed offsets, where there are any, and the metadata kept with them."""
@@ -225,10 +337,15 @@ class SourceOffsets:
         while True:
             try:
                 offsets = self._consumer.committed(partitions, timeout=_TIMEOUT_SECS)
+                # Of a partition that could not be asked after nothing is known: not even that there
+                # is no offset.
+                for each in offsets:
+                    if each.error:
+                        raise KafkaException(each.error)
                 break
             except KafkaException as error:
                 # A broker that has just begun knows no coordinator for the group yet.
-                if error.args[0].code() not in NO_COORDINATOR or monotonic() > deadline:
+                if error.args[0].code() not in _NOT_YET or monotonic() > deadline:
                     group = f"committed offsets of group {self._kafka.group}"
                     raise self._failed(group, error) from None
                 sleep(0.2)
@@ -253,5 +370,6 @@ class SourceOffsets:
             for o in found
         }
 
-    def _failed(self, what: str, error: KafkaException) -> KafkaError:
-        return KafkaError(f"{describe(self._kafka)}: {what} cannot be read: {reason(error)}")
+    def _failed(self, what: str, error: KafkaException | TimeoutError) -> KafkaError:
+        why = reason(error) if isinstance(error, KafkaException) else "no answer in time"
+        return KafkaError(f"{describe(self._kafka)}: {what} cannot be read: {why}")

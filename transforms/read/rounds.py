@@ -175,6 +175,8 @@ class _Partition:
     at_end: bool = False
     paused: bool = False
     dropped: bool = False
+    overtaken: bool = False
+    lost: KafkaError | None = None
     served: int = -1
 
     @property
@@ -273,6 +275,51 @@ class RoundReader:
         partition = self._partitions[key]
         return partition.waiting, partition.bytes
 
+    def begin_anew(self, marks: dict[PartitionKey, list[int]]) -> None:
+        """Begin again with partitions, each lane at its offset; what was read is dropped."""
+        for key, offsets in marks.items():
+            lanes = [_Lane(number, offset) for number, offset in enumerate(offsets)]
+            place = self._partitions[key].place
+            self._partitions[key] = _Partition(key, place, lanes, min(offsets))
+            self._assign_again(key, min(offsets))
+
+    def go_on_at(self, key: PartitionKey, offset: int) -> None:
+        """Fetch a partition from this offset on, or from where it stands if that is behind it; what
+        was read of it stays."""
+        partition = self._partitions[key]
+        partition.next_offset = max(partition.next_offset, offset)
+        partition.overtaken = partition.paused = False
+        self._assign_again(key, partition.next_offset)
+
+    def _assign_again(self, key: PartitionKey, offset: int) -> None:
+        self.consumer.incremental_unassign([TopicPartition(*key)])
+        self.consumer.incremental_assign([TopicPartition(*key, offset)])
+
+    @property
+    def overtaken(self) -> dict[PartitionKey, int]:
+        """Partitions whose next offset does not exist any more, and that offset. Nothing is fetched
+        of them before `go_on_at` or `begin_anew`."""
+        return {p.key: p.next_offset for p in self._partitions.values() if p.overtaken}
+
+    @property
+    def lost(self) -> dict[PartitionKey, KafkaError]:
+        """Partitions of which nothing can be read for now, and why; those left out of which records
+        are left that were read before."""
+        return {p.key: p.lost for p in self._partitions.values() if p.lost and not p.waiting}
+
+    def lose(self, key: PartitionKey) -> None:
+        """Say that a partition is not there any more."""
+        error = PartitionError(f"topic {key[0]} cannot be read: it is gone")
+        self._trouble(self._partitions[key], error)
+
+    def find(self, key: PartitionKey) -> None:
+        """Say that a partition is there."""
+        self._partitions[key].lost = None
+
+    def is_dropped(self, key: PartitionKey) -> bool:
+        """Whether a partition is read no more."""
+        return self._partitions[key].dropped
+
     def is_paused(self, key: PartitionKey) -> bool:
         """Whether nothing is fetched of a partition now."""
         return self._partitions[key].paused
@@ -306,7 +353,7 @@ class RoundReader:
         """Take in what has been fetched; waits for the first of it. Returns how many records.
 
         Raises:
-            KafkaError: A partition cannot be read any more.
+            KafkaError: Nothing can be read any more.
         """
         try:
             messages = self.consumer.consume(_POLL_RECORDS, timeout_secs)
@@ -437,6 +484,7 @@ class RoundReader:
             lane.bytes += bytes_of(own)
         partition.next_offset = messages[-1].offset() + 1
         partition.at_end = False
+        partition.lost = None
 
     def _divide(self, messages: list[Message]) -> list[list[Message]]:
         """By lane."""
@@ -451,34 +499,62 @@ class RoundReader:
         return divided
 
     def _event(self, message: Message) -> None:
-        end = end_of_partition(message, self._config.kafka)
-        partition = self._partitions.get((message.topic(), message.partition()))
-        if partition is None or partition.dropped:
+        topic, number = message.topic(), message.partition()
+        try:
+            end = end_of_partition(message, self._config.kafka)
+        except PartitionError as error:
+            for key, each in self._partitions.items():
+                # What is wrong with a topic may come without a partition.
+                if key == (topic, number) or (number is None and key[0] == topic):
+                    self._trouble(each, error)
             return
-        if end is not None and end >= partition.next_offset:
+        partition = self._partitions.get((topic, number))
+        if partition is None or partition.dropped or end is None:
+            return
+        partition.lost = None
+        if end >= partition.next_offset:
             partition.next_offset = end
             partition.at_end = True
+
+    def _trouble(self, partition: _Partition, error: PartitionError) -> None:
+        if partition.dropped:
+            return
+        if isinstance(error, OffsetGoneError):
+            partition.overtaken = True
+            return
+        if partition.lost is None:
+            _LOGGER.warning("%s-%d: %s; the others go on", *partition.key, error)
+        partition.lost = error
+
+
+class PartitionError(KafkaError):
+    """One partition cannot be read; the others may."""
+
+
+class OffsetGoneError(PartitionError):
+    """A partition cannot be read at the offset it had reached."""
 
 
 def end_of_partition(message: Message, kafka: KafkaConfig) -> int | None:
     """What a message that is no record says: where the partition ends for now, or nothing.
 
     Raises:
-        KafkaError: The partition cannot be read any more.
+        PartitionError: The partition cannot be read any more.
+        KafkaError: Nothing can be read any more.
     """
     error = message.error()
     name = f"{message.topic()}-{message.partition()}"
     if error.code() == ErrorCode._PARTITION_EOF:
         return int(message.offset())
     if error.code() in (ErrorCode._AUTO_OFFSET_RESET, ErrorCode.OFFSET_OUT_OF_RANGE):
-        raise KafkaError(
+        raise OffsetGoneError(
             f"{name} cannot be read at the offset it had reached: {error.str()}; "
             f"the topic's retention is shorter than the pipeline's lag, or it was deleted. "
             f"Run again to go on at the first offset that still exists"
         )
     if error.code() in _FATAL:
         what = _FATAL[error.code()]
-        raise KafkaError(f"topic {message.topic()} cannot be read: {what} ({error.str()})")
+        raise PartitionError(f"topic {message.topic()} cannot be read: {what} ({error.str()})")
     if error.fatal():
         raise KafkaError(f"{describe(kafka)}: {error.str()}")
     _LOGGER.warning("%s: %s", describe(kafka), error.str())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transforms.errors import KafkaError, UsageError
+from transforms.kafka import client
 from transforms.kafka.client import (
     KafkaConfig,
     client_settings,
@@ -218,6 +220,17 @@ def test_a_config_says_nothing_of_what_is_in_the_file(tmp_path: Path) -> None:
     """A config may be logged and pickled: it has the file's name, not its values."""
     config = _config(tmp_path, "sasl.password=s3cret")
     assert "s3cret" not in repr(config)
+
+
+def test_the_file_says_how_much_is_fetched_ahead(tmp_path: Path, monkeypatch) -> None:
+    """What the reader sets is a default; what a guarantee stands on is not."""
+    monkeypatch.setattr(client, "_client", lambda kind, settings: settings)
+    config = _config(tmp_path, "queued.min.messages=7")
+    defaults = {"queued.min.messages": 50_000, "fetch.queue.backoff.ms": 20}
+    settings: Any = client.make_consumer(config, **defaults)
+    assert settings["queued.min.messages"] == "7"
+    assert settings["fetch.queue.backoff.ms"] == 20
+    assert settings["auto.offset.reset"] == "error"
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,9 @@ class FakeConsumer:
     def incremental_assign(self, partitions: list[TopicPartition]) -> None:
         self.assigned += [(each.topic, each.partition, each.offset) for each in partitions]
 
+    def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
+        self.paused -= {(each.topic, each.partition) for each in partitions}
+
     def pause(self, partitions: list[TopicPartition]) -> None:
         self.paused |= {(each.topic, each.partition) for each in partitions}
 
@@ -356,26 +359,85 @@ def test_the_end_of_a_partition_as_far_as_it_is_known(high: int, expected: int |
     assert reading.reader.end(KEY) == expected
 
 
+@pytest.mark.parametrize("number", [0, -1], ids=["of the partition", "of the topic"])
 @pytest.mark.parametrize(
-    ("message", "parts"),
+    ("code", "parts"),
     [
-        (_event(ErrorCode._AUTO_OFFSET_RESET), ["t-0", "retention", "Run again"]),
-        (_event(ErrorCode.OFFSET_OUT_OF_RANGE), ["t-0", "retention", "Run again"]),
-        (_event(ErrorCode.TOPIC_AUTHORIZATION_FAILED), ["topic t", "credentials"]),
-        (_event(ErrorCode.UNKNOWN_TOPIC_OR_PART), ["topic t", "gone"]),
-        (_event(ErrorCode._UNKNOWN_TOPIC), ["topic t", "gone"]),
-        (_event(ErrorCode._UNKNOWN_PARTITION), ["topic t", "gone"]),
-        (_event(ErrorCode._FATAL, fatal=True), ["broker:9092"]),
+        (ErrorCode.TOPIC_AUTHORIZATION_FAILED, ["topic t", "credentials"]),
+        (ErrorCode.UNKNOWN_TOPIC_OR_PART, ["topic t", "gone"]),
+        (ErrorCode._UNKNOWN_TOPIC, ["topic t", "gone"]),
+        (ErrorCode._UNKNOWN_PARTITION, ["topic t", "gone"]),
     ],
 )
-def test_a_partition_that_cannot_be_read_ends_the_run(message: Message, parts) -> None:
-    """One line that says which, and what to do; the records before it are kept."""
-    reading = Reading(batch_size=1)
-    with pytest.raises(KafkaError) as raised:
-        reading.fill([_message(0), message])
-    assert "\n" not in str(raised.value)
+def test_a_partition_that_cannot_be_read_is_lost(caplog, code: int, number: int, parts) -> None:
+    """One line that says which and why, once; what was read before it is handed out first."""
+    reading = Reading({0: 0}, batch_size=1)
+    reading.fill([_message(0), _event(code, partition=number), _event(code, partition=number)])
+    assert reading.reader.lost == {}
+    assert _offsets(reading.take()) == [0]
+    (error,) = reading.reader.lost.values()
+    (warning,) = caplog.messages
     for part in parts:
-        assert part in str(raised.value)
+        assert part in str(error)
+        assert part in warning
+    # It is there again.
+    reading.fill([_message(1)])
+    assert reading.reader.lost == {}
+    assert _offsets(reading.take()) == [1]
+    assert reading.reader.lost == {}
+
+
+def test_other_partitions_are_not_lost_with_one() -> None:
+    """They go on."""
+    reading = Reading({0: 0, 1: 0}, batch_size=1)
+    reading.fill([_event(ErrorCode._UNKNOWN_PARTITION), _message(0, 1)])
+    assert list(reading.reader.lost) == [KEY]
+    assert _offsets(reading.take(), 1) == [0]
+
+
+@pytest.mark.parametrize("code", [ErrorCode._AUTO_OFFSET_RESET, ErrorCode.OFFSET_OUT_OF_RANGE])
+def test_a_partition_that_retention_has_overtaken_goes_on_where_it_is_told(code: int) -> None:
+    """What was read stays, and the offsets that are gone belong to what comes before them."""
+    reading = Reading({0: 0, 1: 0}, batch_size=2)
+    reading.fill([_message(0), _event(code, 1), _message(0, 1)])
+    assert reading.reader.overtaken == {KEY: 1}
+    reading.reader.set_wanted([("t", 1)])
+    reading.reader.go_on_at(KEY, 7)
+    assert reading.reader.overtaken == {}
+    assert not reading.reader.is_paused(KEY)
+    assert reading.consumer.assigned[-1] == ("t", 0, 7)
+    reading.fill([_message(7)])
+    assert _offsets(reading.take()) == [0, 7]
+    assert reading.reader.position(KEY) == 8
+
+
+def test_nothing_is_gone_where_a_partition_goes_on_before_what_was_read() -> None:
+    """It is fetched from where it stands."""
+    reading = Reading(batch_size=1)
+    reading.fill([_message(0), _message(1), _event(ErrorCode._AUTO_OFFSET_RESET, 2)])
+    reading.reader.go_on_at(KEY, 1)
+    assert reading.consumer.assigned[-1] == ("t", 0, 2)
+    assert _offsets(reading.take()) == [0, 1]
+
+
+def test_a_partition_that_begins_anew_forgets_what_was_read() -> None:
+    """Also one that was dropped: these are other records."""
+    reading = Reading({0: 5}, batch_size=1, lanes=Lanes(2))
+    reading.fill([_message(5, key=b"k")])
+    reading.reader.drop(KEY)
+    reading.reader.begin_anew({KEY: [0, 0]})
+    reading.at = dict.fromkeys(reading.at, 0)
+    assert not reading.reader.is_dropped(KEY)
+    assert reading.consumer.assigned[-1] == ("t", 0, 0)
+    reading.fill([_message(0, key=b"k"), _end(1)])
+    assert _offsets(reading.take(flush=True)) == [0]
+
+
+def test_a_client_that_is_broken_ends_the_run() -> None:
+    """One line that says which; the records before it are kept."""
+    reading = Reading(batch_size=1)
+    with pytest.raises(KafkaError, match="broker:9092"):
+        reading.fill([_message(0), _event(ErrorCode._FATAL, fatal=True)])
     assert _offsets(reading.take()) == [0]
 
 
