@@ -9,7 +9,18 @@ import pytest
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.processes import wait_until
 from tests.conftest import Names
-from tests.sink import Sink, answered, arguments, commit, environment, poison, run, serve, start
+from tests.sink import (
+    Sink,
+    answered,
+    arguments,
+    commit,
+    environment,
+    invocations,
+    poison,
+    run,
+    serve,
+    start,
+)
 
 
 def test_every_partition_is_committed_again(broker: KafkaBroker, names: Names) -> None:
@@ -33,7 +44,7 @@ def test_every_partition_is_committed_again(broker: KafkaBroker, names: Names) -
         serve(poison("bad")) as server,
         start(broker, server, until="forever", **options) as sink,
     ):
-        sink.until(lambda: bool(server.calls), "nothing is invoked")
+        sink.until(lambda: bool(invocations(server)), "nothing is invoked")
         commit(broker, group, topic, {0: 0, 1: 0, 2: 99})
         sink.send(signal.SIGTERM)
         sink.wait(3)
@@ -49,13 +60,32 @@ def test_a_group_with_offsets_for_some_partitions_only(broker: KafkaBroker, name
     with serve() as server:
         options = {"topics": topic, "consumer_group": group, "starting_position": "LATEST"}
         ended = run(broker, server, **options)
-        assert (
-            f"group {group} has no offset for 2 of the 3 partitions of topic {topic} (0, 2): they "
-            f"are new, or the broker has forgotten it; they begin as --starting_position=LATEST "
-            f"says"
-        ) in ended.stderr
+        lines = [line for line in ended.stderr.splitlines() if "has no committed offset" in line]
+        assert len(lines) == 2
+        for partition, line in zip((0, 2), lines):
+            assert f"{topic}-{partition} has no committed offset, and others" in line
+            assert "its offset has expired; going on at its first record, 0" in line
+        assert [call.partition for call in invocations(server)] in ([0, 2], [2, 0])
         assert broker.committed(group, topic) == {0: 1, 1: 1, 2: 1}
-        assert "has no offset" not in run(broker, server, **options).stderr
+        again = run(broker, server, **options | {"starting_position": None})
+        assert "no offset" not in again.stderr
+        assert "no committed offset" not in again.stderr
+
+
+def test_a_group_with_offsets_for_some_partitions_only_and_trim_horizon(
+    broker: KafkaBroker, names: Names
+) -> None:
+    """It is said: records may come again."""
+    topic, group = names.topic(), names.group()
+    broker.create_topic(topic, partitions=3)
+    commit(broker, group, topic, {1: 0})
+    with serve() as server:
+        ended = run(broker, server, topics=topic, consumer_group=group)
+    assert (
+        f"group {group} has no offset for 2 of the 3 partitions of topic {topic} (0, 2): they "
+        f"are new, or the broker has forgotten it; they begin as --starting_position=TRIM_HORIZON "
+        f"says"
+    ) in ended.stderr
 
 
 @pytest.mark.slow
@@ -84,14 +114,14 @@ def test_a_broker_that_forgets_after_a_minute_forgets_nothing_of_a_run() -> None
         with Sink(redrive, environment()) as sink:
             assert sink.wait().summary["redrive"]["redriven"] == 0
 
-        before = len(server.calls)
+        before = len(invocations(server))
         # What another system has committed, and the run takes over: 0 halts, 1 and 2 are quiet.
         halts = {**output, "topics": "orders", "starting_position": "LATEST"}
         commit(broker, "taken", "orders", {0: 0, 1: 1, 2: 0})
         with start(
             broker, server, until="forever", commit_refresh_secs=10, consumer_group="taken", **halts
         ) as sink:
-            sink.until(lambda: len(server.calls) > before, "nothing is invoked")
+            sink.until(lambda: len(invocations(server)) > before, "nothing is invoked")
             commit(broker, "control", "orders", {0: 0})
             sink.until(
                 lambda: (
