@@ -16,6 +16,7 @@ from transforms.errors import KafkaError
 from transforms.kafka.beam_reader import to_columns
 from transforms.kafka.client import KafkaConfig
 from transforms.lanes import Lanes
+from transforms.read import rounds as module
 from transforms.read.rounds import (
     ReadConfig,
     Room,
@@ -590,6 +591,17 @@ def test_a_partition_s_bytes_are_taken_in_whole_batches(size: int, expected: int
 def test_a_round_s_bytes_are_taken_in_whole_batches(size: int, expected: int) -> None:
     """The same for the limit of all partitions together."""
     assert len(_offsets(_bytes_reading().take(bytes=size))) == expected
+
+
+def test_the_bytes_of_all_chunks_of_a_lane_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk has what those before it have left over."""
+    monkeypatch.setattr(module, "_CHUNK_RECORDS", 10)
+    reading = Reading(batch_size=10)
+    reading.fill([_message(offset) for offset in range(60)])
+    chunks = reading.take({0: (PLENTY, 35)})
+    assert [len(chunk.records) for chunk in chunks] == [10, 10, 10]
+    chunks = reading.take({0: (PLENTY, 20)})
+    assert [len(chunk.records) for chunk in chunks] == [10, 10]
 
 
 def test_a_record_larger_than_all_room_is_handed_out_alone() -> None:
