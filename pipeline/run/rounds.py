@@ -491,9 +491,10 @@ class Rounds:
         self._discovered = self._timer()
         self._committer.listen()
         try:
-            found = self._source.partitions() if at_start else self._source.partitions(LOOK_SECS)
-            found = [key for key in found if self._share.has(key)]
-            ids = self._source.topic_ids({topic for topic, _ in found}) if found else {}
+            wait = {} if at_start else {"timeout_secs": LOOK_SECS}
+            found = [key for key in self._source.partitions(**wait) if self._share.has(key)]
+            topics = {topic for topic, _ in found}
+            ids = self._source.topic_ids(topics, **wait) if topics else {}
             anew = {topic for topic, id in ids.items() if self._topic_ids.get(topic, id) != id}
             if anew:
                 self._begin_anew(anew, found)

@@ -264,7 +264,9 @@ class SourceOffsets:
         )
         return {key: (lows[key], max(lows[key], highs[key])) for key in keys}
 
-    def topic_ids(self, topics: Iterable[str], timeout_secs: float = LOOK_SECS) -> dict[str, str]:
+    def topic_ids(
+        self, topics: Iterable[str], timeout_secs: float = _TIMEOUT_SECS
+    ) -> dict[str, str]:
         """What tells a topic from one made anew under its name; nothing of brokers before 2.8.
 
         Raises:
