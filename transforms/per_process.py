@@ -8,27 +8,50 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Hashable)
 
-_lock = threading.RLock()
-_instances: dict[Any, Any] = {}
 _MISSING = object()
+
+
+class _Entry:
+    """A place for one instance. Its lock is its own: what takes long to make stops nobody else."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.instance: Any = _MISSING
+        self.forgotten = False
+
+
+_lock = threading.Lock()
+_entries: dict[Any, _Entry] = {}
 
 
 def per_process(make: Callable[[C], T], config: C) -> T:
     """The process's one `make(config)`, made at the first call for this `make` and `config`."""
-    with _lock:
-        # Asked once: a config is hashed anew each time, with all the configs in it.
-        instance = _instances.get((make, config), _MISSING)
-        if instance is _MISSING:
-            instance = _instances[make, config] = make(config)
-        return instance
+    while True:
+        with _lock:
+            # Asked once: a config is hashed anew each time, with all the configs in it.
+            entry = _entries.get((make, config))
+            if entry is None:
+                entry = _entries[make, config] = _Entry()
+        if entry.instance is not _MISSING:
+            return cast(T, entry.instance)
+        with entry.lock:
+            if not entry.forgotten:
+                if entry.instance is _MISSING:
+                    entry.instance = make(config)
+                return cast(T, entry.instance)
 
 
 def forget(make: Callable[[C], T], config: C) -> T | None:
     """Take an instance out, for its owner to close; the next call makes a new one."""
     with _lock:
-        return _instances.pop((make, config), None)
+        entry = _entries.pop((make, config), None)
+    if entry is None:
+        return None
+    with entry.lock:
+        entry.forgotten = True
+        return None if entry.instance is _MISSING else cast(T, entry.instance)

@@ -15,6 +15,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic, time
 from typing import Any
@@ -27,9 +28,10 @@ from apache_beam.io.watermark_estimators import ManualWatermarkEstimator, Wallti
 from apache_beam.transforms.core import RestrictionProvider
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Duration, Timestamp
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import KafkaError as ErrorCode
 
-from transforms.commit.commit import CommitConfig, shared_committer
+from transforms.commit.commit import CommitConfig, read_halt, shared_committer
 from transforms.errors import KafkaError
 from transforms.kafka.client import describe, make_consumer, reason
 from transforms.kafka.offsets import SourceConfig, SourceOffsets
@@ -67,6 +69,9 @@ _ASK_COMMITTED_SECS = 0.1
 # A partition that gave nothing for so long does not hold the watermark back any more.
 _HOLD_SECS = 60
 _UNUSED_SECS = 120.0
+# How soon a partition that cannot be read is tried again; the others go on meanwhile.
+_TRY_AGAIN_SECS = 10.0
+_GONE = (ErrorCode._AUTO_OFFSET_RESET, ErrorCode.OFFSET_OUT_OF_RANGE)
 
 _PREFETCH = {
     "queued.max.messages.kbytes": 4_096,
@@ -182,10 +187,16 @@ class PartitionReader:
         self._key = key
         self._timer = timer
         self._consumer = make(config.source.kafka, **_PREFETCH)
+        self.closed = False
+        # Offsets that retention has taken before they were read, and errors of this partition only.
+        self.offsets_lost = self.errors = 0
         self._position = -1
         self._begun = 0
-        self._committed = -1
+        # None if it is not known, be it that the group is ahead of what is read (a savepoint).
+        self._committed: int | None = None
+        self._halted = False
         self._asked = float("-inf")
+        self._again = float("inf")
         # What was read and not committed yet: where each chunk ended, and its bytes.
         self._ahead: deque[tuple[int, int]] = deque()
         self._ahead_bytes = 0
@@ -193,12 +204,19 @@ class PartitionReader:
     def go_to(self, offset: int) -> None:
         """Read on from this offset; what was fetched ahead serves if it is where it stands."""
         self.used = self._timer()
-        if offset != self._position:
-            self._consumer.assign([TopicPartition(*self._key, offset)])
-            self._position = self._begun = offset
-            self._ahead.clear()
-            self._ahead_bytes = 0
-            self.gave = self.used
+        if offset == self._position:
+            return
+        self._consumer.assign([TopicPartition(*self._key, offset)])
+        self._position = self._begun = offset
+        self._again = float("inf")
+        self._ahead.clear()
+        self._ahead_bytes = 0
+        self.gave = self.used
+        self._ask_committed()
+        if self._committed is not None and self._committed < offset:
+            # What was read before a restart: its bytes are not known, so it has to be done with.
+            self._ahead.append((offset, self._config.ahead_bytes))
+            self._ahead_bytes = self._config.ahead_bytes
 
     def read(self, timeout_secs: float) -> tuple[Records, int]:
         """The next records, and the offset behind them; that of before if there is nothing.
@@ -210,6 +228,9 @@ class PartitionReader:
             KafkaError: The partition cannot be read any more.
         """
         kafka = self._config.source.kafka
+        if self._timer() >= self._again:
+            self._again = float("inf")
+            self._consumer.assign([TopicPartition(*self._key, self._position)])
         try:
             messages = self._consumer.consume(_CHUNK_RECORDS, timeout_secs)
         except KafkaException as error:
@@ -218,7 +239,7 @@ class PartitionReader:
         records = []
         for message in messages:
             if message.error():
-                position = max(position, end_of_partition(message, kafka) or 0)
+                position = max(position, self._said(message, position))
             elif message.offset() >= position:
                 records.append(message)
                 position = message.offset() + 1
@@ -230,6 +251,50 @@ class PartitionReader:
             self._position = position
         return to_records(records), position
 
+    def _said(self, message: Message, position: int) -> int:
+        """Where to go on after a message that is no record; 0 if it says nothing of that.
+
+        What is wrong with this partition does not fail the job, which would stop all of them, and
+        again after each restart: the position is the checkpoint's. A run that is to end does fail.
+        """
+        kafka = self._config.source.kafka
+        if message.error().code() in _GONE and (low := self._first_offset()) > position:
+            _LOGGER.warning(
+                "%s-%d: %d offsets from %d on were deleted by the topic's retention before they "
+                "were read; going on at %d",
+                *self._key,
+                low - position,
+                position,
+                low,
+            )
+            self.offsets_lost += low - position
+            self._consumer.assign([TopicPartition(*self._key, low)])
+            return low
+        try:
+            return end_of_partition(message, kafka) or 0
+        except KafkaError as error:
+            if self._config.bounded or message.error().fatal():
+                raise
+            self.errors += 1
+            self._again = self._timer() + _TRY_AGAIN_SECS
+            text = "%s-%d is not read at %d, the others go on; tried again in %d s: %s"
+            _LOGGER.warning(text, *self._key, position, _TRY_AGAIN_SECS, error)
+            return 0
+
+    def _first_offset(self) -> int:
+        """The partition's first offset, asked of the broker; -1 if it does not answer."""
+        try:
+            low, _ = self._consumer.get_watermark_offsets(TopicPartition(*self._key), timeout=5)
+            return int(low)
+        except KafkaException as error:
+            _LOGGER.warning("%s: %s", describe(self._config.source.kafka), reason(error))
+            return -1
+
+    @property
+    def is_halted(self) -> bool:
+        """Whether a failure has stopped the partition, as far as has been heard."""
+        return self._halted
+
     def may_read(self, readers: int) -> bool:
         """Whether the partition is not too far ahead of what is committed.
 
@@ -240,19 +305,27 @@ class PartitionReader:
         if self._within(limit):
             return True
         if self._timer() - self._asked >= _ASK_COMMITTED_SECS:
-            self._asked = self._timer()
-            try:
-                found = self._consumer.committed([TopicPartition(*self._key)], timeout=5)
-                self._committed = max(self._committed, found[0].offset)
-            except KafkaException as error:
-                _LOGGER.warning("%s: %s", describe(self._config.source.kafka), reason(error))
-            while self._ahead and self._ahead[0][0] <= self._committed:
+            self._ask_committed()
+            done = -1 if self._committed is None else self._committed
+            while self._ahead and self._ahead[0][0] <= done:
                 self._ahead_bytes -= self._ahead.popleft()[1]
         return self._within(limit)
 
     def _within(self, limit_bytes: int) -> bool:
-        records = self._position - max(self._committed, self._begun)
+        done = self._begun if self._committed is None else self._committed
+        records = self._position - done
         return records < self._config.ahead_records and self._ahead_bytes < limit_bytes
+
+    def _ask_committed(self) -> None:
+        self._asked = self._timer()
+        try:
+            (found,) = self._consumer.committed([TopicPartition(*self._key)], timeout=5)
+        except KafkaException as error:
+            _LOGGER.warning("%s: %s", describe(self._config.source.kafka), reason(error))
+            return
+        # Ahead of what is read is where another run has been: this job has not come so far.
+        self._committed = found.offset if 0 <= found.offset <= self._position else None
+        self._halted = self._committed is not None and read_halt(found.metadata or "") is not None
 
     def _end(self) -> int:
         """The partition's end as the last fetch saw it."""
@@ -264,6 +337,7 @@ class PartitionReader:
 
     def close(self) -> None:
         """Leave Kafka."""
+        self.closed = True
         self._consumer.close()
 
 
@@ -278,7 +352,18 @@ class _Readers:
     def __len__(self) -> int:
         return len(self._readers)
 
-    def get(self, key: PartitionKey) -> PartitionReader:
+    @contextmanager
+    def lend(self, key: PartitionKey) -> Iterator[PartitionReader]:
+        """A partition's reader, for the caller alone."""
+        while True:
+            reader = self._get(key)
+            with reader.lock:
+                # Not if it was closed while the caller stood still.
+                if not reader.closed:
+                    yield reader
+                    return
+
+    def _get(self, key: PartitionKey) -> PartitionReader:
         with self._lock:
             for other, reader in list(self._readers.items()):
                 # Another process reads it now, or nobody does.
@@ -286,8 +371,10 @@ class _Readers:
                 if unused and reader.lock.acquire(blocking=False):
                     del self._readers[other]
                     reader.close()
+                    reader.lock.release()
             if key not in self._readers:
                 self._readers[key] = PartitionReader(self._config, key)
+            self._readers[key].used = monotonic()
             return self._readers[key]
 
 
@@ -341,11 +428,11 @@ class Finding:
 
     Attributes:
         bounded: Whether one look is all.
-        known: Partitions that were passed on.
+        known: Partitions that were passed on; None before the first look.
     """
 
     bounded: bool
-    known: frozenset[PartitionKey] = frozenset()
+    known: frozenset[PartitionKey] | None = None
 
 
 def _begin(_: bytes, bounded: bool) -> Finding:
@@ -407,20 +494,24 @@ class _Finder:
         self._config = config
         self._source = SourceOffsets(config, make_consumer(config.kafka))
 
-    def look(self, known: frozenset[PartitionKey], bounded: bool) -> list[FoundPartition]:
+    def look(self, known: frozenset[PartitionKey] | None, bounded: bool) -> list[FoundPartition]:
         """Partitions that are not known yet.
 
         Raises:
             KafkaError: The brokers cannot be asked.
         """
-        keys = [key for key in self._source.partitions() if key not in known]
+        keys = [key for key in self._source.partitions() if key not in (known or ())]
         if not keys:
             return []
-        starts = self._source.starts(keys, at_start=not known)
+        starts = self._source.starts(keys, at_start=known is None)
         # What a starting position came to is committed at once, so that a restart before the
-        # first batch is finished does not move it.
+        # first batch is finished does not move it. And an earlier run's halt is over.
         shared_committer(CommitConfig(self._config.kafka)).commit(
-            {key: start.offset for key, start in starts.items() if start.resolved}
+            {
+                key: start.offset
+                for key, start in starts.items()
+                if start.resolved or read_halt(start.note)
+            }
         )
         return [
             FoundPartition(*key, starts[key].offset, self._source.range(key)[1], bounded)
@@ -447,12 +538,13 @@ class _FindFn(beam.DoFn):
         try:
             found = finder.look(known, element.bounded)
         except KafkaError as error:
-            if not known:
+            if known is None:
                 raise
             # A broker that is away for a moment; asked again with the next turn.
             _LOGGER.warning("new partitions cannot be looked for: %s", error)
             found = []
-        if not tracker.try_claim(known | {partition.key for partition in found}):
+        passed_on = (known or frozenset()) | {partition.key for partition in found}
+        if not tracker.try_claim(passed_on):
             return
         self._partitions.inc(len(found))
         yield from found
@@ -494,6 +586,9 @@ class _ReadFn(beam.DoFn):
         self._clock = clock
         self._records = beam.metrics.Metrics.counter("read", "records")
         self._bytes = beam.metrics.Metrics.counter("read", "value_bytes")
+        self._lost = beam.metrics.Metrics.counter("read", "offsets_lost")
+        self._errors = beam.metrics.Metrics.counter("read", "partition_errors")
+        self._ended = beam.metrics.Metrics.counter("read", "ended_by_a_drain")
 
     @beam.DoFn.unbounded_per_element()
     def process(
@@ -504,10 +599,14 @@ class _ReadFn(beam.DoFn):
     ) -> Iterator[TimestampedValue]:
         restriction = tracker.current_restriction()
         readers = _shared_readers(self._config)
-        reader = readers.get(element.key)
-        with reader.lock:
+        with readers.lend(element.key) as reader:
             now = monotonic()
             if reader.haste.came(now) and self._config.drain_by_haste:
+                self._ended.inc()
+                text = (
+                    "%s-%d: the runner does not wait any more, as in a drain: not read from %d on"
+                )
+                _LOGGER.info(text, *element.key, restriction.start)
                 return
             until = now + _SLICE_SECS
             position = restriction.start
@@ -515,12 +614,19 @@ class _ReadFn(beam.DoFn):
             pause_secs = 0
             while position < restriction.stop and not pause_secs:
                 if not reader.may_read(len(readers)):
+                    if reader.is_halted and element.bounded:
+                        # Nothing behind the halt is needed, and nobody will commit it.
+                        tracker.try_claim(restriction.stop - 1)
+                        return
                     pause_secs = _QUIET_POLL_SECS
                     break
                 # Where little comes the pause is long enough for what there is to be fetched.
                 lately = now - reader.gave <= _LATELY_SECS
+                lost, errors = reader.offsets_lost, reader.errors
                 records, next_offset = reader.read(_POLL_SECS if lately else 0)
                 now = monotonic()
+                self._lost.inc(reader.offsets_lost - lost)
+                self._errors.inc(reader.errors - errors)
                 if next_offset == position:
                     self._advance(watermark, self._clock() - _HOLD_SECS)
                     pause_secs = 0 if lately else _QUIET_POLL_SECS
