@@ -7,6 +7,7 @@ there. Why it is done so: docs/adr/0014-dataflow.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import re
@@ -196,9 +197,16 @@ def added_options(
 
 
 def job_name(group: str) -> str:
-    """A job's name for a consumer group: what is no letter, digit or - becomes -."""
-    name = re.sub(r"[^a-z0-9]+", "-", f"{LABEL}-{group}".lower())
-    return name[:_MOST_IN_A_JOB_NAME].rstrip("-")
+    """A job's name for a consumer group: what is no letter, digit or - becomes -.
+
+    Where the name does not say all of the group's, a checksum does, for no two groups to share one.
+    """
+    whole = f"{LABEL}-{group}"
+    name = re.sub(r"[^a-z0-9]+", "-", whole.lower())
+    if name == whole and _JOB_NAME.fullmatch(name) and len(name) <= _MOST_IN_A_JOB_NAME:
+        return name
+    checksum = "-" + hashlib.sha256(group.encode()).hexdigest()[:8]
+    return name[: _MOST_IN_A_JOB_NAME - len(checksum)].rstrip("-") + checksum
 
 
 # -- the job ---------------------------------------------------------------------------------------
