@@ -432,18 +432,18 @@ class Bench:
     """A broker and what runs beside it.
 
     Args:
-        servers: The broker.
+        topics: Those of the broker.
         secs: How long the load goes on that counts.
         warm_up_secs: How long it does before.
         appended: Whether a response's timestamp is the broker's.
     """
 
-    def __init__(self, servers: str, secs: float, warm_up_secs: float, appended: bool) -> None:
-        self._servers = servers
+    def __init__(self, topics: Topics, secs: float, warm_up_secs: float, appended: bool) -> None:
+        self._servers = topics.bootstrap_servers
         self._secs = secs
         self._warm_up_secs = warm_up_secs
         self._appended = appended
-        self.topics = Topics(servers)
+        self.topics = topics
 
     def measure(self, load: Load, who: str, url: str) -> Run:
         """Let a competitor run under a load; its figures after the results are checked.
@@ -599,16 +599,16 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
     secs = count * (_WARM_UP_SECS + options.secs + _AROUND_SECS)
     secs += len(idle_partitions) * len(everybody) * (_WARM_UP_SECS + _IDLE_SECS + _AROUND_SECS)
     print(f"{count} runs, about {math.ceil(secs / 60)} minutes", file=sys.stderr)
-    measuring = Bench(servers, options.secs, _WARM_UP_SECS, options.appended)
+    topics = Topics(servers)
+    measuring = Bench(topics, options.secs, _WARM_UP_SECS, options.appended)
     runs: list[Run] = []
     idle: list[Idle] = []
     with ExitStack() as stack:
-        stack.callback(measuring.topics.delete_all)
+        stack.callback(topics.delete_all)
         latencies = dict.fromkeys([0.0, *(load.latency_ms for load in loads)])
         urls = {each: stack.enter_context(serving(each, 1)) for each in latencies}
         # Untimed: fills the disk cache and writes the .pyc files, and fails early.
-        warm_up = Bench(servers, 1, 1, options.appended)
-        stack.callback(warm_up.topics.delete_all)
+        warm_up = Bench(topics, 1, 1, options.appended)
         for who in everybody:
             print(f"warming up: {who}", file=sys.stderr)
             warm_up.measure(Load(100, _PARTITIONS, 0, 0), who, urls[0.0])

@@ -9,6 +9,7 @@ import orjson
 from confluent_kafka import Consumer, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from pipeline.local.processes import wait_until
 from transforms.lanes import Lanes
 
 
@@ -21,15 +22,17 @@ class Topics:
 
     def __init__(self, bootstrap_servers: str) -> None:
         self.bootstrap_servers = bootstrap_servers
-        self._servers = {"bootstrap.servers": bootstrap_servers}
+        # Silent about a broker that is gone: that is how a benchmark ends.
+        self._servers = {"bootstrap.servers": bootstrap_servers, "log_level": 2}
         self._admin = AdminClient(self._servers)
         self._created: list[str] = []
 
     def create(self, topic: str, partitions: int, config: dict[str, str] | None = None) -> None:
-        """Create a topic and wait until it is there."""
+        """Create a topic and wait until it is there, and each partition has a leader."""
         new = NewTopic(topic, partitions, 1, config=config or {})
         self._admin.create_topics([new])[topic].result(60)
         self._created.append(topic)
+        wait_until(lambda: self._leaders(topic) == partitions, f"topic {topic} is not there")
 
     def delete(self, topic: str) -> None:
         """Delete a topic that `create` made."""
@@ -105,6 +108,11 @@ class Topics:
     def count(self, topic: str) -> int:
         """How many records were written to a topic, if none of them in a transaction."""
         return sum(self._ends(topic))
+
+    def _leaders(self, topic: str) -> int:
+        """How many partitions of a topic have a leader."""
+        found = self._admin.list_topics(topic, timeout=30).topics[topic].partitions
+        return sum(partition.leader >= 0 for partition in found.values())
 
     def _ends(self, topic: str) -> list[int]:
         consumer = Consumer({**self._servers, "group.id": "bench-check"})

@@ -19,7 +19,7 @@ from tests.bench import latency
 from tests.bench.common import HAND_WRITTEN, PIPELINE, cpu_secs, serving, table
 from tests.bench.generator import due_count, value
 from tests.bench.latency import Idle, Load, Run, Timed, match, percentile
-from tests.bench.topics import WrongResult
+from tests.bench.topics import Topics, WrongResult
 
 LOAD = Load(100, 4, 0, 0)
 CHOICE = Namespace(rates=None, partitions=None, latency_ms=None, window=None, idle=None, quick=True)
@@ -180,7 +180,7 @@ def test_processor_time_is_that_of_the_whole_tree() -> None:
 )
 def test_a_small_run(broker: KafkaBroker, who: str, latency_ms: float, window_secs: float) -> None:
     load = Load(50, 4, latency_ms, window_secs)
-    bench = latency.Bench(broker.bootstrap_servers, secs=2, warm_up_secs=1, appended=False)
+    bench = latency.Bench(Topics(broker.bootstrap_servers), secs=2, warm_up_secs=1, appended=False)
     with serving(latency_ms, 1) as url:
         run = bench.measure(load, who, url)
     assert (run.records, run.unanswered) == (100, 0)
@@ -197,7 +197,7 @@ def test_a_small_run(broker: KafkaBroker, who: str, latency_ms: float, window_se
 
 @pytest.mark.slow
 def test_a_loop_that_cannot_follow_is_found_out(broker: KafkaBroker) -> None:
-    bench = latency.Bench(broker.bootstrap_servers, secs=2, warm_up_secs=1, appended=True)
+    bench = latency.Bench(Topics(broker.bootstrap_servers), secs=2, warm_up_secs=1, appended=True)
     with serving(1000, 1) as url:
         run = bench.measure(Load(50, 4, 1000, 0), HAND_WRITTEN, url)
     assert not run.follows and run.unanswered
