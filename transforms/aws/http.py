@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import http.client
 import io
+import math
 import queue
 import re
 import socket
@@ -18,6 +19,7 @@ import ssl
 import zlib
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
+from time import monotonic
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -28,6 +30,9 @@ from urllib3.util import parse_url
 
 # A reply of up to so many bytes is read at once.
 _READ_BYTES = 64 * 1024
+# How long a reply may take from its first byte to its last, however little of it comes at a time:
+# longer than the slowest connection needs for the largest one.
+_REPLY_SECS = 900.0
 # The head of nearly every reply. What is written otherwise http.client reads, which takes five
 # times as long: it reads headers as if they were those of a mail.
 _PLAIN_HEAD = re.compile(rb"HTTP/1\.1 (20[02]) [ -~]*\r\n((?:[A-Za-z0-9-]+:[ -~]*\r\n)+)\r\n")
@@ -68,7 +73,7 @@ class Endpoint:
         connections: How many connections are kept at most.
         connect_secs: How long making one may take.
         send_secs: How long sending a request may stand still.
-        read_secs: How long a reply may take to go on.
+        read_secs: How long a reply may take to begin, and to go on.
         tls: What to trust, for https.
         proxy_url: The proxy to go through, or None.
     """
@@ -237,7 +242,7 @@ class _Connection(HTTPConnection):
         """Read a reply to its end."""
         if self.sock.gettimeout() != self.timeout:
             self.sock.settimeout(self.timeout)
-        reader: Any = self.sock.makefile("rb", buffering=_READ_BYTES)
+        reader: Any = io.BufferedReader(_Received(self.sock), _READ_BYTES)
         with reader:
             return _read_plain(reader) or self._read_any(reader)
 
@@ -315,6 +320,25 @@ def _read_plain(reader: io.BufferedReader) -> Response | None:
     if len(body) < int(size):
         raise http.client.IncompleteRead(body, int(size) - len(body))
     return Response(int(head[1]), headers, body)
+
+
+class _Received(io.RawIOBase):
+    """What a socket receives, until it has taken too long since the first of it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._until = math.inf
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if monotonic() > self._until:
+            raise TimeoutError("timed out")
+        size = self._sock.recv_into(buffer)
+        if self._until == math.inf:
+            self._until = monotonic() + _REPLY_SECS
+        return size
 
 
 class _Readable:

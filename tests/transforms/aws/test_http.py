@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gzip
 import socket
@@ -380,6 +381,34 @@ def test_sending_that_stands_still(
         with pytest.raises(SendTimeoutError):
             post()
     finally:
+        server.close()
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["new", "kept"])
+def test_a_reply_that_comes_without_an_end(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    """Given up after a time, though each byte of it comes soon enough."""
+    monkeypatch.setattr("transforms.aws.http._REPLY_SECS", 0.3)
+    served = threading.Event()
+
+    class Trickle(Peer):
+        def reply(self, connection: socket.socket, reply: bytes) -> None:
+            if reply == OK:
+                connection.sendall(reply)
+                return
+            with contextlib.suppress(OSError):
+                while not served.wait(0.02):
+                    connection.sendall(reply[:1])
+                    reply = reply[1:] or b"x"
+
+    server = Trickle([OK] * before + [b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"])
+    try:
+        there = endpoint(server.port)
+        for _ in range(before):
+            there.post(HEADERS, [b"body"])
+        with pytest.raises(http_errors.ReadTimeoutError):
+            there.post(HEADERS, [b"body"])
+    finally:
+        served.set()
         server.close()
 
 
