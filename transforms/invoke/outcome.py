@@ -185,14 +185,14 @@ def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Fault:
     error = parsed if isinstance(parsed, dict) else {}
     named = [headers.get("x-amzn-errortype"), *map(error.get, ("code", "Code", "__type"))]
     code = next((name for name in named if name and isinstance(name, str)), str(status))
-    code = code.split(":", 1)[0].rsplit("#", 1)[-1]
+    code = _clean(code.split(":", 1)[0].rsplit("#", 1)[-1], _CODE_CHARACTERS) or str(status)
     said = [*map(error.get, ("message", "Message")), parsed]
     message = next((text for text in said if text and isinstance(text, str)), "")
     if not message and not error and status >= 500:
         message = _PHRASES.get(status, "")
     return Fault(
         status,
-        _clean(code, _CODE_CHARACTERS) or str(status),
+        code,
         _clean(message, _TEXT_CHARACTERS)
         or f"An error occurred ({code}) when calling the Invoke operation: ",
         read_wait(headers.get("retry-after")),

@@ -303,6 +303,7 @@ def _refusal(status: int, body: bytes, *headers: bytes) -> bytes:
         (_refusal(403, b'{"message":{"detail":"denied"}}'), "403", r"An error occurred \(403\)"),
         (_refusal(403, b'{"message":"no","__type":7,"code":[]}'), "403", "no"),
         (_refusal(400, b'{"Message":"no","__type":"com.x#Some:y"}'), "Some", "no"),
+        (_refusal(400, rb'{"__type":"\ud800\u001b[1m"}'), "??[1m", r"An error occurred \(\?\?\[1m"),
         (_refusal(503, rb'{"message":"\ud83d"}'), "503", r"\?"),
         (_refusal(503, gzip.compress(b"busy", mtime=0), b"Content-Encoding: gzip"), "503", "busy"),
         (_refusal(503, b"\x1f\x8b no", b"Content-Encoding: gzip"), "503", "\ufffd no"),
