@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 from pipeline.cli import main
 
@@ -11,7 +12,9 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         # Before the run has taken over the signals there is nothing to finish.
         code = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream:
+            with suppress(OSError, ValueError):
+                stream.flush()
     # All that counts is written and committed; taking Beam apart would cost a quarter of a second.
     os._exit(code)

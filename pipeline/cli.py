@@ -45,19 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pipeline.redrive import command as redrive
 
         if wants_help:
-            print(redrive.help_text())
+            logs.show(redrive.help_text())
             return DONE
     elif wants_help:
-        print(format_help())
+        logs.show(format_help())
         return DONE
     try:
         if arguments[:1] == ["redrive"]:
             return redrive.main(arguments[1:], started)
         resolved = resolve(arguments)
+        logs.configure_as(resolved.values)
         if resolved.explain:
-            print(explain(resolved))
+            logs.show(explain(resolved))
         if resolved.config is None:
             raise UsageError(resolved.problems)
+        for warning in resolved.config.warnings:
+            _LOGGER.warning("%s", warning)
         if resolved.explain:
             return DONE
         if resolved.carried and (left := len(resolved.carried.notes)):

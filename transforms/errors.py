@@ -72,7 +72,7 @@ class Stopped(SinkError):
 _STEP = re.compile(r" \[while running .*", re.DOTALL)
 _RAISED = re.compile(
     r"transforms\.errors\."
-    r"(KafkaError|WriteError|FunctionConfigError|RegistryError|Stopped): (.*)"
+    r"(UsageError|KafkaError|WriteError|FunctionConfigError|RegistryError|Stopped): (.*)"
 )
 
 

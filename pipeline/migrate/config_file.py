@@ -8,21 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import yaml
-
 from pipeline.migrate import connector, mapping
 from pipeline.migrate.carried import OWN, Carried
-from transforms import text_file
+from transforms import plain_text, text_file
 from transforms.errors import UsageError
-
-_ESCAPES = {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}
-_CONTINUED = re.compile(r"(?<!\\)(?:\\\\)*\\$")
-_KEY = re.compile(r"((?:\\.|[^\\\s=:])*)\s*[=:]?\s*(.*)", re.DOTALL)
-_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 
 
 def read_text(path: str) -> str:
@@ -67,7 +59,9 @@ def parse(text: str) -> dict[str, Any]:
         ValueError: It is none of them, or names a setting twice.
     """
     try:
-        content = json.loads(text, parse_int=str, parse_float=str, object_pairs_hook=_once)
+        content = json.loads(
+            text, parse_int=str, parse_float=str, object_pairs_hook=plain_text.once
+        )
     except json.JSONDecodeError as error:
         if text.lstrip()[:1] in ("{", "["):
             # YAML would take most of it, and say something stranger.
@@ -77,14 +71,6 @@ def parse(text: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not content:
         raise ValueError("it holds no settings")
     return content
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in set(names):
-        if names.count(name) > 1:
-            raise ValueError(f"{name} is there twice")
-    return dict(pairs)
 
 
 def _texts(value: Any) -> Any:
@@ -97,57 +83,14 @@ def _texts(value: Any) -> Any:
 
 def _yaml_or_properties(text: str) -> Any:
     try:
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        properties = _properties(text)
+        content = plain_text.parse_yaml(text)
+    except plain_text.NotYaml as error:
+        properties = plain_text.parse_properties(text)
         if properties and "connector.class" in properties:
             return properties
-        raise ValueError(f"neither JSON nor YAML: {_one_line(error)}") from None
-    if isinstance(root, yaml.MappingNode):
-        return _plain(root)
+        raise ValueError(f"neither JSON nor YAML: {error}") from None
     # A line without a colon is a text to YAML.
-    return _properties(text)
-
-
-def _one_line(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = f" in line {mark.line + 1}" if mark else ""
-    return f"{getattr(error, 'problem', None) or 'not readable'}{where}"
-
-
-def _plain(node: yaml.Node, above: tuple[yaml.Node, ...] = ()) -> Any:
-    """A YAML node as plain values. Every scalar is the text it is written as."""
-    if node in above:
-        raise ValueError("it refers to itself")
-    above = (*above, node)
-    if isinstance(node, yaml.MappingNode):
-        return _once([(str(_plain(k, above)), _plain(v, above)) for k, v in node.value])
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(inner, above) for inner in node.value]
-    return node.value
-
-
-def _properties(text: str) -> dict[str, str]:
-    """Java's properties, as Connect's standalone worker reads them."""
-    settings: dict[str, str] = {}
-    lines = iter(text.splitlines())
-    for raw in lines:
-        line = raw.lstrip()
-        if not line or line[0] in "#!":
-            continue
-        while _CONTINUED.search(line):
-            line = line[:-1] + next(lines, "").lstrip()
-        found = _KEY.fullmatch(line)
-        assert found
-        name, value = (_ESCAPE.sub(_unescape, part) for part in found.groups())
-        # The last one wins, as in Java.
-        settings[name] = value.strip()
-    return settings
-
-
-def _unescape(found: re.Match[str]) -> str:
-    code = found[1]
-    return chr(int(code[1:], 16)) if len(code) > 1 else _ESCAPES.get(code, code)
+    return content if isinstance(content, dict) else plain_text.parse_properties(text)
 
 
 def carry(

@@ -44,9 +44,13 @@ _ACCESS = {
     "OAUTHBEARER_AUTH": f"security.protocol=SASL_SSL, sasl.mechanism=OAUTHBEARER, {_OAUTH}method="
     f"oidc, {_OAUTH}client.id=..., {_OAUTH}client.secret=... and {_OAUTH}token.endpoint.url=...",
     "OAUTHBEARER_SCOPE": f"{_OAUTH}scope=...",
-    "OAUTHBEARER_AUDIENCE": f"{_OAUTH}extensions=audience=...",
-    "OAUTHBEARER_LOGICAL_CLUSTER": f"{_OAUTH}extensions=logicalCluster=...",
-    "OAUTHBEARER_IDENTITY_POOL": f"{_OAUTH}extensions=identityPoolId=...",
+    "OAUTHBEARER_AUDIENCE": f"{_OAUTH}assertion.claim.aud=... with the JWT bearer grant; with a "
+    "client's secret librdkafka asks for no audience: have the token endpoint add it, and put none",
+}
+# What one property has to hold together: a second line would take the place of the first.
+_EXTENSIONS = {
+    "OAUTHBEARER_LOGICAL_CLUSTER": "logicalCluster",
+    "OAUTHBEARER_IDENTITY_POOL": "identityPoolId",
 }
 _REGISTRY_ACCESS = {
     "BASIC_AUTH": "basic.auth.user.info=NAME:PASSWORD",
@@ -117,12 +121,15 @@ def _filters(carried: Carried, name: str, value: Any) -> None:
 
 
 def _access(carried: Carried, name: str, value: Any) -> None:
-    for access in _mappings(value):
-        kind = str(access.get("Type"))
+    kinds = [str(access.get("Type")) for access in _mappings(value)]
+    extensions = ",".join(f"{_EXTENSIONS[kind]}=..." for kind in kinds if kind in _EXTENSIONS)
+    for kind in kinds:
         if kind in _NETWORK:
             carried.note(f"{name}.{kind}", "the pipeline runs where the brokers can be reached")
             continue
         lines = _ACCESS.get(kind, "one that librdkafka has")
+        if kind in _EXTENSIONS:
+            lines = f"{_OAUTH}extensions={extensions}"
         why = f"a login of Kafka; put {lines} into --kafka_config_file"
         carried.refuse(f"{name}.{kind}", why, "kafka_config_file")
 

@@ -11,7 +11,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -140,6 +140,7 @@ _RETRY_LIMIT: dict[str, Any] = {
 _NONE = "NONE"
 
 _TOPIC = "[a-zA-Z0-9._-]{1,249}"
+_SERVER = r"((SASL_)?(PLAINTEXT|SSL)://)?(\[[0-9a-fA-F:.]+\]|[^,:/\s\[\]]+):\d{1,5}"
 
 GROUPS = (
     Group(
@@ -169,7 +170,7 @@ GROUPS = (
                 "kafka_bootstrap_servers",
                 "Kafka brokers to begin with, as a comma separated host:port list. Required.",
                 example="broker-1:9092,broker-2:9092",
-                pattern=r"[^,:\s]+:\d{1,5}(,[^,:\s]+:\d{1,5})*|(\[[0-9a-fA-F:]+\]:\d{1,5},?)+",
+                pattern=rf"{_SERVER}(\s*,\s*{_SERVER})*",
             ),
             Option(
                 "kafka_config_file",
@@ -700,6 +701,7 @@ class Config:
     """Everything the pipeline needs, one frozen value per step.
 
     `stream` says how a streaming run reads; it is None on the DirectRunner, which has `read`.
+    `warnings` is what can be meant, but hardly is, one line each.
     """
 
     kafka: KafkaConfig
@@ -714,6 +716,7 @@ class Config:
     write: WriteConfig
     commit: CommitConfig
     run: RunConfig
+    warnings: tuple[str, ...] = ()
 
     @staticmethod
     def from_options(
@@ -733,13 +736,15 @@ class Config:
         values = {
             name: parse_value(option, given.get(name), problems) for name, option in OPTIONS.items()
         }
-        _check_together(values, given, now or datetime.now(timezone.utc), problems)
         settings: dict[str, str] = {}
+        refused: tuple[str, ...] = ()
         if values["kafka_config_file"]:
             try:
                 settings = load_properties(values["kafka_config_file"])
             except UsageError as error:
-                problems += error.problems
+                refused = error.problems
+        _check_together(values, given, settings, now or datetime.now(timezone.utc), problems)
+        problems += refused
         patterns: tuple[str, ...] = ()
         if values["filter_criteria"]:
             try:
@@ -764,6 +769,10 @@ class Config:
         return _make_config(values, settings, runner, patterns)
 
 
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+_NUMBERS: dict[str, Callable[[str], int | float]] = {"int": int, "float": float}
+
+
 def parse_value(option: Option, text: str | None, problems: list[str]) -> Any:
     """The option's value, or None with a problem noted."""
     if text is None:
@@ -774,6 +783,8 @@ def parse_value(option: Option, text: str | None, problems: list[str]) -> Any:
         return text
     if option.kind == "list":
         parts = tuple(part.strip() for part in text.split(",") if part.strip())
+        for part in sorted({part for part in parts if parts.count(part) > 1}):
+            problems.append(f"--{option.name}={text} names {part} twice")
         if not option.choices or (parts and set(parts) <= set(option.choices)):
             return parts
     elif option.kind == "choice":
@@ -784,7 +795,8 @@ def parse_value(option: Option, text: str | None, problems: list[str]) -> Any:
             return text.lower() == "true"
     else:
         try:
-            number = int(text) if option.kind == "int" else float(text)
+            # Python would take 1_0, and digits of other scripts.
+            number = _NUMBERS[option.kind](text.strip() if _NUMBER.fullmatch(text) else "")
         except ValueError:
             problems.append(
                 f"--{option.name}={text} is not {'a whole' if option.kind == 'int' else 'a'} "
@@ -801,7 +813,11 @@ def parse_value(option: Option, text: str | None, problems: list[str]) -> Any:
 
 
 def _check_together(
-    values: dict[str, Any], given: dict[str, str | None], now: datetime, problems: list[str]
+    values: dict[str, Any],
+    given: dict[str, str | None],
+    settings: dict[str, str],
+    now: datetime,
+    problems: list[str],
 ) -> None:
     for name, option in OPTIONS.items():
         if option.required and given.get(name) is None:
@@ -828,7 +844,9 @@ def _check_together(
             continue
         if not OPTIONS[name].fits(topic):
             problems.append(f"--{name}={topic} is not a topic name (letters, digits, . _ -)")
-        if topic in (topics or ()) or (pattern and pattern.fullmatch(topic)):
+        is_read = topic in (topics or ()) or (pattern and pattern.fullmatch(topic))
+        # In another cluster it is another topic.
+        if is_read and _cluster(name, values, settings) == values["kafka_bootstrap_servers"]:
             problems.append(
                 f"--{name}={topic} is also read from (--topics{'_regex' if regex else ''}): the "
                 f"pipeline would feed on its own output; write to another topic"
@@ -865,6 +883,32 @@ def _check_together(
             f"invocations"
         )
     _check_start(values, now, problems)
+
+
+def _cluster(topic: str, values: dict[str, Any], settings: dict[str, str]) -> str:
+    """The brokers of the topic that an option names."""
+    prefix = topic.removesuffix("topic").replace("_", ".")
+    return str(settings.get(f"{prefix}bootstrap.servers", values["kafka_bootstrap_servers"]))
+
+
+def _warnings(values: dict[str, Any], settings: dict[str, str]) -> Iterator[str]:
+    """What can be meant, but hardly is."""
+    responses, errors = values["response_topic"], values["error_topic"]
+    if errors and values["on_error"] != "log":
+        yield (
+            f"--error_topic={errors} stays empty with --on_error={values['on_error']}; error "
+            f"records are written with --on_error=log"
+        )
+    if responses and responses == errors:
+        clusters = (_cluster(name, values, settings) for name in ("response_topic", "error_topic"))
+        if len({*clusters}) == 1:
+            yield (
+                f"--response_topic={responses} is --error_topic, too: a redrive would go over "
+                f"every response; give each a topic of its own"
+            )
+    region, arn = values["aws_region"], (values["function"] or "").split(":")
+    if region and arn[0] == "arn" and region != arn[3]:
+        yield f"--aws_region={region} is not the region of --function, {arn[3]}; leave it out"
 
 
 def _check_aws(values: dict[str, Any], given: dict[str, str | None], problems: list[str]) -> None:
@@ -970,9 +1014,7 @@ def _check_schemas(
     elif url and not OPTIONS["schema_registry_url"].fits(url):
         problems.append(f"--schema_registry_url={url} is not an http:// or https:// address")
     attributes = values["schema_validation"] or ()
-    if len(set(attributes)) < len(attributes):
-        problems.append(f"--schema_validation={','.join(attributes)} names one twice")
-    elif _NONE in attributes and len(attributes) > 1:
+    if _NONE in attributes and len({*attributes}) > 1:
         problems.append(f"--schema_validation={','.join(attributes)}: {_NONE} stands alone")
     for attribute in set(attributes) - {_NONE}:
         name = f"{attribute.lower()}_format"
@@ -1141,6 +1183,7 @@ def _make_config(
             log_format=values["log_format"],
             workers=values["workers"],
         ),
+        warnings=tuple(_warnings(values, settings)),
     )
 
 

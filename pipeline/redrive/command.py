@@ -36,6 +36,7 @@ from pipeline.run.graph import Graph
 from pipeline.run.preflight import check_outputs
 from pipeline.run.rounds import Status, Totals, drain, hear, run_or_stop, with_calls
 from pipeline.signals import DONE, HALTED, stop_on_signals, tune_interpreter
+from pipeline.watch import logs
 from pipeline.watch.logs import say
 from pipeline.watch.progress import Progress, halted_text, summary
 from transforms.errors import KafkaError, UsageError
@@ -560,6 +561,7 @@ def main(arguments: Sequence[str], started: float) -> int:
     """
     values, problems, rest = parse(arguments)
     resolved = resolve_options(rest)
+    logs.configure_as(resolved.values)
     problems += resolved.problems
     if "error_topic" not in resolved.values:
         problems.append("--error_topic is missing: it is what is redriven")
@@ -571,7 +573,7 @@ def main(arguments: Sequence[str], started: float) -> int:
             f"--workers=1"
         )
     if resolved.explain:
-        print(explain(resolved))
+        logs.show(explain(resolved))
     if problems or resolved.config is None:
         raise UsageError(problems)
     if resolved.explain:
@@ -596,14 +598,13 @@ def _say(format: str, run: Redrive, status: Status, dry_run: bool) -> None:
     counts, redriven = run.counts, run.redriven
     if format == "json":
         facts = counts.facts() | {"redriven": redriven, "dry_run": dry_run}
-        print(orjson.dumps({**summary(status), COMMAND: facts}).decode(), flush=True)
+        logs.show(orjson.dumps({**summary(status), COMMAND: facts}).decode())
     elif format == "text" and dry_run:
-        print(counts.text(), flush=True)
+        logs.show(counts.text())
     elif format == "text":
         taken = counts.taken
-        print(
+        logs.show(
             f"error records: {taken.error_records}, redriven: {redriven}, records in them: "
             f"{taken.records}, answered: {status.totals['write.responses']}, failed again: "
-            f"{status.totals['write.errors']}\n{counts.left_text()}",
-            flush=True,
+            f"{status.totals['write.errors']}\n{counts.left_text()}"
         )

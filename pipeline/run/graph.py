@@ -10,6 +10,7 @@ looks different, the plain runner does the same, only slower.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -56,6 +57,8 @@ class Graph:
         self._translated = pipeline.to_runner_api(
             default_environment=EmbeddedPythonEnvironment.default()
         )
+        # Beam makes a folder for files that other languages' steps need, and leaves it behind.
+        shutil.rmtree(pipeline.local_tempdir, ignore_errors=True)
         self._keep = keep
         self._kept: _KeptRunner | None = None
 

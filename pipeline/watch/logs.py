@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
+from typing import Any
 
 import orjson
 
@@ -53,6 +56,27 @@ def configure(format: str) -> None:
     # One line per attempt to connect; `transforms.kafka.client.ErrorLog` says it once in a while.
     logging.getLogger("librdkafka").setLevel(logging.CRITICAL)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+def configure_as(values: Mapping[str, Any]) -> None:
+    """Send the logs as the options say, wherever they say it; text is what they begin with."""
+    if (value := values.get("log_format")) and value.text == "json":
+        configure("json")
+
+
+def show(text: str) -> None:
+    """Print on stdout what the user asked for.
+
+    How a run ended stays the same if nobody takes it, or if its encoding lacks a character.
+    """
+    if sys.stdout is None:
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except (OSError, ValueError):
+        # What is still in its buffer must not fail again at the end.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def say(line: str) -> None:

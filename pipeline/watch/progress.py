@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.run.rounds import Status
-from pipeline.watch.logs import say
+from pipeline.watch.logs import say, show
 from transforms.invoke.failures import Failed, Stuck, halt_facts, halt_line
 from transforms.records import PartitionKey
 
@@ -263,8 +263,8 @@ class Progress:
 def print_summary(status: Status, format: str, group: str) -> None:
     """Print how the run ended: the summary on stdout, halted partitions last on stderr."""
     if format == "json":
-        print(orjson.dumps(summary(status)).decode(), flush=True)
+        show(orjson.dumps(summary(status)).decode())
     elif format == "text":
-        print(summary_text(status), flush=True)
+        show(summary_text(status))
     for line in halted_text(status, group):
         say(line)

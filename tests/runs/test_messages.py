@@ -313,11 +313,13 @@ CASES = {
     "unknown Kafka setting": Case(
         {},
         ("Kafka settings", "sasl.pasword", "--kafka_config_file"),
+        code=2,
         config="sasl.pasword=${env:KAFKA_PASSWORD}\n",
     ),
     "malformed Kafka setting": Case(
         {},
         ("Kafka settings", '"SASL_SLS"', "security.protocol", "--kafka_config_file"),
+        code=2,
         config=CONFIG + "security.protocol=SASL_SLS\n",
     ),
     "misspelt option": Case(

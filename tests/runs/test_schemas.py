@@ -102,7 +102,7 @@ def test_records_of_each_format(
     avro = AvroSerializer(registry.client, AVRO_ORDER)(order, _value_of(topic))
 
     # One of Python's, which registers a descriptor, and one of Java's, which registers the text.
-    pool, _ = _load(SchemaText(PROTOBUF, PROTO_ORDER))
+    pool, _, _ = _load(SchemaText(PROTOBUF, PROTO_ORDER))
     message = GetMessageClass(pool.FindMessageTypeByName("shop.Order"))(id=2)
     message.at.FromMilliseconds(1_793_000_000_000)
     message.lines.add(name="tea")
@@ -273,7 +273,7 @@ def test_powertools_reads_the_source_format(
     """AWS's own library for it, which expects the place of the message in front of it."""
     topic = names.topic()
     broker.create_topic(topic, partitions=1)
-    pool, _ = _load(SchemaText(PROTOBUF, PROTO_ORDER))
+    pool, _, _ = _load(SchemaText(PROTOBUF, PROTO_ORDER))
     line = GetMessageClass(pool.FindMessageTypeByName("shop.Line"))
     id = registry.register(f"{topic}-value", PROTO_ORDER, "PROTOBUF")
     broker.produce(topic, [(0, None, _of(id, b"\x00" + line(name="tea").SerializeToString()))])

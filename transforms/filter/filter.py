@@ -8,6 +8,7 @@ not the form that a pattern asks for, `--filter_unparsable` decides.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -15,7 +16,6 @@ from typing import Any, Final
 
 import apache_beam as beam
 import orjson
-import yaml
 
 from transforms.errors import UsageError
 from transforms.filter.rules import (
@@ -31,6 +31,7 @@ from transforms.filter.rules import (
     under_field,
 )
 from transforms.json_text import JSON_STARTS, loads, no_constant
+from transforms.plain_text import parse_yaml
 from transforms.records import NO_TIMESTAMP, Header, RecordChunk, Records, Rejection
 from transforms.text_file import read_text
 
@@ -64,6 +65,7 @@ class FilterConfig:
 
 # -- criteria --------------------------------------------------------------------------------------
 
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 # Numbers of a pattern that is not a text yet keep the text they have in the file.
 _VERBATIM = json.JSONDecoder(
     parse_float=orjson.Fragment, parse_int=orjson.Fragment, parse_constant=no_constant
@@ -80,7 +82,7 @@ def load_criteria(path: str) -> tuple[str, ...]:
     name = f"--filter_criteria={path}"
     try:
         return parse_criteria(_decode(text))
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise UsageError([f"{name} is neither JSON nor YAML: {why}"]) from None
     except UsageError as error:
@@ -94,7 +96,14 @@ def _decode(text: str) -> Any:
         if text.lstrip()[:1] in ("{", "["):
             # YAML would take most of it, and say something stranger.
             raise
-        return yaml.safe_load(text)
+        return parse_yaml(text, _scalar)
+
+
+def _scalar(text: str) -> Any:
+    """What YAML has without quotes: what JSON writes in the same way, and else the text it is."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return orjson.Fragment(text) if _NUMBER.fullmatch(text) else text
 
 
 def parse_criteria(criteria: Any) -> tuple[str, ...]:

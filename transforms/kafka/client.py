@@ -21,7 +21,7 @@ from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from transforms.errors import KafkaError, UsageError
+from transforms.errors import UsageError
 from transforms.text_file import read_text
 
 _LOGGER = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ NO_COORDINATOR = frozenset(
 _WARN_SECS = 30.0
 _QUOTED_VALUE = re.compile(r'Invalid value "([^"]*)"')
 
+# A colon is what Java takes, too.
+_SETTING = re.compile(r"([A-Za-z0-9._-]+)\s*[=:]\s*(.*)", re.DOTALL)
 _ENVIRONMENT = re.compile(r"\$\{env:([^}]*)\}")
 
 # Ours to decide: each of them would break a guarantee or another option.
@@ -85,7 +87,7 @@ class KafkaConfig:
 
 
 def parse_properties(text: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Read ``name=value`` lines; ``#`` and ``!`` begin a comment line.
+    """Read ``name=value`` or ``name: value`` lines; ``#`` and ``!`` begin a comment line.
 
     Raises:
         UsageError: With all lines that are no setting, names that are not to be set, and
@@ -97,10 +99,11 @@ def parse_properties(text: str, environ: Mapping[str, str]) -> dict[str, str]:
         line = raw.strip()
         if not line or line[0] in "#!":
             continue
-        name, separator, value = (part.strip() for part in line.partition("="))
-        if not separator or not name:
+        found = _SETTING.fullmatch(line)
+        if not found:
             problems.append(f"line {number} is not of the form name=value")
             continue
+        name, value = found.groups()
         bare = next((name[len(p) :] for p in PREFIXES[:2] if name.startswith(p)), name)
         if bare in _OURS and not (bare == "bootstrap.servers" and bare != name):
             problems.append(f"line {number} sets {name}, which the pipeline owns: {_OURS[bare]}")
@@ -158,7 +161,7 @@ def make_consumer(config: KafkaConfig, **defaults: Any) -> confluent_kafka.Consu
         defaults: Settings that the file may change.
 
     Raises:
-        KafkaError: librdkafka refuses the settings.
+        UsageError: librdkafka refuses the settings.
     """
     ours = {
         "group.id": config.group,
@@ -184,7 +187,7 @@ def make_producer(settings: Mapping[str, Any]) -> confluent_kafka.Producer:
     """An idempotent producer: keeps order, acknowledged by all replicas, reports failures only.
 
     Raises:
-        KafkaError: librdkafka refuses the settings.
+        UsageError: librdkafka refuses the settings.
     """
     ours = {
         "enable.idempotence": True,
@@ -205,9 +208,9 @@ def _client(kind: Any, settings: Mapping[str, Any]) -> Any:
         return kind({**settings, "error_cb": ErrorLog()}, logger=logging.getLogger("librdkafka"))
     except KafkaException as error:
         text = _QUOTED_VALUE.sub(_mask, reason(error))
-        raise KafkaError(f"Kafka settings: {text}; see --kafka_config_file") from None
+        raise UsageError([f"Kafka settings: {text}; see --kafka_config_file"]) from None
     except (TypeError, ValueError) as error:
-        raise KafkaError(f"Kafka settings: {error}; see --kafka_config_file") from None
+        raise UsageError([f"Kafka settings: {error}; see --kafka_config_file"]) from None
 
 
 def _mask(quoted: re.Match[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def notes(found: Carried) -> dict[str, str]:
             {"a": "1", "b": ["x", "y"], "c": "2026-11-01T00:00:00Z", "d": "yes", "e": "1_000"},
         ),
         ("# comment\na:\n  b: 1\n", {"a": {"b": "1"}}),
+        ("a: null\nb: ~\nc:\nd: 'null'\ne: [null, x]\n", {"d": "null", "e": ["x"]}),
+        ("a: NO\nb: 012\nc: 12:30:45\n", {"a": "NO", "b": "012", "c": "12:30:45"}),
         ("name=n\nconnector.class=c\n", {"name": "n", "connector.class": "c"}),
         (
             "! c\n a = b = c \nconnector.class : x\nd e\nf=1,\\\n   2\ng=\\u0041\\t\\=\n",
@@ -120,6 +123,12 @@ def test_what_a_file_holds(text: str, expected: dict[str, Any]) -> None:
         ("a: [1\n", "YAML"),
         ("a: 1\n\tb: 2\n", "YAML: found character '\\t' that cannot start any token in line 2"),
         ("a: &x [*x]\n", "refers to itself"),
+        ("? [a]\n: 1\n", "the name in line 1 is no text"),
+        (
+            "a: &a [x, x]\n"
+            + "".join(f"{n}: &{n} [*{m}, *{m}]\n" for m, n in pairwise("abcdefghijklmnopqrst")),
+            "it is too large",
+        ),
         ("--- 1\n--- 2\n", "YAML"),
     ],
 )
@@ -829,6 +838,17 @@ def test_every_login_of_a_mapping_says_what_to_write() -> None:
         assert "=..." in refusals(found)[f"SourceAccessConfigurations.{kind}"]
     found = carried(MAPPING, {"SourceAccessConfigurations": [{"Type": "VPC_SUBNET", "URI": "x"}]})
     assert not found.refused
+
+
+def test_what_two_accesses_put_into_one_property() -> None:
+    """A second line would take the place of the first; and an audience is no extension."""
+    kinds = ["OAUTHBEARER_AUDIENCE", "OAUTHBEARER_LOGICAL_CLUSTER", "OAUTHBEARER_IDENTITY_POOL"]
+    access = [{"Type": kind, "URI": "x"} for kind in kinds]
+    found = refusals(carried(MAPPING, {"SourceAccessConfigurations": access}))
+    audience, *extensions = (found[f"SourceAccessConfigurations.{kind}"] for kind in kinds)
+    assert "extensions" not in audience and "assertion.claim.aud=..." in audience
+    for said in extensions:
+        assert "extensions=logicalCluster=...,identityPoolId=... " in said
 
 
 def test_a_list_of_mappings() -> None:

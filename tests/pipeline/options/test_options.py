@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -437,6 +441,18 @@ def test_what_has_to_be_given(name: str) -> None:
             ["r", "arn:aws:iam::1:role/r", "arn:aws:iam::123456789012:user/u"],
         ),
         (
+            "kafka_bootstrap_servers",
+            [
+                "b:1",
+                "[::1]:9092,b:9092",
+                "[::1]:9092,[fe80::1]:9092",
+                "b1:9092, b2:9092",
+                "SASL_SSL://b:9092,b2:9092",
+                "10.0.0.1:9092",
+            ],
+            ["b", "b:x", "b:1,", "b:1;c:2", "::1:9092", "[::1]", "b :1", "a//b:1", "b:123456"],
+        ),
+        (
             "lambda_endpoint_url",
             [
                 "http://127.0.0.1:9200",
@@ -511,6 +527,11 @@ def test_a_time_before_kafka_s_first_is_its_first(text: str) -> None:
     [
         ({"topics": None}, ["exactly one of --topics and --topics_regex, not none"]),
         ({"topics": ""}, ["exactly one", "not none"]),
+        ({"topics": "a,b, a"}, ["--topics=a,b, a names a twice"]),
+        ({"batch_size": "1_0"}, ["--batch_size=1_0 is not a whole number"]),
+        ({"batch_size": "\u0661"}, ["is not a whole number"]),
+        ({"batch_window_secs": "1_0"}, ["--batch_window_secs=1_0 is not a number"]),
+        ({"batch_window_secs": "nan"}, ["--batch_window_secs=nan is not a number"]),
         ({"topics": " , "}, ["exactly one", "not none"]),
         ({"topics_regex": "x.*"}, ["exactly one of --topics and --topics_regex, not both"]),
         ({"response_topic": "orders"}, ["--response_topic=orders", "--topics)", "feed on"]),
@@ -568,7 +589,7 @@ def test_a_time_before_kafka_s_first_is_its_first(text: str) -> None:
         ({"schema_validation": "KEY"}, ["--schema_validation needs --schema_registry_url"]),
         (
             {"schema_registry_url": REGISTRY, "schema_validation": "KEY,KEY"},
-            ["--schema_validation=KEY,KEY names one twice"],
+            ["--schema_validation=KEY,KEY names KEY twice"],
         ),
         (
             {"schema_registry_url": REGISTRY, "schema_validation": "NONE,KEY"},
@@ -945,3 +966,75 @@ def test_beam_can_hold_our_options() -> None:
     assert options.topics == "orders"
     assert options.include_headers == "true"
     assert options.batch_size is None
+
+
+def _with_properties(folder: Path, text: str, **given: str | None) -> Config:
+    file = folder / "kafka.properties"
+    file.write_text(text)
+    return _config(kafka_config_file=str(file), **given)
+
+
+def test_a_topic_of_the_same_name_in_another_cluster(tmp_path: Path) -> None:
+    """It is another topic, unless the brokers are the same."""
+    for name, prefix in (("response_topic", "response"), ("error_topic", "error")):
+        text = f"{prefix}.bootstrap.servers=other:9092"
+        assert _with_properties(tmp_path, text, **{name: "orders"})
+        for same in ("", f"{prefix}.bootstrap.servers=broker:9092"):
+            with pytest.raises(UsageError, match="feed on its own output"):
+                _with_properties(tmp_path, same, **{name: "orders"})
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"error_topic": "e"}, ["--error_topic=e stays empty with --on_error=fail"]),
+        ({"error_topic": "e", "on_error": "log"}, []),
+        (
+            {"error_topic": "e", "on_error": "log", "response_topic": "e"},
+            ["--response_topic=e is --error_topic, too"],
+        ),
+        (
+            {
+                "function": "arn:aws:lambda:eu-west-1:123456789012:function:f",
+                "aws_region": "us-east-1",
+            },
+            ["--aws_region=us-east-1 is not the region of --function, eu-west-1"],
+        ),
+        (
+            {
+                "function": "arn:aws:lambda:eu-west-1:123456789012:function:f",
+                "aws_region": "eu-west-1",
+            },
+            [],
+        ),
+    ],
+)
+def test_what_is_warned_of(given: dict[str, str], parts: list[str]) -> None:
+    """It can be meant, but hardly is."""
+    warnings = _config(**given).warnings
+    assert len(warnings) == len(parts)
+    for warning, part in zip(warnings, parts):
+        assert part in warning
+
+
+def test_log_format_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It holds from there on, for what is wrong with the options too."""
+    file = tmp_path / "options.yaml"
+    file.write_text("log_format: json\nbatch_size: 0\n")
+    assert main([f"--config={file}"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(json.loads(line)["message"].startswith("error: ") for line in lines)
+    assert main([f"--config={file}", "--log_format=text"]) == 2
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code"), [(">&-", 0), ("> /dev/full", 0), ("| true", 0), (">&- --batch_size=0", 2)]
+)
+def test_nobody_takes_what_is_printed(redirect: str, code: int) -> None:
+    """The exit code is that of the outcome, and there is no traceback."""
+    command = [sys.executable, "-m", "pipeline", *_arguments("--explain")]
+    line = f"{shlex.join(command)} {redirect}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr

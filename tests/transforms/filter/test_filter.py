@@ -95,6 +95,38 @@ def test_a_file_may_be_yaml(tmp_path: Path) -> None:
     assert load_criteria(str(file)) == ('{"topic": ["t"]}', '{"value":{"n":[1,{"prefix":"a"}]}}')
 
 
+@pytest.mark.parametrize(
+    ("yaml", "json"),
+    [
+        ("NO", '"NO"'),
+        ("on", '"on"'),
+        ("Y", '"Y"'),
+        ("012", '"012"'),
+        ("0x1F", '"0x1F"'),
+        ("1_000", '"1_000"'),
+        ("12:30:45", '"12:30:45"'),
+        ("2026-11-01", '"2026-11-01"'),
+        (".inf", '".inf"'),
+        ("=", '"="'),
+        ("true", "true"),
+        ("False", "false"),
+        ("null", "null"),
+        ("~", "null"),
+        ("1.50", "1.50"),
+        ("-1e3", "-1e3"),
+        ("12345678901234567890123", "12345678901234567890123"),
+        ("'5'", '"5"'),
+        ('"null"', '"null"'),
+        ("'true'", '"true"'),
+    ],
+)
+def test_what_yaml_has_without_quotes(tmp_path: Path, yaml: str, json: str) -> None:
+    """A number, a truth or nothing where JSON writes the same; else the text that stands there."""
+    file = tmp_path / "filters.yaml"
+    file.write_text(f"Filters:\n  - Pattern:\n      value:\n        no: [{yaml}]\n")
+    assert load_criteria(str(file)) == (f'{{"value":{{"no":[{json}]}}}}',)
+
+
 @pytest.mark.parametrize("wrap", [dict, lambda mapping: {"EventSourceMappings": [mapping]}])
 def test_a_mapping_brings_its_filters(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
     """The file that --config names is the one with the criteria."""
@@ -182,7 +214,7 @@ def test_criteria_that_do_not_fit(criteria: Any, problems: list[str]) -> None:
         (None, "cannot be read: No such file"),
         (b"\xff", "cannot be read: it is not UTF-8 text"),
         (b"{", "is neither JSON nor YAML: Expecting"),
-        (b"a: [1\n", "is neither JSON nor YAML: while parsing"),
+        (b"a: [1\n", "is neither JSON nor YAML: expected ',' or ']'"),
         (b"[1: 2", "is neither JSON nor YAML: "),
         (b'{"Filters": [{"Pattern": {"a": [NaN]}}]}', "is neither JSON nor YAML: NaN is not"),
         (b"[" * 100_000, "is neither JSON nor YAML: "),
