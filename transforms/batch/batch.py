@@ -38,6 +38,9 @@ from transforms.records import (
     Rejection,
 )
 
+# Holes that are remembered per lane. Many are none: transactions and compaction leave them.
+_HOLES = 100
+
 
 @dataclass(frozen=True, slots=True)
 class BatchConfig:
@@ -79,6 +82,8 @@ class OpenBatch:
         records: Records in the open batch.
         entry_bytes: Their entries' sizes, added up.
         early: Chunks that wait for their predecessor.
+        holes: Ranges that chunks which do not tell their predecessor have jumped over, the newest
+            ones: what comes of them is late, not a duplicate.
     """
 
     base: int
@@ -87,6 +92,7 @@ class OpenBatch:
     records: int = 0
     entry_bytes: int = 0
     early: int = 0
+    holes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +262,9 @@ class _BufferFn(beam.DoFn):
             early.add(chunk)
             open_state.write(replace(state, early=state.early + 1))
             return
+        if state.next_offset < chunk.start:
+            hole = (state.next_offset, chunk.start)
+            state = replace(state, holes=(*state.holes, hole)[-_HOLES:])
         state = yield from self._add(chunk, state, pieces)
         if state.early:
             waiting = sorted(early.read(), key=lambda waiter: waiter.start)
@@ -298,7 +307,8 @@ class _BufferFn(beam.DoFn):
             end = Piece(state.next_offset, state.next_offset, Records(), ())
             start = Piece(state.start, state.start, Records(), ())
             frame = self._config.format.envelope.frame(key[0], key[1])
-            yield self._count(assemble(key, [start, *held, end], frame=frame))
+            batch = assemble(key, [start, *held, end], frame=frame)
+            yield self._count(replace(batch, first=state.start == state.base))
         pieces.clear()
 
     def _add(
@@ -316,12 +326,32 @@ class _BufferFn(beam.DoFn):
                 records = chunk.records.slice(0, late)
                 before = replace(chunk, next_offset=end, records=records)
                 yield from self._pieces(before, OpenBatch(0, chunk.start, chunk.start), None)
-            self._duplicates.inc(known - late)
+            filled, state = yield from self._fill(chunk, state)
+            self._duplicates.inc(known - late - filled)
             if chunk.next_offset <= state.next_offset:
                 return state
             unseen = chunk.records.slice(known, len(offsets))
             chunk = replace(chunk, start=state.next_offset, records=unseen)
         return (yield from self._pieces(chunk, state, pieces))
+
+    def _fill(
+        self, chunk: RecordChunk, state: OpenBatch
+    ) -> Generator[Batch, None, tuple[int, OpenBatch]]:
+        """Batch what a chunk holds of the holes by itself; how many records, and the new state."""
+        filled, left = 0, []
+        for low, high in state.holes:
+            start, end = max(low, chunk.start), min(high, chunk.next_offset)
+            if start >= end:
+                left.append((low, high))
+                continue
+            begin, behind = (bisect_left(chunk.records.offsets, each) for each in (start, end))
+            records = chunk.records.slice(begin, behind)
+            part = replace(chunk, start=start, next_offset=end, records=records)
+            yield from self._pieces(part, OpenBatch(0, start, start), None)
+            self._out_of_order.inc(len(records))
+            filled += len(records)
+            left += [hole for hole in ((low, start), (end, high)) if hole[0] < hole[1]]
+        return filled, replace(state, holes=tuple(left))
 
     def _pieces(
         self, chunk: RecordChunk, state: OpenBatch, pieces: BagRuntimeState | None
@@ -357,7 +387,8 @@ class _BufferFn(beam.DoFn):
                     pieces.clear()
                 together = [*held, piece]
                 batch = assemble(chunk.lane_key, together, part.rejection, frame)
-                yield self._count(replace(batch, start=batch_start))
+                first = pieces is not None and batch_start == state.base
+                yield self._count(replace(batch, start=batch_start, first=first))
                 batch_start, open_records, open_bytes = end, 0, 0
             else:
                 pieces.add(piece)

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import apache_beam as beam
@@ -257,7 +257,7 @@ def _keyed(batch: Batch) -> tuple[LaneKey, Batch]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How far a key has come. Batches are numbered in the order in which they came.
+    """How far a key has come. Batches are numbered in the order of their offsets.
 
     Attributes:
         token: Which handing over to a process this is; see `transforms.invoke.handover`.
@@ -266,6 +266,8 @@ class Place:
         tail: Number of the next batch to come.
         halted: Whether a failure stopped the partition.
         collecting: Whether the timer is set.
+        next_offset: Where the last batch that was handed over ends; -1 before the first.
+        early: Batches that wait for their predecessor.
     """
 
     token: str = ""
@@ -274,11 +276,15 @@ class Place:
     tail: int = 0
     halted: bool = False
     collecting: bool = False
+    next_offset: int = -1
+    early: int = 0
 
 
 class _PendingFn(beam.DoFn):
     PLACE = ReadModifyWriteStateSpec("invoke_place", coders.PickleCoder())
     PENDING = BagStateSpec("invoke_pending", coders.PickleCoder())
+    # Batches that have overtaken others on the way to here.
+    EARLY = BagStateSpec("invoke_early", coders.PickleCoder())
     COLLECT = TimerSpec("invoke_collect", beam.TimeDomain.REAL_TIME)
     # Fires at a drain and when a bounded run has read all, so that nothing pending is left behind.
     WINDOW_END = TimerSpec("invoke_window_end", beam.TimeDomain.WATERMARK)
@@ -304,6 +310,7 @@ class _PendingFn(beam.DoFn):
         element: tuple[LaneKey, Batch],
         place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
         pending: BagRuntimeState = beam.DoFn.StateParam(PENDING),  # type: ignore[assignment]
+        early: BagRuntimeState = beam.DoFn.StateParam(EARLY),  # type: ignore[assignment]
         collect: RuntimeTimer = beam.DoFn.TimerParam(COLLECT),  # type: ignore[assignment]
         window_end: RuntimeTimer = beam.DoFn.TimerParam(WINDOW_END),  # type: ignore[assignment]
         window: Any = beam.DoFn.WindowParam,
@@ -316,13 +323,27 @@ class _PendingFn(beam.DoFn):
         if place.halted:
             # Not committed, so a new run reads it again.
             self._dropped.inc(len(batch))
+            if place.early:
+                early.clear()
+                place_state.write(replace(place, early=0))
+            return
+        if batch.first and place.next_offset < 0:
+            place = replace(place, next_offset=batch.start)
+        if batch.start > place.next_offset:
+            early.add(batch)
+            place_state.write(replace(place, early=place.early + 1))
             return
         place = self._agree(key, place, pending)
+        place = self._submit(key, batch, place, pending)
+        if place.early:
+            waiting = sorted(early.read(), key=attrgetter("start"))
+            early.clear()
+            while waiting and waiting[0].start <= place.next_offset:
+                place = self._submit(key, waiting.pop(0), place, pending)
+            for waiter in waiting:
+                early.add(waiter)
+            place = replace(place, early=len(waiting))
         handover = self._share(self._config)
-        pending.add((place.tail, batch))
-        handover.submit(key, batch)
-        self._observe_age(batch)
-        place = replace(place, tail=place.tail + 1)
         place = yield from self._emit(key, place, pending)
         while handover.invoker.queue(key[:2]).bytes > _KEY_BYTES and not place.halted:
             handover.invoker.wait(lambda invoker: invoker.has_finished, 1.0)
@@ -351,6 +372,7 @@ class _PendingFn(beam.DoFn):
         key: LaneKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
         place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
         pending: BagRuntimeState = beam.DoFn.StateParam(PENDING),  # type: ignore[assignment]
+        early: BagRuntimeState = beam.DoFn.StateParam(EARLY),  # type: ignore[assignment]
         collect: RuntimeTimer = beam.DoFn.TimerParam(COLLECT),  # type: ignore[assignment]
     ) -> Iterator[Finished]:
         # Flink's drain waits for every timer that is set, and fires none of real time any more.
@@ -360,12 +382,27 @@ class _PendingFn(beam.DoFn):
             return
         if not place.halted:
             place = self._agree(key, place, pending)
+            if place.early:
+                # Nothing more can come: what waits goes as it is. No range covers the hole before
+                # it, so nothing behind that is committed.
+                for batch in sorted(early.read(), key=attrgetter("start")):
+                    place = self._submit(key, batch, place, pending)
+                place = replace(place, early=0)
+                early.clear()
         handover = self._share(self._config)
         while not place.halted and place.head < place.tail:
             place = yield from self._emit(key, place, pending)
             place = self._renew(key, place, pending)
             handover.invoker.wait(lambda invoker: invoker.has_finished, 0.1)
         place_state.write(place)
+
+    def _submit(self, key: LaneKey, batch: Batch, place: Place, pending: BagRuntimeState) -> Place:
+        """Hand one more batch over, and keep it in the state."""
+        pending.add((place.tail, batch))
+        self._share(self._config).submit(key, batch)
+        self._observe_age(batch)
+        next_offset = max(place.next_offset, batch.next_offset)
+        return replace(place, tail=place.tail + 1, next_offset=next_offset)
 
     def _agree(self, key: LaneKey, place: Place, pending: BagRuntimeState) -> Place:
         """See to it that this process holds what the state says is pending."""

@@ -2,7 +2,9 @@
 
 Each record comes as a row of its own; here rows become chunks again, right behind the read. A row
 does not say where its predecessor ended, so nothing can be waited for: the order is that in which
-the reader hands them over.
+the reader hands them over. What was overtaken on its way is not lost, but invoked by itself; should
+the run crash before that, its offsets may be committed already. A position that retention has taken
+is for Java's consumer to handle, as "auto.offset.reset" says: it goes on at the first offset.
 """
 
 from __future__ import annotations

@@ -233,6 +233,9 @@ def test_a_partition_whose_function_is_down_stops_neither_the_others_nor_a_check
         assert flink.committed().get(2, 0) == 0
         server.clear_faults()
         flink.wait_committed(run, others | {2: 2000})
+        # Else what is invoked again below would be the restart's, and not ours.
+        counts = flink.rest.checkpoints(job.id)["counts"]
+        assert counts["restored"] == before["restored"], "the job was restarted"
     flink.check()
     sink.assert_in_order(sink.invocations(server))
 

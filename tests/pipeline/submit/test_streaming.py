@@ -30,7 +30,7 @@ from pipeline.submit.streaming import runner_options
 from tests import sink
 from tests.conftest import Names
 from transforms.aws.function import FunctionConfig
-from transforms.batch.batch import BatchByPartition, BatchConfig
+from transforms.batch.batch import BatchByPartition, BatchConfig, _BufferFn
 from transforms.commit.commit import (
     CommitConfig,
     CommitOffsets,
@@ -671,7 +671,8 @@ class Worker:
 
     def __init__(self, answer: Callable[[Batch], Outcome]) -> None:
         self._answer = answer
-        self.place, self.pending, self.timer, self.end = State(), Bag(), Timer(), Timer()
+        self.place, self.pending, self.early = State(), Bag(), Bag()
+        self.timer, self.end = Timer(), Timer()
         self.calls: list[int]
         self.start_process()
 
@@ -701,23 +702,45 @@ class Worker:
 
     def process(self, batch: Batch) -> list[Finished]:
         element = (batch.lane_key, batch)
-        states = (self.place, self.pending, self.timer, self.end)
+        states = (self.place, self.pending, self.early, self.timer, self.end)
         return list(self.step.process(element, *states, GlobalWindow()))  # type: ignore[arg-type]
 
     def collect(self) -> list[Finished]:
         return list(self.step.collect(("t", 0, 0), self.place, self.pending, self.timer))  # type: ignore[arg-type]
 
     def drain(self) -> list[Finished]:
-        return list(self.step.collect_all(("t", 0, 0), self.place, self.pending, self.timer))  # type: ignore[arg-type]
+        states = (self.place, self.pending, self.early, self.timer)
+        return list(self.step.collect_all(("t", 0, 0), *states))  # type: ignore[arg-type]
 
 
 def _batch(number: int) -> Batch:
     records = Records([number], [1], [None], [b"1"], [None])
-    return Batch("t", 0, number, number + 1, records, [b"{}"])
+    return Batch("t", 0, number, number + 1, records, [b"{}"], first=number == 0)
 
 
 def _succeed(_: Batch) -> Outcome:
     return Outcome(Kind.SUCCESS)
+
+
+def test_what_waited_is_batched_with_the_chunk_it_waited_for() -> None:
+    """Not only at the end, and what still waits stays counted."""
+    state, pieces, early = State(), Bag(), Bag()
+    step = _BufferFn(BatchConfig(max_records=2))
+
+    def process(*chunk: Any, first: bool = False) -> list[tuple[int, int]]:
+        states = (state, pieces, early, Timer(), GlobalWindow())
+        out = step.process(_chunk(*chunk, first=first), *states)  # type: ignore[arg-type]
+        return [(batch.start, batch.next_offset) for batch in out]
+
+    assert process(6, 8) == process(2, 4) == process(10, 12) == []
+    assert state.read().early == 3
+    assert process(0, 2, first=True) == [(0, 2), (2, 4)]
+    assert state.read().early == len(early.items) == 2
+    assert process(4, 6) == [(4, 6), (6, 8)]
+    assert state.read().early == len(early.items) == 1
+    # The beginning is known: another chunk that says it begins changes nothing about that.
+    assert process(0, 2, first=True) == []
+    assert (state.read().base, state.read().next_offset) == (0, 8)
 
 
 def test_a_drain_waits_for_everything_and_leaves_no_timer() -> None:
@@ -727,6 +750,33 @@ def test_a_drain_waits_for_everything_and_leaves_no_timer() -> None:
     assert [finished.start for finished in out] == list(range(40))
     assert worker.timer.due is None
     assert worker.place.read().head == 40
+
+
+@pytest.mark.parametrize("order", [[0, 2, 1, 3], [3, 2, 1, 0], [1, 0, 3, 2], [2, 0, 1, 3]])
+def test_batches_that_have_overtaken_others_wait_for_them(order: list[int]) -> None:
+    worker = Worker(_succeed)
+    out = [finished for number in order for finished in worker.process(_batch(number))]
+    out += worker.drain()
+    assert worker.calls == [0, 1, 2, 3]
+    assert [finished.start for finished in out] == [0, 1, 2, 3]
+    assert worker.early.items == []
+
+
+def test_a_batch_whose_predecessor_never_comes_is_invoked_by_a_drain() -> None:
+    worker = Worker(_succeed)
+    for number in (0, 3, 2):
+        worker.process(_batch(number))
+    worker.drain()
+    assert worker.calls == [0, 2, 3]
+
+
+def test_a_late_batch_is_invoked_when_it_comes() -> None:
+    worker = Worker(_succeed)
+    for number in (0, 1):
+        worker.process(_batch(number))
+    worker.process(replace(_batch(0), first=False))
+    worker.drain()
+    assert worker.calls == [0, 1, 0]
 
 
 def test_a_lost_process_costs_a_second_call_and_no_batch() -> None:

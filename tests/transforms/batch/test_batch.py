@@ -349,6 +349,24 @@ def test_late_records_are_batched_by_themselves_and_counted() -> None:
     assert (late.start, late.next_offset) == (0, 3)
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_chunks_that_tell_no_predecessor_lose_nothing_in_any_order(order) -> None:
+    """Beam's reader does not say what came before a chunk: each may begin its partition."""
+    parts = [_chunk(start, start + 50, first=True) for start in (0, 50, 100)]
+    batches, counters = _run([parts[place] for place in order], BatchConfig(20))
+    assert sorted(o for batch in batches for o in batch.records.offsets) == list(range(150))
+    assert not counters.get("duplicates")
+    assert [batch.first for batch in batches].count(True) == 1
+
+
+def test_what_fills_a_hole_is_a_duplicate_the_second_time() -> None:
+    late = _chunk(2, 5, first=True)
+    chunks = [_chunk(0, 2, first=True), _chunk(6, 8, first=True), late, late]
+    batches, counters = _run(chunks, BatchConfig(10))
+    assert sorted(o for batch in batches for o in batch.records.offsets) == [0, 1, 2, 3, 4, 6, 7]
+    assert (counters["out_of_order"], counters["duplicates"]) == (3, 3)
+
+
 def test_a_late_range_ends_where_the_known_one_begins() -> None:
     """A late chunk that reaches into what is still open must not say that it is done."""
     batches, counters = _run([_chunk(5, 7, first=True), _chunk(0, 9)], BatchConfig(4))
