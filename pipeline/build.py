@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import apache_beam as beam
@@ -12,7 +13,7 @@ from transforms.batch.key import KeyByLane
 from transforms.commit.commit import CommitOffsets
 from transforms.decode.decode import DecodeRecords
 from transforms.filter.filter import FilterRecords
-from transforms.invoke.invoke import InvokeLambda
+from transforms.invoke.invoke import InvokeLambda, halt_partition
 from transforms.kafka.beam_reader import BeamReadConfig, ReadRows
 from transforms.read.rounds import ReadRound
 from transforms.read.streaming import ReadPartitions
@@ -48,7 +49,7 @@ def build(
         | "Key" >> KeyByLane(config.lanes)
         | "Batch" >> BatchByPartition(config.batch)
         | "Invoke" >> InvokeLambda(config.invoke)
-        | "Write" >> WriteToKafka(config.write)
+        | "Write" >> WriteToKafka(config.write, partial(halt_partition, config.invoke))
         | "Commit" >> (commit or CommitOffsets(config.commit, begun, told))
     )
 

@@ -433,7 +433,7 @@ def test_the_error_record_of_aws_in_the_docs_is_what_is_written() -> None:
     shown = json.loads(blocks(ERROR_RECORDS, "json", after="aws error value")[0])
     failure = _failure(executed_version="7", request_id=shown["requestContext"]["requestId"])
     event = Envelope("kafka_event", _SERVERS)
-    (record,) = destination_records(
+    ((_, record),) = destination_records(
         "orders",
         3,
         failure,

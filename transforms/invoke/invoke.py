@@ -145,6 +145,12 @@ def shared_handover(config: InvokeConfig) -> Handover:
     return per_process(_make_handover, config)
 
 
+def halt_partition(config: InvokeConfig, finished: Finished) -> None:
+    """Have this process invoke nothing more of a partition; see `Invoker.halt`."""
+    invoker = shared_handover(config).invoker if config.streaming else shared_invoker(config)
+    invoker.halt(finished)
+
+
 def why_broken(invoker: Invoker, function: FunctionConfig) -> BaseException | None:
     """The error that stopped all work, if one did."""
     broken = invoker.broken

@@ -243,6 +243,17 @@ class Invoker:
                 self._wake()
             return finished
 
+    def halt(self, finished: Finished) -> None:
+        """Stop a partition from outside, since what became of its records cannot be written.
+
+        Args:
+            finished: With the failure in `halted`.
+        """
+        with self._changed:
+            partition = self._partitions.setdefault(finished.key, _Partition())
+            self._halt(partition, finished)
+            self._changed.notify_all()
+
     def abandon(self, key: LaneKey, lift_halt: bool = True) -> None:
         """Forget a lane: what has not begun never does, what is running counts for nothing.
 

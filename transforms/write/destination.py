@@ -42,7 +42,8 @@ def destination_records(
     event: Envelope,
     max_bytes: int,
     now_ms: int,
-) -> Iterator[ErrorRecord]:
+    with_original: bool = True,
+) -> Iterator[tuple[Failure, ErrorRecord]]:
     """Error records for one failure, one for each of its records.
 
     Args:
@@ -53,6 +54,10 @@ def destination_records(
         event: How the records stand in `payload`: as ``kafka_event``.
         max_bytes: Size above which a record goes without its `payload`; its original is kept.
         now_ms: The time, in milliseconds since the epoch.
+        with_original: Whether the source record is in the headers.
+
+    Yields:
+        Each error record with the part of the failure that it holds.
     """
     for index in range(len(failure)):
         one = replace(
@@ -60,10 +65,10 @@ def destination_records(
             records=failure.records.slice(index, index + 1),
             entries=failure.entries[index : index + 1],
         )
-        whole = _record(topic, partition, one, function, event, now_ms, with_payload=True)
+        whole = _record(topic, partition, one, function, event, now_ms, True, with_original)
         if whole.size_bytes > max_bytes:
-            whole = _record(topic, partition, one, function, event, now_ms, with_payload=False)
-        yield whole
+            whole = _record(topic, partition, one, function, event, now_ms, False, with_original)
+        yield one, whole
 
 
 def _record(
@@ -74,6 +79,7 @@ def _record(
     event: Envelope,
     now_ms: int,
     with_payload: bool,
+    with_original: bool,
 ) -> ErrorRecord:
     records = failure.records
     entries = encode_event_records(topic, partition, records, event)
@@ -101,7 +107,7 @@ def _record(
     value = (
         orjson.dumps(facts)[:-1] + b',"payload":' + (payload if with_payload else b"null") + b"}"
     )
-    headers = error_headers(topic, partition, failure, function, with_payload)
+    headers = error_headers(topic, partition, failure, function, with_payload, with_original)
     return ErrorRecord(records.keys[0], value, headers)
 
 

@@ -249,6 +249,23 @@ def error_records(
             yield from error_records(topic, partition, half, function, format, max_bytes)
 
 
+def least_error_record(
+    topic: str,
+    partition: int,
+    failure: Failure,
+    function: str,
+    format: OutputFormat,
+    with_original: bool,
+) -> ErrorRecord:
+    """The error record of a single record with what has to be in it only.
+
+    Without its `inputPayload`, what the function returned and the log, and, if that is still too
+    much, without the original. Headers say what was left out.
+    """
+    bare = replace(failure, payload=None, log_result=None)
+    return _error_record(topic, partition, bare, function, format, False, with_original)
+
+
 def _error_record(
     topic: str,
     partition: int,
@@ -256,16 +273,22 @@ def _error_record(
     function: str,
     format: OutputFormat,
     with_input: bool,
+    with_original: bool = True,
 ) -> ErrorRecord:
     offsets = failure.records.offsets
     key = range_key(topic, partition, offsets[0], offsets[-1] + 1, format)
     payload = failure.frame.join(failure.entries).decode() if with_input else None
-    headers = error_headers(topic, partition, failure, function, with_input)
+    headers = error_headers(topic, partition, failure, function, with_input, with_original)
     return ErrorRecord(key, error_value(failure, function, payload, format), headers)
 
 
 def error_headers(
-    topic: str, partition: int, failure: Failure, function: str, with_input: bool
+    topic: str,
+    partition: int,
+    failure: Failure,
+    function: str,
+    with_input: bool,
+    with_original: bool = True,
 ) -> list[tuple[str, bytes]]:
     """Headers of an error record: the facts, then the originals."""
     headers = [
@@ -274,6 +297,9 @@ def error_headers(
     ]
     if not with_input:
         headers.append((HEADER_PREFIX + "input.payload.omitted", b"true"))
+    if not with_original:
+        headers.append((HEADER_PREFIX + "original.omitted", b"true"))
+        return headers
     originals = encode_originals(topic, partition, failure.records)
     return headers + [(ORIGINAL_HEADER, original) for original in originals]
 

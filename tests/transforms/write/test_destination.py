@@ -50,8 +50,8 @@ def _failure(records: Records = RECORDS, **changes) -> Failure:
 def _written(
     failure: Failure, event: Envelope = EVENT, max_bytes: int = 10**6
 ) -> list[ErrorRecord]:
-    records = destination_records("my-topic", 0, failure, "my-function", event, max_bytes, NOW_MS)
-    return list(records)
+    parts = destination_records("my-topic", 0, failure, "my-function", event, max_bytes, NOW_MS)
+    return [record for _, record in parts]
 
 
 def test_what_aws_writes() -> None:
