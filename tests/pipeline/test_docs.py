@@ -22,6 +22,7 @@ from pipeline.options.declare import _FLINK_OPTIONS, OPTIONS, _beam_parser, pars
 from pipeline.redrive.command import GROUP as REDRIVE_OPTIONS
 from tests import ROOT
 from transforms.batch.payload import PayloadFormat, encode_records
+from transforms.conditions import RESPONSE_REFUSED
 from transforms.decode import decode
 from transforms.decode.registry import RegistryConfig, registry_settings
 from transforms.decode.schemas import AVRO, CONNECT, PROTOBUF, STANDARD, SchemaText
@@ -48,6 +49,7 @@ from transforms.write.formats import (
     FORMATS,
     RESPONSE_SCHEMAS,
     error_records,
+    least_error_record,
     response_keys,
     response_values,
 )
@@ -459,7 +461,8 @@ def test_every_header_and_condition_is_in_the_docs() -> None:
     failure = _failure(executed_version="7", request_id="id")
     # Too small for the input payload, so that the header that says so is there too.
     ((_, record),) = error_records("orders", 3, failure, "f", "json", 1)
-    assert named == {name for name, _ in record.headers}
+    least = least_error_record("orders", 3, failure, "f", "json", with_original=False)
+    assert named == {name for name, _ in (*record.headers, *least.headers)}
 
     listed = page.partition("| condition |")[2].partition("\n\n")[0]
     conditions = set(re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE))
@@ -471,6 +474,7 @@ def test_every_header_and_condition_is_in_the_docs() -> None:
         retry.SIZE_EXCEEDED,
         retry.INVALID_REPLY,
         retry.INVALID_CONTENT,
+        RESPONSE_REFUSED,
         rejected.condition,
         decode.SCHEMA_NOT_FOUND,
         decode.DESERIALIZATION_ERROR,

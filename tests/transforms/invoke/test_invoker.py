@@ -1490,7 +1490,7 @@ def test_lanes_keep_the_order_of_each_key_and_the_mark_below_what_is_not_done(
 
     done = _offsets(collected)
     assert len(done) == len(set(done))
-    marks = ContiguousOffsets(count)
+    marks = ContiguousOffsets()
     marks.begin(("t", 0), [0] * count)
     mark = 0
     for each in collected:
