@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.options.declare import OPTIONS
 from pipeline.redrive.command import GROUP, Counts, make_config, parse
+from tests.examples import examples
 from tests.pipeline.options.test_options import _config
 from transforms.kafka.client import KafkaConfig
 from transforms.lanes import Lanes
@@ -415,3 +416,42 @@ def test_counts_for_people_and_programs() -> None:
     assert "error records: 2, records in them: 3" in text
     assert "left where they are: not selected: 2" in text
     assert "left where they are: none" in Counts().text()
+
+
+_VALID = encode_originals("orders", 0, Records([7], [1], [b"k"], [b"v"], [[("h", None)]]))[0]
+
+
+@given(
+    found=st.lists(
+        st.lists(
+            st.binary(max_size=60)
+            | st.just(_VALID)
+            | st.tuples(st.integers(0, len(_VALID) - 1), st.binary(min_size=1, max_size=3)).map(
+                lambda edit: _VALID[: edit[0]] + edit[1] + _VALID[edit[0] + 1 :]
+            ),
+            max_size=4,
+        ),
+        max_size=6,
+    ),
+    finish=st.booleans(),
+)
+@examples(50)
+def test_error_records_of_any_bytes_end_or_are_passed_over(found, finish) -> None:
+    """None raises, and nothing is committed past one whose originals have come to no end."""
+    ledger = Ledger(RedriveConfig(KAFKA, "errors"))
+    redriven = ledger.partitions[0] = Redriven(0)
+    taken = []
+    for offset, originals in enumerate(found):
+        record = error_record(offset, originals=tuple(originals))
+        if (read := read_originals(record)) is not None:
+            redriven.take(offset)
+            taken.append((record, read))
+    redriven.look(len(found))
+    ledger.begin(taken)
+    chunks = ledger.take()
+    if finish:
+        for chunk in chunks:
+            part = (chunk.topic, chunk.partition, chunk.start, chunk.next_offset, chunk.lane or 0)
+            ledger.finish(Progress(*part))
+    first = len(found) if finish or not taken else taken[0][0].offset
+    assert redriven.commit()[0] == first
