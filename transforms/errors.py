@@ -27,6 +27,13 @@ class SinkError(Exception):
     exit_code = 1
 
 
+def one_line(text: str) -> str:
+    """A text with what would not print, or would begin a new line, written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UsageError(SinkError):
     """Options that do not fit. Holds all problems found, one line each."""
 
@@ -35,6 +42,7 @@ class UsageError(SinkError):
     def __init__(self, problems: Sequence[str] | str) -> None:
         # A runner makes an error anew from its text.
         problems = problems.splitlines() if isinstance(problems, str) else problems
+        problems = [one_line(problem) for problem in problems]
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
 

@@ -32,7 +32,7 @@ from transforms.decode.decode import ATTRIBUTES, VALUE, DecodeConfig
 from transforms.decode.registry import RegistryConfig, check_settings
 from transforms.decode.schemas import CONNECT, STANDARD
 from transforms.envelope import Envelope
-from transforms.errors import UsageError
+from transforms.errors import UsageError, one_line
 from transforms.filter.filter import UNPARSABLE, FilterConfig, load_criteria
 from transforms.invoke import reply
 from transforms.invoke.breaker import BreakerPolicy
@@ -1298,7 +1298,7 @@ def resolve(
         runner,
         tuple(rest),
         explain=given.get("explain") == "true",
-        problems=tuple(problems),
+        problems=tuple(map(one_line, problems)),
         config=None if problems else config,
     )
 

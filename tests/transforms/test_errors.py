@@ -96,3 +96,10 @@ def test_a_usage_error_in_a_step_keeps_its_problems() -> None:
     error = from_runner(raised.value)
     assert isinstance(error, UsageError)
     assert error.problems == problems
+
+
+def test_a_problem_is_one_line_whatever_it_shows() -> None:
+    """A value of the user's may hold anything."""
+    from transforms.errors import UsageError
+
+    assert UsageError(["a\x1eb\nc\ud800"]).problems == ("a\\x1eb\\nc\\ud800",)
