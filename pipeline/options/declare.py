@@ -27,7 +27,7 @@ from transforms.aws.function import FUNCTION, MAX_ASYNC_BYTES, MAX_SYNC_BYTES, F
 from transforms.batch import payload
 from transforms.batch.batch import BatchConfig
 from transforms.batch.payload import PayloadFormat
-from transforms.commit.commit import REFRESH_SECS, CommitConfig
+from transforms.commit.commit import INTERVAL_SECS, REFRESH_SECS, CommitConfig
 from transforms.decode.decode import ATTRIBUTES, VALUE, DecodeConfig
 from transforms.decode.registry import RegistryConfig, check_settings
 from transforms.decode.schemas import CONNECT, STANDARD
@@ -210,6 +210,16 @@ GROUPS = (
                 unit="seconds",
                 low=1,
                 high=86_400,
+            ),
+            Option(
+                "commit_interval_secs",
+                "Commit offsets at most this often, on the DirectRunner. A run that ends commits "
+                "at once; what was not committed when one crashes is invoked again.",
+                kind="float",
+                default=INTERVAL_SECS,
+                unit="seconds",
+                low=0,
+                high=60,
             ),
             Option(
                 "starting_position",
@@ -1175,7 +1185,12 @@ def _make_config(
             registry=registry,
             destination=replace(wrapping, name=envelope.KAFKA_EVENT) if aws_errors else None,
         ),
-        commit=CommitConfig(kafka, lanes, values["commit_refresh_secs"]),
+        commit=CommitConfig(
+            kafka,
+            lanes,
+            None if stream and values["until"] == "caught_up" else values["commit_refresh_secs"],
+            values["commit_interval_secs"],
+        ),
         run=RunConfig(
             preflight=values["preflight"],
             until=values["until"],

@@ -11,8 +11,9 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from time import monotonic, time
+from time import monotonic, thread_time, time
 from zlib import crc32
 
 from pipeline.build import build
@@ -35,11 +36,16 @@ _DISCOVER_SECS = 2.0
 _MISSING_LOOKS = 4
 _MEND_SECS = 0.5
 _ENDS_SECS = 0.5
-_BUSY_POLL_SECS = 0.02
-_IDLE_POLL_SECS = 0.2
-# While much is under way fewer, larger rounds; else a result should not have to wait.
+# How long the loop may wait for a record to come. While calls are running it waits for these too,
+# in slices: an eighth of the time that has gone by since one ended or began.
+_IDLE_SECS = 0.2
+_SLICE_SECS = 0.001, 0.02
+_SLICES = 8
+# How long what has finished may wait for more of it: with much under way, for fewer and larger
+# rounds; else for so many times the processor time of a round, so that these leave some of it.
 _COLLECT_SECS_BUSY = 1.0
-_COLLECT_SECS_IDLE = 0.1
+_COLLECT_SECS_MOST = 0.1
+_COLLECT_ROUNDS = 4
 
 
 # What a record takes beside its bytes: the objects that hold it.
@@ -350,6 +356,11 @@ class Rounds:
         self._looked = float("-inf")
         self._oldest_read_ms: int | None = None
         self._stats_before = self._invoker.stats
+        # When the loop has looked at everything, when it is to look again, and what it knew then.
+        self._passed_at = self._pass_at = self._ended_at = float("-inf")
+        self._done_batches = 0
+        # Processor time of a round, of late.
+        self._round_secs = 0.0
 
     def run(self) -> Status:
         """Run to the end.
@@ -357,29 +368,26 @@ class Rounds:
         Raises:
             SinkError: The run cannot go on; what was finished before is committed.
         """
+        try:
+            return self._run()
+        except BaseException:
+            # What has been finished is not to be done again for what came behind it.
+            with suppress(SinkError):
+                self._committer.flush()
+            raise
+
+    def _run(self) -> Status:
         if self._config.run.preflight:
             preflight(self._config, self._source)
         self._discover(at_start=True)
         self._look_at_ends(0)
         ended = False
         while not (self._stop.is_set() or self._invoker.broken or (ended := self._ended())):
-            busy = self._invoker.pending_batches > 0 or self._invoker.has_finished
-            self._reader.fill(_BUSY_POLL_SECS if busy else _IDLE_POLL_SECS)
-            self._mend()
-            self._look_at_ends()
-            if self._timer() - self._discovered > _DISCOVER_SECS:
-                self._discover(at_start=False)
-            held = self._hold()
-            limits = self._limits.among(held.values(), self._turn_records)
-            rooms = self._rooms(held, limits)
-            ready = {key for key, each in held.items() if self._is_ready(key, limits.is_full(each))}
-            self._fetch(held, limits, ready)
-            due = {room.key for room in rooms} & ready
-            if self._due(due, limits):
-                self._run_round(rooms)
-            self._committer.refresh()
+            if self._reader.fill(self._wait_secs()) or self._is_time():
+                self._pass()
         drain(self._invoker, self._config.invoke, lambda: self._run_round([]))
         self._graph.close()
+        self._committer.flush()
         self._committer.refresh(now=True)
         self._look_at_ends(0)
         if ended:
@@ -415,6 +423,54 @@ class Rounds:
 
     # -- one pass of the loop --------------------------------------------------------------
 
+    def _wait_secs(self) -> float:
+        """How long to wait for records, with an eye on what else may come."""
+        invoker, now = self._invoker, self._timer()
+        if invoker.done_batches != self._done_batches:
+            return 0.0
+        secs = max(0.0, self._pass_at - now)
+        if invoker.has_work:
+            shortest, longest = _SLICE_SECS
+            since = now - max(self._passed_at, self._ended_at)
+            return min(secs, max(shortest, min(longest, since / _SLICES)))
+        return min(secs, _IDLE_SECS)
+
+    def _is_time(self) -> bool:
+        """Whether something is to be done although no record has come."""
+        return self._timer() >= self._pass_at or self._invoker.done_batches != self._done_batches
+
+    def _pass(self) -> None:
+        """Look at everything once, and run a round if one is due."""
+        self._passed_at = self._timer()
+        if self._invoker.done_batches != self._done_batches:
+            self._done_batches, self._ended_at = self._invoker.done_batches, self._passed_at
+        self._mend()
+        self._look_at_ends()
+        if self._passed_at - self._discovered > _DISCOVER_SECS:
+            self._discover(at_start=False)
+        held = self._hold()
+        limits = self._limits.among(held.values(), self._turn_records)
+        rooms = self._rooms(held, limits)
+        ready = {
+            key
+            for key, each in held.items()
+            if self._is_ready(key, limits.is_full(each), each.queue.busy)
+        }
+        self._fetch(held, limits, ready)
+        due = {room.key for room in rooms} & ready
+        if self._due(due, limits):
+            self._run_round(rooms)
+        self._committer.refresh()
+        windows = (
+            self._reader.due_secs(key, each.queue.busy)
+            for key, each in held.items()
+            if key not in ready
+        )
+        secs = min(_IDLE_SECS, min(windows, default=_IDLE_SECS))
+        if self._invoker.has_finished:
+            secs = min(secs, max(0.0, self._patience_secs(due) - self._invoker.finished_age_secs))
+        self._pass_at = self._timer() + max(secs, _SLICE_SECS[0])
+
     def _hold(self) -> dict[PartitionKey, Held]:
         """What is held of each partition now. What was read of a halted one is dropped."""
         held = {}
@@ -428,7 +484,7 @@ class Rounds:
     def _rooms(self, held: dict[PartitionKey, Held], limits: PartitionLimits) -> list[Room]:
         """What each partition may hand over now, those left out that may not."""
         rooms = [
-            Room(*key, *limits.room(each), flush=limits.is_full(each))
+            Room(*key, *limits.room(each), flush=limits.is_full(each), busy=each.queue.busy)
             for key, each in held.items()
             if not self._at_target(key)
         ]
@@ -445,9 +501,10 @@ class Rounds:
             if not self._at_target(key) and limits.wanted(each, key in ready, reader.is_paused(key))
         )
 
-    def _is_ready(self, key: PartitionKey, full: bool) -> bool:
+    def _is_ready(self, key: PartitionKey, full: bool, busy: frozenset[int]) -> bool:
         """Whether enough of a partition was read for a batch."""
-        return (full and self._reader.waiting(key)[0] > 0) or self._reader.ready(key, self._flush)
+        reader = self._reader
+        return (full and reader.waiting(key)[0] > 0) or reader.ready(key, self._flush, busy)
 
     def _due(self, ready: set[PartitionKey], limits: PartitionLimits) -> bool:
         """Whether a round is worth its while now, with partitions that are ready for one."""
@@ -456,14 +513,18 @@ class Rounds:
             return True
         if not invoker.has_finished:
             return False
-        lanes = len(self._reader.partitions) * self._config.lanes.count
-        busy = ready or invoker.pending_batches > 2 * lanes
-        patience_secs = _COLLECT_SECS_BUSY if busy else _COLLECT_SECS_IDLE
         return (
-            invoker.finished_age_secs >= patience_secs
+            invoker.finished_age_secs >= self._patience_secs(ready)
             or invoker.finished_records >= self._limits.collect_records
-            or not invoker.pending_batches
+            or not invoker.has_work
         )
+
+    def _patience_secs(self, ready: set[PartitionKey]) -> float:
+        """How long what has finished may wait, with partitions that are ready for a round."""
+        lanes = len(self._reader.partitions) * self._config.lanes.count
+        if ready or self._invoker.pending_batches > 2 * lanes:
+            return _COLLECT_SECS_BUSY
+        return min(_COLLECT_SECS_MOST, _COLLECT_ROUNDS * self._round_secs)
 
     def _run_round(self, rooms: list[Room]) -> None:
         limits = self._limits
@@ -472,7 +533,9 @@ class Rounds:
         records = min(limits.records, limits.first_records << min(self._totals.rounds, 16))
         records = max(records, self._turn_records)
         self._reader.begin(Round(tuple(rooms), records, limits.bytes, self._flush))
+        started = thread_time()
         run_or_stop(self._graph, self._totals)
+        self._round_secs += (thread_time() - started - self._round_secs) / _SLICES
 
     @property
     def _turn_records(self) -> int:
@@ -600,7 +663,7 @@ class Rounds:
     def _ended(self) -> bool:
         """Whether nothing more is to come, or nothing more can."""
         invoker = self._invoker
-        if invoker.pending_batches or invoker.has_finished:
+        if invoker.has_work or invoker.has_finished:
             return False
         halted = {finished.key for finished in invoker.halted}
         lost = self._reader.lost.keys()

@@ -6,6 +6,8 @@ They are the durable truth on every runner.
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ _LOGGER = logging.getLogger(__name__)
 
 _RETRY_SECS = 60.0
 REFRESH_SECS = 3600
+INTERVAL_SECS = 0.1
 _FOREIGN_MEMBER = frozenset(
     {
         ErrorCode.UNKNOWN_MEMBER_ID,
@@ -53,12 +56,16 @@ class CommitConfig:
         lanes: How a partition's records are divided.
         refresh_secs: How often each partition's offset is committed again, be it where it was. No
             consumer is a member of the group, so the broker forgets an offset
-            (`offsets.retention.minutes`) by when it was committed last, even while we run.
+            (`offsets.retention.minutes`) by when it was committed last, even while we run. None in
+            a streaming run that ends: there each is committed once more at the end, and a timer
+            that is set far ahead would keep the run from ending.
+        interval_secs: How long, at least, is between two commits of what rounds have finished.
     """
 
     kafka: KafkaConfig
     lanes: Lanes = Lanes()
-    refresh_secs: float = REFRESH_SECS
+    refresh_secs: float | None = REFRESH_SECS
+    interval_secs: float = INTERVAL_SECS
 
 
 class ContiguousOffsets:
@@ -116,10 +123,18 @@ class OffsetCommitter:
     def __init__(self, config: CommitConfig, timer: Callable[[], float] = time.monotonic) -> None:
         self._config = config.kafka
         self._consumer = make_consumer(config.kafka)
-        self._refresh_secs = config.refresh_secs
+        self._refresh_secs = math.inf if config.refresh_secs is None else config.refresh_secs
+        self._interval_secs = config.interval_secs
         self._timer = timer
-        self._refresh_at = timer() + config.refresh_secs
+        self._refresh_at = timer() + self._refresh_secs
         self._notes: dict[PartitionKey, str] = {}
+        # One commit at a time, so that an older one never comes behind a newer one.
+        self._one = threading.Lock()
+        self._changed = threading.Condition()
+        self._put: dict[PartitionKey, tuple[int, str]] = {}
+        self._thread: threading.Thread | None = None
+        self._committing = self._flushing = False
+        self._problem: BaseException | None = None
         self.done = ContiguousOffsets()
         self.committed: dict[PartitionKey, int] = {}
 
@@ -147,8 +162,12 @@ class OffsetCommitter:
         deadline = self._timer() + _RETRY_SECS
         while True:
             try:
-                self._commit(next_offsets, metadata)
-                break
+                with self._one:
+                    self._commit(next_offsets, metadata)
+                    self.committed.update(next_offsets)
+                    for key in next_offsets:
+                        self._notes[key] = metadata.get(key, "")
+                return
             except KafkaException as error:
                 if problem := final_problem(error, self._config, self._timer() >= deadline):
                     raise problem from None
@@ -156,9 +175,62 @@ class OffsetCommitter:
                     "commit to group %s is repeated: %s", self._config.group, reason(error)
                 )
                 time.sleep(0.5)
-        self.committed.update(next_offsets)
-        for key in next_offsets:
-            self._notes[key] = metadata.get(key, "")
+
+    def put(self, next_offsets: Mapping[PartitionKey, tuple[int, str]]) -> None:
+        """Have offsets committed soon, by a thread of the committer's own.
+
+        Nobody waits for the answer; offsets that come meanwhile take the place of those before.
+
+        Args:
+            next_offsets: By partition, each with what to keep beside it.
+
+        Raises:
+            KafkaError: What was put before could not be committed.
+        """
+        with self._changed:
+            self._raise_problem()
+            self._put.update(next_offsets)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="commit", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Commit what was put, and wait for the answer.
+
+        Raises:
+            KafkaError: It could not be committed.
+        """
+        with self._changed:
+            self._flushing = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not (self._put or self._committing) or self._problem)
+            self._flushing = False
+            self._raise_problem()
+
+    def _raise_problem(self) -> None:
+        if problem := self._problem:
+            raise problem
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._put)
+                    put, self._put = self._put, {}
+                    self._committing = True
+                self.commit(
+                    {key: offset for key, (offset, _) in put.items()},
+                    {key: note for key, (_, note) in put.items()},
+                )
+                with self._changed:
+                    self._committing = False
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._flushing, self._interval_secs)
+        except BaseException as error:
+            with self._changed:
+                self._problem = error
+                self._changed.notify_all()
 
     def refresh(self, now: bool = False) -> None:
         """Commit all that was committed again, if it is time to.
@@ -170,12 +242,15 @@ class OffsetCommitter:
             now: Whether it is time, whenever it was done last.
 
         Raises:
-            KafkaError: The group has members elsewhere.
+            KafkaError: The group has members elsewhere, or what was put could not be committed.
         """
+        with self._changed:
+            self._raise_problem()
         if not self._notes or not (now or self._timer() >= self._refresh_at):
             return
         try:
-            self._commit({key: self.committed[key] for key in self._notes}, self._notes)
+            with self._one:
+                self._commit({key: self.committed[key] for key in self._notes}, self._notes)
             self._refresh_at = self._timer() + self._refresh_secs
         except KafkaException as error:
             if problem := final_problem(error, self._config, late=False):
@@ -284,12 +359,23 @@ class _CommitBundleFn(beam.DoFn):
         self._next_offsets, self._notes = {}, {}
 
     def finish_bundle(self) -> Iterator[Any]:
-        shared_committer(self._config).commit(self._next_offsets, self._notes)
+        self._commit(shared_committer(self._config))
         self._commits.inc(len(self._next_offsets))
         yield from ()
 
+    def _commit(self, committer: OffsetCommitter) -> None:
+        committer.commit(self._next_offsets, self._notes)
+
 
 class _CommitFn(_CommitBundleFn):
+    """In rounds nobody waits for the answer: the next round begins meanwhile."""
+
+    def _commit(self, committer: OffsetCommitter) -> None:
+        if self._next_offsets:
+            committer.put(
+                {key: (offset, self._notes[key]) for key, offset in self._next_offsets.items()}
+            )
+
     def process(self, progress: Progress) -> Iterable[Any]:
         key = (progress.topic, progress.partition)
         done = shared_committer(self._config).done
@@ -355,7 +441,7 @@ class _CommitPartitionFn(_CommitBundleFn):
         partition: _Partition | None = done_state.read()
         if partition is None:
             partition = _Partition(ContiguousOffsets())
-            refresh.set(Timestamp.of(self._clock() + self._config.refresh_secs))
+            self._set(refresh)
             window_end.set(window.end)
         done = partition.done
         before = min(done.marks(key), default=-1)
@@ -381,8 +467,12 @@ class _CommitPartitionFn(_CommitBundleFn):
         refresh: RuntimeTimer = beam.DoFn.TimerParam(REFRESH),  # type: ignore[assignment]
     ) -> Iterable[Any]:
         self._commit_again(key, done_state.read())
-        refresh.set(Timestamp.of(self._clock() + self._config.refresh_secs))
+        self._set(refresh)
         return ()
+
+    def _set(self, refresh: RuntimeTimer) -> None:
+        if self._config.refresh_secs is not None:
+            refresh.set(Timestamp.of(self._clock() + self._config.refresh_secs))
 
     @on_timer(WINDOW_END)
     def end(

@@ -49,6 +49,9 @@ _STATS = ("invocations", "retries", "bisections", "throttles", "invoke_ms")
 
 # How often it is looked at what does not go well.
 _LOOK_SECS = 0.5
+# How long a round may stay for what it has handed over. It is what others' results and records may
+# have to wait longer for it, so there is no staying where calls mostly take longer.
+_STAY_SECS = 0.01
 # How often what has finished is looked for. Each look is a bundle of its own.
 _COLLECT_SECS = 0.1
 # Payload bytes of one key that may wait in memory; above it the input has to wait too. The native
@@ -235,15 +238,20 @@ class _HandOverFn(beam.DoFn):
     def start_bundle(self) -> None:
         # For the whole bundle: to look it up costs more than to hand a batch over.
         self._invoker = shared_invoker(self._config)
+        self._handed_over = 0
 
     def process(self, batch: Batch) -> Iterator[Finished]:
         self._invoker.submit([batch])
+        self._handed_over += 1
         # Not only at the end, so that Kafka gets results while further batches are made.
         yield from self._collect()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         window = GlobalWindow()
         self._gauges.set(self._invoker)
+        if self._handed_over:
+            # What is finished at once is written in the same round.
+            self._invoker.stay(self._handed_over, _STAY_SECS)
         for finished in self._collect():
             yield WindowedValue(finished, window.max_timestamp(), (window,))
 

@@ -127,6 +127,7 @@ class QueueView:
         waiting: Whether one of its lanes is backing off right now, or waits for the breaker.
         stuck: Whether one of its lanes is, or repeats what has failed.
         finished_bytes: Bytes of what has finished and was not collected.
+        busy: Lanes with batches that are not finished.
     """
 
     batches: int = 0
@@ -136,6 +137,7 @@ class QueueView:
     waiting: bool = False
     stuck: bool = False
     finished_bytes: int = 0
+    busy: frozenset[int] = frozenset()
 
 
 def always(_: LaneKey) -> bool:
@@ -208,6 +210,8 @@ class Invoker:
         self._working = 0
         self._in_flight = 0
         self._in_flight_max = 0
+        self._done_batches = 0
+        self._usual_secs = 0.0
         self._stopping = False
         self._broken: BaseException | Outcome | None = None
         self._failures = FailureLog()
@@ -242,6 +246,16 @@ class Invoker:
             if self._ready:
                 self._wake()
             return finished
+
+    def stay(self, batches: int, secs: float) -> None:
+        """Wait until so many batches more have finished, if calls are mostly over within the time.
+
+        Never longer than that: others' results and reading go on behind it.
+        """
+        with self._changed:
+            if self._usual_secs < secs:
+                enough = self._done_batches + batches
+                self._changed.wait_for(lambda: self._done_batches >= enough, secs)
 
     def halt(self, finished: Finished) -> None:
         """Stop a partition from outside, since what became of its records cannot be written.
@@ -309,6 +323,16 @@ class Invoker:
         """Batches handed over and not finished, those that a halt dropped left out."""
         with self._changed:
             return sum(_view(partition).batches for partition in self._partitions.values())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there are batches that are not finished, those that a halt dropped left out."""
+        return bool(self._working or self._ready or self._waits or self._held)
+
+    @property
+    def done_batches(self) -> int:
+        """Batches that have finished since the beginning."""
+        return self._done_batches
 
     @property
     def finished_records(self) -> int:
@@ -605,7 +629,9 @@ class Invoker:
             with self._changed:
                 self._in_flight -= 1
             raise
-        delivery.finished.stats.invoke_ms += round((self._timer() - started) * 1000)
+        took_secs = self._timer() - started
+        delivery.finished.stats.invoke_ms += round(took_secs * 1000)
+        self._usual_secs += (took_secs - self._usual_secs) / 8
         return self._ended(batch, call, outcome, begun)
 
     def _prepare_next(self, queue: _Queue) -> None:
@@ -752,6 +778,7 @@ class Invoker:
         records, size = _size(batch)
         queue.records -= records
         queue.bytes -= size
+        self._done_batches += 1
         if queue.abandoned:
             queue.abandoned = False
             self._pass_on(queue)
@@ -875,4 +902,5 @@ def _view(partition: _Partition, finished_bytes: int = 0) -> QueueView:
         waiting=any(queue.waiting for queue in lanes),
         stuck=any(map(_is_stuck, lanes)),
         finished_bytes=finished_bytes,
+        busy=frozenset(queue.key[2] for queue in lanes if queue.batches or queue.delivery),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,6 +97,7 @@ class Room:
         records: How many.
         bytes: Of keys, values and headers.
         flush: Take incomplete batches too: no more of it is read before.
+        busy: Lanes whose call is running: an incomplete batch can grow as long as that goes on.
     """
 
     topic: str
@@ -103,6 +105,7 @@ class Room:
     records: int
     bytes: int
     flush: bool = False
+    busy: frozenset[int] = frozenset()
 
     @property
     def key(self) -> PartitionKey:
@@ -130,14 +133,17 @@ _NOTHING = Round((), 0, 0)
 
 
 def releasable(
-    records: int, bytes: int, waited_secs: float, ended: bool, config: ReadConfig
+    records: int, bytes: int, waited_secs: float, ended: bool, busy: bool, config: ReadConfig
 ) -> int:
     """How many of a lane's waiting records may be batched now.
 
-    Whole batches always; the rest when it is due (window over, enough bytes) or nothing more
-    will come (`ended`).
+    Whole batches always. The rest when it has enough bytes; or when its window is over or nothing
+    more will come (`ended`), and no call of its lane is running (`busy`), behind which it would
+    only wait. So with a window of 0 batches grow with the load by themselves.
     """
-    due = ended or waited_secs >= config.batch_window_secs or bytes >= config.batch_bytes
+    due = bytes >= config.batch_bytes
+    if not busy:
+        due = due or ended or waited_secs >= config.batch_window_secs
     return records if due else records - records % config.batch_size
 
 
@@ -245,19 +251,20 @@ class RoundReader:
             return None
         return high if high >= 0 else None
 
-    def ready(self, key: PartitionKey, flush: bool) -> bool:
+    def ready(self, key: PartitionKey, flush: bool, busy: frozenset[int] = frozenset()) -> bool:
         """Whether a round would get something of this partition now.
 
         Args:
             key: The partition.
             flush: Whether incomplete batches are due once it has nothing more.
+            busy: Lanes of which only whole batches count.
         """
         partition = self._partitions[key]
         if not partition.waiting:
             # A tail of offsets without records still has to be committed.
             return partition.start < partition.next_offset
         flush = flush and partition.at_end
-        return any(self._due(lane, flush) for lane in partition.lanes)
+        return any(self._due(lane, flush, lane.number in busy) for lane in partition.lanes)
 
     @property
     def oldest_ms(self) -> int | None:
@@ -320,6 +327,19 @@ class RoundReader:
         """Whether a partition is read no more."""
         return self._partitions[key].dropped
 
+    def due_secs(self, key: PartitionKey, busy: frozenset[int] = frozenset()) -> float:
+        """How long until the window of what waits of a partition is over; infinite if none does.
+
+        Args:
+            key: The partition.
+            busy: Lanes that do not count: there it is not the window that is waited for.
+        """
+        lanes = self._partitions[key].lanes
+        waiting = [each.since for each in lanes if each.messages and each.number not in busy]
+        if not waiting:
+            return math.inf
+        return max(0.0, min(waiting) + self._config.batch_window_secs - self._timer())
+
     def is_paused(self, key: PartitionKey) -> bool:
         """Whether nothing is fetched of a partition now."""
         return self._partitions[key].paused
@@ -356,11 +376,13 @@ class RoundReader:
             KafkaError: Nothing can be read any more.
         """
         try:
-            messages = self.consumer.consume(_POLL_RECORDS, timeout_secs)
+            # `consume` waits for the whole time unless it gets as many as it is asked for.
+            first = self.consumer.poll(timeout_secs)
+            if first is None:
+                return 0
+            messages = [first, *self.consumer.consume(_POLL_RECORDS - 1, 0)]
         except KafkaException as error:
             raise KafkaError(f"{describe(self._config.kafka)}: {reason(error)}") from None
-        if not messages:
-            return 0
         low = 0
         if any(map(Message.error, messages)):
             # In its place among the records: an end that was believed before the records that
@@ -390,7 +412,7 @@ class RoundReader:
         room_for = min(round.records, sum(room.records for room in round.rooms))
         # On with what has been fetched meanwhile; what is still to come must not be waited for.
         while sum(partition.waiting for partition in partitions) < room_for:
-            if self.fill(0.01) < _POLL_RECORDS:
+            if self.fill(0) < _POLL_RECORDS:
                 break
         records, size = round.records, round.bytes
         begun: set[LaneKey] = set()
@@ -404,7 +426,8 @@ class RoundReader:
             for number in turns(range(len(partition.lanes)), partition.served):
                 lane = partition.lanes[number]
                 limit = min(records, room_records), min(size, room_bytes)
-                for chunk, chunk_bytes in self._hand_out(partition, lane, *limit, flush):
+                busy = number in room.busy and not room.flush
+                for chunk, chunk_bytes in self._hand_out(partition, lane, *limit, flush, busy):
                     count = len(chunk.records)
                     room_records, room_bytes = room_records - count, room_bytes - chunk_bytes
                     records, size = records - count, size - chunk_bytes
@@ -416,11 +439,11 @@ class RoundReader:
                     yield _first(self._chunk(partition, lane, partition.next_offset, []), begun)
 
     def _hand_out(
-        self, partition: _Partition, lane: _Lane, records: int, size: int, flush: bool
+        self, partition: _Partition, lane: _Lane, records: int, size: int, flush: bool, busy: bool
     ) -> Iterator[tuple[RecordChunk, int]]:
         config = self._config
         step = max(1, _CHUNK_RECORDS // config.batch_size) * config.batch_size
-        due = self._due(lane, flush)
+        due = self._due(lane, flush, busy)
         if due > records:
             # A batch is better begun in the next round than cut in two.
             due = records - records % config.batch_size
@@ -455,9 +478,9 @@ class RoundReader:
         records = to_records(messages)
         return RecordChunk(*partition.key, start, next_offset, records, lane=lane.number)
 
-    def _due(self, lane: _Lane, flush: bool) -> int:
+    def _due(self, lane: _Lane, flush: bool, busy: bool) -> int:
         waited_secs = self._timer() - lane.since
-        return releasable(len(lane.messages), lane.bytes, waited_secs, flush, self._config)
+        return releasable(len(lane.messages), lane.bytes, waited_secs, flush, busy, self._config)
 
     # -- what the consumer says ------------------------------------------------------------
 

@@ -282,7 +282,7 @@ class RedriveConfig:
     topics_regex: str | None = None
     lanes: Lanes = Lanes()
     limit: int | None = None
-    refresh_secs: float = REFRESH_SECS
+    refresh_secs: float | None = REFRESH_SECS
 
 
 class Ledger:

@@ -87,6 +87,7 @@ CASES = {
     "topics_regex": (lambda c: c.source.topics_regex, None, "o-.*", "o-.*"),
     "consumer_group": (lambda c: c.kafka.group, "g", "h", "h"),
     "commit_refresh_secs": (lambda c: c.commit.refresh_secs, 3600, "60", 60),
+    "commit_interval_secs": (lambda c: c.commit.interval_secs, 0.1, "2.5", 2.5),
     "starting_position": (lambda c: c.source.starting_position, "TRIM_HORIZON", "LATEST", "LATEST"),
     "starting_timestamp": (
         lambda c: c.source.starting_timestamp_ms,
@@ -278,6 +279,7 @@ def test_the_function_s_name_is_in_error_records() -> None:
 
 BOUNDS = {
     "commit_refresh_secs": (1, 86_400, None),
+    "commit_interval_secs": (0, 60, None),
     "function_timeout_secs": (1, 900, None),
     "batch_size": (1, 10_000, None),
     "batch_bytes": (1, 6_291_455, None),

@@ -338,7 +338,7 @@ def test_lanes_that_come_out_of_order_before_a_halt_are_not_committed_past(
     ]
     kafka = KafkaConfig(broker.bootstrap_servers, names.group())
     for count, (begin, done) in enumerate([(0, 200), (0, 0), (0, 0)]):
-        config = CommitConfig(replace(kafka, group=f"{kafka.group}-{count}"), lanes)
+        config = CommitConfig(replace(kafka, group=f"{kafka.group}-{count}"), lanes, None)
         _commit(config, progress[: len(progress) - count], {0: begin})
         assert broker.committed(config.kafka.group, topic) == {0: done}
         found = SourceOffsets(
@@ -355,7 +355,7 @@ def test_a_partition_that_nothing_was_said_of_begins_with_the_first_range_to_com
     topic, group = names.topic(), names.group()
     broker.create_topic(topic, 2)
     broker.produce(topic, list(sink.numbered(2, 50)))
-    config = CommitConfig(KafkaConfig(broker.bootstrap_servers, group))
+    config = CommitConfig(KafkaConfig(broker.bootstrap_servers, group), refresh_secs=None)
     progress = [Progress(topic, 0, 20, 30), Progress(topic, 1, 20, 30)]
     _commit(config, progress, {0: 10}, frozenset([(topic, 0)]))
     assert broker.committed(group, topic) == {0: 10, 1: 30}
@@ -442,7 +442,7 @@ def test_the_native_reader_begins_where_the_group_stands(broker: KafkaBroker, na
     topic, group = names.topic(), names.group()
     broker.create_topic(topic, 1)
     broker.produce(topic, list(sink.numbered(1, 50)))
-    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group))
+    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group), refresh_secs=None)
     ranges = [Progress(topic, 0, 20, 30), Progress(topic, 0, 0, 20), Progress(topic, 0, 31, 40)]
     _commit(commit, ranges, {0: 0})
     # What is behind the hole is not committed.
@@ -458,7 +458,7 @@ def test_a_partition_is_not_read_far_ahead_of_what_is_committed(
     topic, group = names.topic(), names.group()
     broker.create_topic(topic, 1)
     broker.produce(topic, list(sink.numbered(1, 5000)))
-    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group))
+    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group), refresh_secs=None)
     config = NativeReadConfig(SourceConfig(commit.kafka, (topic,)), ahead_records=1500)
     reader = PartitionReader(config, (topic, 0))
     reader.go_to(0)
@@ -483,7 +483,7 @@ def _reader(
     topic = names.topic()
     broker.create_topic(topic, 1)
     broker.produce(topic, list(sink.numbered(1, records)))
-    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, names.group()))
+    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, names.group()), refresh_secs=None)
     config = NativeReadConfig(SourceConfig(commit.kafka, (topic,)), **limits)
     return PartitionReader(config, (topic, 0)), commit, (topic, 0)
 
@@ -568,7 +568,7 @@ def test_a_run_that_ends_does_not_wait_for_what_is_behind_a_halt(
     topic, group = names.topic(), names.group()
     broker.create_topic(topic, 1)
     broker.produce(topic, list(sink.numbered(1, 5000)))
-    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group))
+    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group), refresh_secs=None)
     source = SourceConfig(commit.kafka, (topic,))
     config = NativeReadConfig(source, bounded=True, ahead_records=1500)
     stuck = threading.Timer(

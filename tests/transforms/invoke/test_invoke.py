@@ -136,14 +136,14 @@ def test_the_same_in_a_streaming_run(batches: list[Batch]) -> None:
         config = _config(server, streaming=True)
         handover = Handover(lambda may_begin: make_invoker(config, may_begin))
         step = _PendingFn(config, share=lambda _: handover)
-        states: Any = State(), Bag(), Timer(), Timer()
+        states: Any = State(), Bag(), Bag(), Timer(), Timer()
         try:
             finished: list[Finished] = []
             for batch in batches:
                 element = (batch.lane_key, batch)
                 finished += step.process(element, *states, GlobalWindow())
             gate.open.set()
-            finished += step.collect_all(("t", 0, 0), *states[:3])
+            finished += step.collect_all(("t", 0, 0), *states[:4])
             _check(batches, finished, gate.events)
         finally:
             handover.invoker.stop()

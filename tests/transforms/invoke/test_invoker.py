@@ -263,9 +263,7 @@ def test_a_key_that_backs_off_holds_no_thread(ahead: bool) -> None:
         _until(invoker, lambda i: i.queue(A).waiting)
         invoker.submit([_batch(B, 0), _batch(B, 1)])
         assert invoker.wait(lambda i: not i.queue(B).batches, GUARD_SECS)
-        assert invoker.queue(A) == QueueView(
-            batches=2, records=2, bytes=8, waiting=True, stuck=True
-        )
+        assert invoker.queue(A) == QueueView(2, 2, 8, waiting=True, stuck=True, busy=frozenset({0}))
         assert [each.key for each in invoker.collect()] == [B, B]
         assert function.of(A) == [(0, 0)]
         timer.secs = 100.0
@@ -814,9 +812,7 @@ def test_a_lane_that_backs_off_does_not_stop_the_others(ahead: bool) -> None:
         invoker.submit(_batch(A, start, lane=2) for start in range(2, 9))
         assert invoker.wait(lambda i: i.queue(A).batches == 2, GUARD_SECS)
         assert _offsets(invoker.collect()) == [2, 3, 4, 5, 6, 7, 8]
-        assert invoker.queue(A) == QueueView(
-            batches=2, records=2, bytes=8, waiting=True, stuck=True
-        )
+        assert invoker.queue(A) == QueueView(2, 2, 8, waiting=True, stuck=True, busy=frozenset({1}))
         assert invoker.pending_batches == 2
 
 
@@ -863,7 +859,9 @@ def test_a_halt_stops_all_lanes_of_its_partition(ahead: bool) -> None:
         invoker.submit([_batch(A, 3, lane=3), _batch(B, 0)])
         gates[0].set()
         assert invoker.wait(lambda i: i.queue(A).halted and not i.queue(B).batches, GUARD_SECS)
-        assert invoker.queue(A) == QueueView(1, 1, 4, halted=True, finished_bytes=4)
+        assert invoker.queue(A) == QueueView(
+            1, 1, 4, halted=True, finished_bytes=4, busy=frozenset({1})
+        )
         gates[1].set()
         timer.secs = 1000.0
         finished = _drain(invoker)
@@ -1219,7 +1217,7 @@ def test_what_a_queue_holds(ahead: bool) -> None:
         invoker.submit(batches)
         function.wait_for_calls(1)
         held = sum(batch.payload_bytes + len(batch) * len(b"v") for batch in batches)
-        assert invoker.queue(A) == QueueView(batches=2, records=5, bytes=held)
+        assert invoker.queue(A) == QueueView(2, 5, held, busy=frozenset({0}))
         assert invoker.queue(B) == QueueView()
         assert invoker.pending_batches == 2
         assert (invoker.has_finished, invoker.finished_records) == (False, 0)

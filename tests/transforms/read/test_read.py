@@ -58,9 +58,16 @@ class FakeConsumer:
         self.closed = False
         self.error: KafkaException | None = None
 
-    def consume(self, num_messages: int, timeout: float) -> list[Message]:
+    def poll(self, timeout: float) -> Message | None:
         if self.error:
             raise self.error
+        while self.fetched and not self.fetched[0]:
+            self.fetched.pop(0)
+        return self.fetched[0].pop(0) if self.fetched else None
+
+    def consume(self, num_messages: int, timeout: float) -> list[Message]:
+        """What came with the message before; only that is waited for."""
+        assert timeout == 0
         return self.fetched.pop(0) if self.fetched else []
 
     def incremental_assign(self, partitions: list[TopicPartition]) -> None:
@@ -119,7 +126,7 @@ class Reading:
 
     def fill(self, *fetches: list[Message]) -> None:
         for messages in fetches:
-            self.consumer.fetched.append(messages)
+            self.consumer.fetched.append(list(messages))
             assert self.reader.fill(0) == len(messages)
 
     def take(self, rooms: dict[int, tuple[int, int]] | None = None, **limits) -> list:
@@ -149,32 +156,37 @@ def _offsets(chunks: list, partition: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("records", "size", "waited", "ended", "expected"),
+    ("records", "size", "waited", "ended", "busy", "expected"),
     [
-        (0, 0, 0, False, 0),
-        (9, 0, 0, False, 0),
-        (10, 0, 0, False, 10),
-        (19, 0, 0, False, 10),
-        (20, 0, 0, False, 20),
-        (9, 0, 0.999, False, 0),
-        (9, 0, 1.0, False, 9),
-        (19, 0, 1.0, False, 19),
-        (9, 999, 0, False, 0),
-        (9, 1000, 0, False, 9),
-        (9, 0, 0, True, 9),
-        (0, 0, 9, True, 0),
+        (0, 0, 0, False, False, 0),
+        (9, 0, 0, False, False, 0),
+        (10, 0, 0, False, False, 10),
+        (19, 0, 0, False, False, 10),
+        (20, 0, 0, False, False, 20),
+        (9, 0, 0.999, False, False, 0),
+        (9, 0, 1.0, False, False, 9),
+        (19, 0, 1.0, False, False, 19),
+        (9, 999, 0, False, False, 0),
+        (9, 1000, 0, False, False, 9),
+        (9, 0, 0, True, False, 9),
+        (0, 0, 9, True, False, 0),
+        # Behind a call that is running it would only wait, and can grow instead.
+        (9, 0, 1.0, False, True, 0),
+        (9, 0, 9, True, True, 0),
+        (19, 0, 9, True, True, 10),
+        (9, 1000, 0, False, True, 9),
     ],
 )
-def test_what_may_be_batched_now(records, size, waited, ended, expected) -> None:
+def test_what_may_be_batched_now(records, size, waited, ended, busy, expected) -> None:
     """Whole batches always; the rest at the window's end, at enough bytes, or at the end."""
     config = ReadConfig(KAFKA, batch_size=10, batch_bytes=1000, batch_window_secs=1.0)
-    assert releasable(records, size, waited, ended, config) == expected
+    assert releasable(records, size, waited, ended, busy, config) == expected
 
 
 def test_a_window_of_0_waits_for_nothing() -> None:
     """With no window what is there is due."""
     config = ReadConfig(KAFKA, batch_size=10, batch_window_secs=0)
-    assert releasable(1, 0, 0.0, False, config) == 1
+    assert releasable(1, 0, 0.0, False, False, config) == 1
 
 
 # -- columns ------------------------------------------------------------------------------
