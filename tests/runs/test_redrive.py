@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -397,3 +398,29 @@ def test_an_error_record_keeps_its_originals_when_it_comes_again(
         topics.redrive(server)
     first, second = map(originals, broker.read_all(topics.errors))
     assert first == second and len(first) == 2
+
+
+def test_a_redrive_that_waits_for_a_registry_hears_sigterm(
+    broker: KafkaBroker, names: Names
+) -> None:
+    """It ends as a run does, and the next redrive takes what this one has not redriven."""
+    topics = Topics(broker, names, partitions=1)
+    # What a producer with a registry writes: nobody knows the schema before it answers.
+    broker.produce(topics.source, [(0, None, b"\0\0\0\0\x01\x02")])
+    topics.fail(lambda event, context: json.loads("{"))
+    (bad,) = topics.missing()
+    nobody = "http://127.0.0.1:9"
+    with serve(answer) as server:
+        options = {"schema_registry_url": nobody, "preflight": "false"}
+        with topics.start(server, **options) as sink:
+            sink.until(lambda: "waiting for it" in sink.stderr, "it does not wait")
+            sink.send(signal.SIGTERM)
+            ended = sink.wait(0)
+        assert "before the run was told to stop" in ended.stderr
+        assert ended.errors == []
+        assert ended.summary["redrive"]["redriven"] == 0
+        assert not invocations(server)
+        assert topics.redrive(server, first_redrive=None).summary["redrive"]["redriven"] == 1
+        (call,) = invocations(server)
+        assert (call.topic, call.partition, *call.offsets) == bad
+    assert topics.missing() == set()

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 import pytest
 
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.lambda_server import LambdaContext
+from pipeline.local.processes import wait_until
 from tests.conftest import Names
-from tests.sink import answer, answered, assert_caught_up, facts, failed, numbered, run, serve
+from tests.sink import (
+    answer,
+    answered,
+    assert_caught_up,
+    assert_rising,
+    facts,
+    failed,
+    numbered,
+    run,
+    serve,
+    start,
+)
 
 LIMIT = {"max_message_bytes": "20000"}
 COUNT = 60
@@ -143,3 +156,40 @@ def test_an_error_record_that_cannot_be_written_at_all_halts_its_partition(
         ended = run(broker, server, 3, bisect_on_error=True, **topics.options, **options)
     assert f"halted: {topics.source}-0 at offset {COUNT}" in ended.stderr
     assert broker.committed(topics.group, topics.source) == {0: COUNT, 1: COUNT}
+
+
+@pytest.mark.parametrize("partitions", [1, 5])
+def test_a_response_topic_is_made_anew_during_a_run(
+    broker: KafkaBroker, names: Names, partitions: int
+) -> None:
+    """With another number of partitions: the run goes on with those that are there, or ends with
+    one line, and the next run answers all that is behind what is committed."""
+    topics = Topics(broker, names)
+    with serve() as server:
+        with start(broker, server, until="forever", **topics.options) as sink:
+            sink.until(
+                lambda: sum(broker.committed(topics.group, topics.source).values()) == 2 * COUNT,
+                "what was there is not done",
+            )
+            broker.delete_topic(topics.responses)
+            broker.create_topic(topics.responses, partitions=partitions)
+            broker.produce(topics.source, numbered(2, COUNT))
+            everything = broker.end_offsets(topics.source)
+
+            def done_or_ended() -> bool:
+                ended = sink.process.poll() is not None
+                return ended or broker.committed(topics.group, topics.source) == everything
+
+            wait_until(done_or_ended, "it neither goes on nor ends", 120)
+            if sink.process.poll() is None:
+                sink.send(signal.SIGTERM)
+            ended = sink.wait(None)
+        assert "Traceback" not in ended.stderr
+        assert len(ended.errors) == (ended.code != 0)
+        assert ended.code in (0, 1)
+        run(broker, server, **topics.options)
+    behind = {(topics.source, p, offset) for p in range(2) for offset in range(COUNT, 2 * COUNT)}
+    assert set(answered(broker, topics.responses)) == behind
+    assert broker.partitions(topics.responses) == list(range(partitions))
+    assert_rising(broker, topics.responses)
+    assert_caught_up(broker, topics.group, topics.source)

@@ -7,7 +7,7 @@ among them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,13 @@ from transforms.conditions import (
 )
 from transforms.envelope import Envelope, encode_event_records
 from transforms.records import NO_TIMESTAMP, Failure
-from transforms.write.formats import ErrorRecord, error_headers, iso
+from transforms.write.formats import (
+    INPUT_OMITTED,
+    ORIGINAL_OMITTED,
+    ErrorRecord,
+    error_headers,
+    iso,
+)
 
 ERROR_RECORDS = CONFLUENT, AWS = ("confluent", "aws")
 
@@ -65,9 +71,11 @@ def destination_records(
             records=failure.records.slice(index, index + 1),
             entries=failure.entries[index : index + 1],
         )
-        whole = _record(topic, partition, one, function, event, now_ms, True, with_original)
+        left_out: tuple[str, ...] = () if with_original else (ORIGINAL_OMITTED,)
+        whole = _record(topic, partition, one, function, event, now_ms, left_out)
         if whole.size_bytes > max_bytes:
-            whole = _record(topic, partition, one, function, event, now_ms, False, with_original)
+            left_out = (INPUT_OMITTED, *left_out)
+            whole = _record(topic, partition, one, function, event, now_ms, left_out)
         yield one, whole
 
 
@@ -78,8 +86,7 @@ def _record(
     function: str,
     event: Envelope,
     now_ms: int,
-    with_payload: bool,
-    with_original: bool,
+    left_out: Sequence[str],
 ) -> ErrorRecord:
     records = failure.records
     entries = encode_event_records(topic, partition, records, event)
@@ -104,10 +111,9 @@ def _record(
             },
         },
     }
-    value = (
-        orjson.dumps(facts)[:-1] + b',"payload":' + (payload if with_payload else b"null") + b"}"
-    )
-    headers = error_headers(topic, partition, failure, function, with_payload, with_original)
+    shown = b"null" if INPUT_OMITTED in left_out else payload
+    value = orjson.dumps(facts)[:-1] + b',"payload":' + shown + b"}"
+    headers = error_headers(topic, partition, failure, function, left_out)
     return ErrorRecord(records.keys[0], value, headers)
 
 

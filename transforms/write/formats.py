@@ -21,6 +21,11 @@ AVRO = "avro"
 
 _SHORT_PAYLOAD = 16_384
 
+INPUT_OMITTED, ORIGINAL_OMITTED = "input.payload.omitted", "original.omitted"
+PAYLOAD_SHORTENED, PAYLOAD_OMITTED = "payload.shortened", "payload.omitted"
+LOG_OMITTED = "log.result.omitted"
+"""What an error record goes without where it is too large, as its headers say it."""
+
 
 def _field(name: str, type: str, optional: bool = False) -> dict[str, Any]:
     return {"type": type, "optional": optional, "field": name}
@@ -231,13 +236,15 @@ def error_records(
     Yields:
         Each error record with the part of the failure that it holds.
     """
-    whole = _error_record(topic, partition, failure, function, format, with_input=True)
+    whole = _error_record(topic, partition, failure, function, format)
     if whole.size_bytes <= max_bytes:
         yield failure, whole
     elif len(failure) == 1:
-        short = replace(failure, payload=(failure.payload or "")[:_SHORT_PAYLOAD] or None)
-        bare = _error_record(topic, partition, short, function, format, with_input=False)
-        yield failure, bare
+        short, left_out = failure, [INPUT_OMITTED]
+        if failure.payload and len(failure.payload) > _SHORT_PAYLOAD:
+            short = replace(failure, payload=failure.payload[:_SHORT_PAYLOAD])
+            left_out.append(PAYLOAD_SHORTENED)
+        yield failure, _error_record(topic, partition, short, function, format, left_out)
     else:
         middle = len(failure) // 2
         for low, high in ((0, middle), (middle, len(failure))):
@@ -263,7 +270,14 @@ def least_error_record(
     much, without the original. Headers say what was left out.
     """
     bare = replace(failure, payload=None, log_result=None)
-    return _error_record(topic, partition, bare, function, format, False, with_original)
+    missing = {
+        INPUT_OMITTED: True,
+        PAYLOAD_OMITTED: failure.payload is not None,
+        LOG_OMITTED: failure.log_result is not None,
+        ORIGINAL_OMITTED: not with_original,
+    }
+    left_out = [name for name, is_missing in missing.items() if is_missing]
+    return _error_record(topic, partition, bare, function, format, left_out)
 
 
 def _error_record(
@@ -272,33 +286,26 @@ def _error_record(
     failure: Failure,
     function: str,
     format: OutputFormat,
-    with_input: bool,
-    with_original: bool = True,
+    left_out: Sequence[str] = (),
 ) -> ErrorRecord:
     offsets = failure.records.offsets
     key = range_key(topic, partition, offsets[0], offsets[-1] + 1, format)
+    with_input = INPUT_OMITTED not in left_out
     payload = failure.frame.join(failure.entries).decode() if with_input else None
-    headers = error_headers(topic, partition, failure, function, with_input, with_original)
+    headers = error_headers(topic, partition, failure, function, left_out)
     return ErrorRecord(key, error_value(failure, function, payload, format), headers)
 
 
 def error_headers(
-    topic: str,
-    partition: int,
-    failure: Failure,
-    function: str,
-    with_input: bool,
-    with_original: bool = True,
+    topic: str, partition: int, failure: Failure, function: str, left_out: Sequence[str] = ()
 ) -> list[tuple[str, bytes]]:
-    """Headers of an error record: the facts, then the originals."""
+    """Headers of an error record: the facts, what it goes without, then the originals."""
     headers = [
         (HEADER_PREFIX + name, value.encode())
         for name, value in error_facts(failure, function).items()
     ]
-    if not with_input:
-        headers.append((HEADER_PREFIX + "input.payload.omitted", b"true"))
-    if not with_original:
-        headers.append((HEADER_PREFIX + "original.omitted", b"true"))
+    headers += [(HEADER_PREFIX + name, b"true") for name in left_out]
+    if ORIGINAL_OMITTED in left_out:
         return headers
     originals = encode_originals(topic, partition, failure.records)
     return headers + [(ORIGINAL_HEADER, original) for original in originals]

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+from confluent_kafka import KafkaError as ErrorCode
+from confluent_kafka import KafkaException, TopicPartition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.commit.commit import HALT_NOTE, ContiguousOffsets, read_halt
+from transforms.commit.commit import (
+    HALT_NOTE,
+    CommitConfig,
+    ContiguousOffsets,
+    OffsetCommitter,
+    final_problem,
+    read_halt,
+)
+from transforms.errors import KafkaError
+from transforms.kafka.client import KafkaConfig
 from transforms.records import Failure, Finished, Progress, Records, halt_name
 
 
@@ -199,3 +212,105 @@ def test_other_notes_are_no_halts(note: str) -> None:
 
 def test_what_is_not_halted_has_no_name() -> None:
     assert halt_name(Finished("t", 0, 1, 2)) == ""
+
+
+# -- commits that fail ----------------------------------------------------------------------
+
+KAFKA = KafkaConfig("broker-1:9092", "group")
+FOREIGN = "--consumer_group=group cannot be committed: the group has active members"
+REFUSED = "--consumer_group=group cannot be committed to Kafka at broker-1:9092: "
+
+
+@pytest.mark.parametrize(
+    ("code", "at_once", "late"),
+    [
+        # Another consumer has the group: waiting changes nothing.
+        (ErrorCode.UNKNOWN_MEMBER_ID, FOREIGN, FOREIGN),
+        (ErrorCode.ILLEGAL_GENERATION, FOREIGN, FOREIGN),
+        (ErrorCode.REBALANCE_IN_PROGRESS, FOREIGN, FOREIGN),
+        (ErrorCode.GROUP_AUTHORIZATION_FAILED, REFUSED, REFUSED),
+        # All others may pass, and are waited for as long as a commit is repeated.
+        (ErrorCode.TOPIC_AUTHORIZATION_FAILED, None, REFUSED),
+        (ErrorCode.NOT_COORDINATOR, None, REFUSED),
+        (ErrorCode.COORDINATOR_NOT_AVAILABLE, None, REFUSED),
+        (ErrorCode.COORDINATOR_LOAD_IN_PROGRESS, None, REFUSED),
+        (ErrorCode.OFFSET_METADATA_TOO_LARGE, None, REFUSED),
+        (ErrorCode.UNKNOWN_TOPIC_OR_PART, None, REFUSED),
+        (ErrorCode.REQUEST_TIMED_OUT, None, REFUSED),
+        (ErrorCode._TRANSPORT, None, REFUSED),
+        (ErrorCode._TIMED_OUT, None, REFUSED),
+    ],
+)
+def test_which_failures_of_a_commit_end_the_run(
+    code: int, at_once: str | None, late: str | None
+) -> None:
+    error = KafkaException(ErrorCode(code))
+    for is_late, expected in ((False, at_once), (True, late)):
+        problem = final_problem(error, KAFKA, is_late)
+        assert (problem is None) == (expected is None)
+        assert expected is None or expected in str(problem)
+
+
+class _Clock:
+    """A time that a commit's pauses move on."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+        self.pauses = 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, secs: float) -> None:
+        self.now += secs
+        self.pauses += 1
+
+
+def _committer(monkeypatch, clock: _Clock, failures: Iterator[int]) -> OffsetCommitter:
+    """A committer whose broker answers so, one after the other, and then takes the commit.
+
+    What a broker that is away and comes back does to whole runs is in tests/runs.
+    """
+
+    def commit(offsets: list[TopicPartition], asynchronous: bool) -> list[TopicPartition]:
+        code = next(failures, None)
+        if code is not None:
+            raise KafkaException(ErrorCode(code))
+        return offsets
+
+    monkeypatch.setattr("transforms.commit.commit.time.sleep", clock.sleep)
+    # Never connected to anything: nothing listens there.
+    made = OffsetCommitter(CommitConfig(KafkaConfig("127.0.0.1:1", "group")), clock)
+    made._consumer = SimpleNamespace(commit=commit)
+    return made
+
+
+@pytest.mark.parametrize("failures", [0, 1, 119])
+def test_a_commit_is_repeated_for_a_minute(monkeypatch, failures: int) -> None:
+    """The last try of those is at 59.5 s; what is taken then is committed."""
+    clock = _Clock()
+    made = _committer(monkeypatch, clock, iter([ErrorCode._TRANSPORT] * failures))
+    made.commit({("t", 0): 5}, {("t", 0): "note"})
+    assert made.committed == {("t", 0): 5}
+    assert clock.pauses == failures
+
+
+def test_after_a_minute_a_commit_is_given_up(monkeypatch) -> None:
+    """Once a minute has passed, not before, and nothing counts as committed."""
+    clock = _Clock()
+    made = _committer(monkeypatch, clock, itertools.repeat(ErrorCode._TRANSPORT))
+    with pytest.raises(KafkaError, match="cannot be committed to"):
+        made.commit({("t", 0): 5})
+    assert clock.now == 1_060.0
+    assert made.committed == {}
+
+
+@pytest.mark.parametrize(
+    "code", [ErrorCode.ILLEGAL_GENERATION, ErrorCode.GROUP_AUTHORIZATION_FAILED]
+)
+def test_what_waiting_cannot_mend_is_not_repeated(monkeypatch, code: int) -> None:
+    clock = _Clock()
+    made = _committer(monkeypatch, clock, itertools.repeat(code))
+    with pytest.raises(KafkaError):
+        made.commit({("t", 0): 5})
+    assert clock.pauses == 0

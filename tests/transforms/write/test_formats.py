@@ -16,6 +16,7 @@ from transforms.write.formats import (
     error_facts,
     error_records,
     error_value,
+    least_error_record,
     range_key,
     response_keys,
     response_values,
@@ -290,9 +291,51 @@ def test_a_record_too_large_for_the_topic_goes_without_its_copy() -> None:
     value = json.loads(record.value)
     assert value["inputPayload"] is None
     assert 0 < len(value["payload"]) < 20_000
-    assert ("lambda.input.payload.omitted", b"true") in record.headers
+    assert _left_out(record) == {"input.payload.omitted", "payload.shortened"}
     assert _originals(record)[0]["value"] == b"x" * 5000
     assert record.size_bytes <= 30_000
+
+
+def _left_out(record) -> set[str]:
+    """What the headers say that an error record goes without."""
+    return {
+        name.removeprefix("lambda.")
+        for name, value in record.headers
+        if value == b"true" and name.endswith((".omitted", ".shortened"))
+    }
+
+
+def test_what_fits_says_nothing_of_what_is_left_out() -> None:
+    assert _left_out(_only(_failure(_records([5])))) == set()
+
+
+@pytest.mark.parametrize("length", [10, 16_384])
+def test_an_error_that_is_short_is_not_shortened(length: int) -> None:
+    """Beside an input that does not fit it is all there, and no header says otherwise."""
+    failure = _failure(_records([5], values=[b"x" * 60_000]), payload="e" * length)
+    record = _only(failure, max_bytes=90_000)
+    assert json.loads(record.value)["payload"] == "e" * length
+    assert _left_out(record) == {"input.payload.omitted"}
+
+
+@pytest.mark.parametrize("format", ["json", "json_schema", "string"])
+@pytest.mark.parametrize("with_original", [True, False])
+@pytest.mark.parametrize("payload", [None, "", "said"])
+@pytest.mark.parametrize("log", [None, "logged"])
+def test_each_part_that_is_left_out_has_a_header(
+    format: str, with_original: bool, payload: str | None, log: str | None
+) -> None:
+    """And none has one that was not there to begin with."""
+    failure = _failure(_records([5]), payload=payload, log_result=log)
+    record = least_error_record("t", 0, failure, "f", format, with_original)
+    assert _left_out(record) == (
+        {"input.payload.omitted"}
+        | ({"payload.omitted"} if payload is not None else set())
+        | ({"log.result.omitted"} if log is not None else set())
+        | (set() if with_original else {"original.omitted"})
+    )
+    assert len(_originals(record)) == with_original
+    assert b"said" not in record.value and b"logged" not in record.value
 
 
 def test_the_size_of_an_error_record_is_not_below_what_it_holds() -> None:
