@@ -459,8 +459,9 @@ def test_every_header_and_condition_is_in_the_docs() -> None:
     page = ERROR_RECORDS.read_text(encoding="utf-8")
     named = set(re.findall(rf"^\| `({HEADER_PREFIX}[\w.]+)` \|", page, re.MULTILINE))
     failure = _failure(executed_version="7", request_id="id")
-    # Too small for the input payload, so that the header that says so is there too.
-    ((_, record),) = error_records("orders", 3, failure, "f", "json", 1)
+    # Too small for what was sent and what came back, so that the headers that say so are there too.
+    long = _failure(executed_version="7", request_id="id", payload="x" * 20_000)
+    ((_, record),) = error_records("orders", 3, long, "f", "json", 1)
     least = least_error_record("orders", 3, failure, "f", "json", with_original=False)
     assert named == {name for name, _ in (*record.headers, *least.headers)}
 

@@ -1,128 +1,21 @@
-"""Redrive: what is taken, what is remembered, and that nothing is taken twice or lost."""
+"""Ledger: what is remembered, and that nothing is redriven twice or lost."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.options.declare import OPTIONS
-from pipeline.redrive.command import GROUP, Counts, make_config, parse
+from tests.error_records import error_record, original
 from tests.examples import examples
-from tests.pipeline.options.test_options import _config
-from transforms.kafka.client import KafkaConfig
 from transforms.lanes import Lanes
-from transforms.original import ORIGINAL_HEADER, encode_originals
-from transforms.records import NO_TIMESTAMP, Progress, RecordChunk, Records
-from transforms.redrive.steps import (
-    ErrorRecord,
-    Ledger,
-    Original,
-    RedriveConfig,
-    Redriven,
-    Selection,
-    error_records,
-    read_originals,
-    to_chunk,
-)
-
-KAFKA = KafkaConfig("broker:9092", "g-redrive")
-
-
-def original(offset: int, partition: int = 0, key: bytes | None = None) -> Original:
-    return {
-        "topic": "orders",
-        "partition": partition,
-        "offset": offset,
-        "timestamp": 1000 + offset,
-        "key": key,
-        "value": b"%d" % offset,
-        "headers": [],
-    }
-
-
-def error_record(offset: int, partition: int = 0, **facts: Any) -> ErrorRecord:
-    whole: dict[str, Any] = {
-        "timestamp_ms": 1000,
-        "condition": "RetryAttemptsExhausted",
-        "error_type": "ValueError",
-        "originals": (),
-    }
-    return ErrorRecord(partition, offset, **(whole | facts))
-
-
-# -- error records ---------------------------------------------------------------------------------
-
-
-def test_what_is_read_of_an_error_record() -> None:
-    """Its facts, and its originals byte for byte."""
-    records = Records(
-        [7, 9],
-        [1000, NO_TIMESTAMP],
-        [b"\xff", None],
-        [None, b"{}"],
-        [[("a", b"1"), ("a", None)], None],
-    )
-    headers = [
-        ("lambda.condition", b"InvalidReply"),
-        ("lambda.error.type", b"TypeError"),
-        *((ORIGINAL_HEADER, data) for data in encode_originals("orders", 3, records)),
-        ("other", None),
-    ]
-    chunk = RecordChunk("errors", 2, 5, 6, Records([5], [77], [None], [b"x"], [headers]))
-    (found,) = error_records(chunk)
-    assert (found.partition, found.offset, found.timestamp_ms) == (2, 5, 77)
-    assert (found.condition, found.error_type) == ("InvalidReply", "TypeError")
-
-    originals = read_originals(found)
-    assert originals
-    again = to_chunk(("orders", 3), originals)
-    assert (again.start, again.next_offset, again.first) == (7, 10, True)
-    assert [list(column) for column in again.records._columns()[:5]] == [
-        list(column) for column in records._columns()[:5]
-    ]
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        None,
-        [],
-        [("lambda.condition", b"\xff")],
-        [(ORIGINAL_HEADER, b"")],
-        [(ORIGINAL_HEADER, None)],
-        [(ORIGINAL_HEADER, b"text of somebody else")],
-        [(ORIGINAL_HEADER, b"\xff" * 30)],
-    ],
-)
-def test_an_error_record_without_originals(headers: Any) -> None:
-    """Somebody else's, or broken: it is no reason to fail."""
-    chunk = RecordChunk("errors", 0, 0, 1, Records([0], [0], [None], [None], [headers]))
-    (found,) = error_records(chunk)
-    assert read_originals(found) is None
-
-
-@pytest.mark.parametrize(
-    ("selection", "taken"),
-    [
-        (Selection(), True),
-        (Selection(since_ms=1000), True),
-        (Selection(since_ms=1001), False),
-        (Selection(conditions=("RetryAttemptsExhausted", "x")), True),
-        (Selection(conditions=("x",)), False),
-        (Selection(error_types=("ValueError",)), True),
-        (Selection(error_types=("TypeError",)), False),
-        (Selection(conditions=("RetryAttemptsExhausted",), error_types=("TypeError",)), False),
-    ],
-)
-def test_which_error_records_are_selected(selection: Selection, taken: bool) -> None:
-    """All that is asked for has to hold."""
-    assert selection.takes(error_record(0)) is taken
-
+from transforms.original import encode_originals
+from transforms.records import Progress, Records
+from transforms.redrive.ledger import Ledger, Redriven
+from transforms.redrive.selection import read_originals
 
 # -- what is remembered ----------------------------------------------------------------------------
 
@@ -251,7 +144,7 @@ def test_what_is_remembered_is_short() -> None:
 
 
 def ledger(lanes: int = 1, partitions: int = 1) -> Ledger:
-    made = Ledger(RedriveConfig(KAFKA, "errors", topics=("orders",), lanes=Lanes(lanes)))
+    made = Ledger(Lanes(lanes))
     for partition in range(partitions):
         made.partitions[partition] = Redriven(0)
         _look(made.partitions[partition], range(100), 100)
@@ -355,69 +248,6 @@ def test_more_than_can_be_remembered_is_not_begun() -> None:
     assert made.has_room_for(map(error_record, range(400_000)))
 
 
-# -- the command -----------------------------------------------------------------------------------
-
-
-def test_the_command_s_own_options_are_not_those_of_a_run() -> None:
-    """So that each is looked for in one place only."""
-    assert not {option.name for option in GROUP.options} & set(OPTIONS)
-
-
-def test_the_command_line_is_divided() -> None:
-    """Lists may be given more than once; the rest is left as it is."""
-    values, problems, rest = parse(
-        ["--condition=a,b", "--topics=t", "--condition", "c", "--dry_run", "--limit=3", "--x"]
-    )
-    assert (values["condition"], values["dry_run"], values["limit"]) == (("a", "b", "c"), True, 3)
-    assert (values["since"], values["redrive_group"]) == (None, None)
-    assert problems == [] and rest == ["--topics=t", "--x"]
-
-
-@pytest.mark.parametrize(
-    ("argument", "part"),
-    [
-        ("--limit=0", "--limit=0 is not allowed; give from 1"),
-        ("--limit=many", "not a whole number"),
-        ("--since=yesterday", "--since=yesterday is not an ISO 8601 time"),
-        ("--dry_run=perhaps", "--dry_run=perhaps is not allowed"),
-        ("--redrive_group=", "--redrive_group is empty"),
-    ],
-)
-def test_what_does_not_fit(argument: str, part: str) -> None:
-    """One line each, as for any option."""
-    (problem,) = parse([argument])[1]
-    assert part in problem
-
-
-def test_what_the_options_become() -> None:
-    """The group is one of its own, so that the main run's offsets are left alone."""
-    config = _config(error_topic="errors", on_error="log", parallelization_factor="2")
-    values = parse(["--since=2026-11-01", "--condition=a", "--limit=3"])[0]
-    made = make_config(config, values)
-    assert made.kafka.group == "g-redrive" and made.kafka.bootstrap_servers == "broker:9092"
-    assert made.error_topic == "errors" and made.topics == ("orders",)
-    assert made.selection == Selection(1_793_491_200_000, ("a",), ())
-    assert made.lanes.count == 2 and made.limit == 3
-    assert make_config(config, parse(["--redrive_group=x"])[0]).kafka.group == "x"
-
-
-def test_counts_for_people_and_programs() -> None:
-    """The same numbers in both."""
-    counts = Counts()
-    counts.take(error_record(0), [original(1), original(2)])
-    counts.take(error_record(1, condition="InvalidReply"), [original(1, partition=4)])
-    counts.left["not_selected"] = 2
-    facts = counts.facts()
-    assert (facts["error_records"], facts["records"]) == (2, 3)
-    assert facts["conditions"]["InvalidReply"] == {"error_records": 1, "records": 1}
-    assert facts["error_types"] == {"ValueError": {"error_records": 2, "records": 3}}
-    assert facts["partitions"]["orders-0"] == {"error_records": 1, "records": 2}
-    text = counts.text()
-    assert "error records: 2, records in them: 3" in text
-    assert "left where they are: not selected: 2" in text
-    assert "left where they are: none" in Counts().text()
-
-
 _VALID = encode_originals("orders", 0, Records([7], [1], [b"k"], [b"v"], [[("h", None)]]))[0]
 
 
@@ -438,7 +268,7 @@ _VALID = encode_originals("orders", 0, Records([7], [1], [b"k"], [b"v"], [[("h",
 @examples(50)
 def test_error_records_of_any_bytes_end_or_are_passed_over(found, finish) -> None:
     """None raises, and nothing is committed past one whose originals have come to no end."""
-    ledger = Ledger(RedriveConfig(KAFKA, "errors"))
+    ledger = Ledger()
     redriven = ledger.partitions[0] = Redriven(0)
     taken = []
     for offset, originals in enumerate(found):
