@@ -145,6 +145,7 @@ class RecordChunk:
         records: The records of the range; may be empty.
         first: True if nothing before `start` has to be waited for.
         lane: The lane whose records these are; None if they are not divided into lanes yet.
+        last: True if nothing of its lane comes behind it, so that no batch stays open for more.
     """
 
     topic: str
@@ -154,6 +155,7 @@ class RecordChunk:
     records: Records
     first: bool = False
     lane: int | None = None
+    last: bool = False
 
     @property
     def lane_key(self) -> LaneKey:

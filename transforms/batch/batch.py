@@ -252,6 +252,10 @@ class _BufferFn(beam.DoFn):
         chunk = element[1]
         if chunk.start == chunk.next_offset:
             return
+        if chunk.first and chunk.last:
+            # All there is of its lane: nothing has to be kept, and nothing to be closed later.
+            yield from self._alone(chunk)
+            return
         state: OpenBatch | None = open_state.read()
         if state is None:
             window_end.set(window.end)
@@ -298,6 +302,17 @@ class _BufferFn(beam.DoFn):
         yield from self._close(key, state, pieces)
         early.clear()
         open_state.clear()
+
+    def _alone(self, chunk: RecordChunk) -> Iterator[Batch]:
+        """The batches of a chunk that needs no state: the last one ends where the chunk does."""
+        if len(chunk.records):
+            state = OpenBatch(chunk.start, chunk.start, chunk.start)
+            for batch in self._pieces(chunk, state, None):
+                yield replace(batch, first=batch.start == chunk.start)
+        else:
+            frame = self._config.format.envelope.frame(chunk.topic, chunk.partition)
+            piece = Piece(chunk.start, chunk.next_offset, chunk.records, ())
+            yield replace(assemble(chunk.lane_key, [piece], frame=frame), first=True)
 
     def _close(self, key: LaneKey, state: OpenBatch, pieces: BagRuntimeState) -> Iterator[Batch]:
         """End the open batch where it stands."""

@@ -427,7 +427,8 @@ class RoundReader:
                 lane = partition.lanes[number]
                 limit = min(records, room_records), min(size, room_bytes)
                 busy = number in room.busy and not room.flush
-                for chunk, chunk_bytes in self._hand_out(partition, lane, *limit, flush, busy):
+                handed_out = self._hand_out(partition, lane, *limit, flush, busy)
+                for chunk, chunk_bytes in _with_last(handed_out):
                     count = len(chunk.records)
                     room_records, room_bytes = room_records - count, room_bytes - chunk_bytes
                     records, size = records - count, size - chunk_bytes
@@ -436,7 +437,8 @@ class RoundReader:
             for lane in partition.lanes:
                 if not lane.messages and lane.start < partition.next_offset:
                     # No record of this lane, and yet its offsets have to be committed.
-                    yield _first(self._chunk(partition, lane, partition.next_offset, []), begun)
+                    chunk = self._chunk(partition, lane, partition.next_offset, [])
+                    yield _first(replace(chunk, last=True), begun)
 
     def _hand_out(
         self, partition: _Partition, lane: _Lane, records: int, size: int, flush: bool, busy: bool
@@ -665,6 +667,18 @@ def _by_partition(messages: list[Message]) -> Iterator[tuple[PartitionKey, list[
     for partition, run in groupby(messages, Message.partition):
         for topic, part in groupby(run, Message.topic):
             yield (topic, partition), list(part)
+
+
+def _with_last(chunks: Iterator[tuple[RecordChunk, int]]) -> Iterator[tuple[RecordChunk, int]]:
+    """Mark the last chunk of a lane in a round."""
+    before: tuple[RecordChunk, int] | None = None
+    for each in chunks:
+        if before:
+            yield before
+        before = each
+    if before:
+        chunk, size = before
+        yield replace(chunk, last=True), size
 
 
 def _first(chunk: RecordChunk, begun: set[LaneKey]) -> RecordChunk:

@@ -536,3 +536,31 @@ def test_joined_records_keep_their_columns_aligned() -> None:
     assert joined.offsets == [0, 1, 2]
     assert (list(joined.decoded), joined.rejections) == ([], [None, None, rejection])
     assert joined.where([True, False, True]).rejections == [None, rejection]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(0, 40)), max_size=30),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.integers(1, 5),
+    st.integers(40, 300),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_chunk_that_is_all_of_its_lane_makes_the_same_batches(
+    rows: list[tuple[int, int]], lead: int, tail: int, most: int, max_bytes: int
+) -> None:
+    """Without state and timers, which is a matter of speed alone."""
+    offsets = list(itertools.accumulate((gap for gap, _ in rows), initial=10))[1:]
+    values = [b"x" * size for _, size in rows]
+    records = Records(offsets, offsets, [None] * len(rows), values, [None] * len(rows))
+    end = (offsets[-1] if offsets else 10) + 1 + tail
+    chunk = RecordChunk("t", 0, 10 - lead, end, records, first=True, lane=0)
+    config = BatchConfig(most, max_bytes)
+    kept, alone = (
+        [
+            (each.start, each.next_offset, list(each.entries), each.rejection, each.first)
+            for each in _run([given], config)[0]
+        ]
+        for given in (chunk, replace(chunk, last=True))
+    )
+    assert alone == kept
