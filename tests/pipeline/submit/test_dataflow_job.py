@@ -144,7 +144,7 @@ def test_steps_that_hold_back_give_it_all_at_a_drain(job: Submitted) -> None:
     """What fires when the watermark passes the window's end, as a drain has it."""
     steps = job.steps
     holding = {name: step for name, step in steps.items() if step.timers}
-    assert set(holding) == {"Batch/Buffer", "Invoke/Pending"}
+    assert set(holding) == {"Batch/Buffer", "Invoke/Pending", "Commit/CommitPartition"}
     for step in holding.values():
         assert sorted(step.timers.values()) == ["EVENT_TIME", "PROCESSING_TIME"]
     assert steps["Batch/Buffer"].states == {
@@ -155,6 +155,7 @@ def test_steps_that_hold_back_give_it_all_at_a_drain(job: Submitted) -> None:
     assert steps["Invoke/Pending"].states == {
         "invoke_place": "read_modify_write_spec",
         "invoke_pending": "bag_spec",
+        "invoke_early": "bag_spec",
     }
     assert steps["Commit/CommitPartition"].states == {"commit_done": "read_modify_write_spec"}
     assert set(job.pipeline.requirements) == {
@@ -166,7 +167,7 @@ def test_steps_that_hold_back_give_it_all_at_a_drain(job: Submitted) -> None:
 def test_timers_of_different_steps_have_different_names(job: Submitted) -> None:
     """Runners lose timers of fused steps that share one."""
     names = [name for step in job.steps.values() for name in step.timers]
-    assert len(set(names)) == len(names) == 4
+    assert len(set(names)) == len(names) == 6
 
 
 def test_the_native_reader_has_what_it_reads(job: Submitted) -> None:
