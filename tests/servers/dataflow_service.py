@@ -198,10 +198,10 @@ def submit(
             wait_until(
                 lambda: len(service.submitted) > before or program.poll() is not None,
                 "nothing is submitted",
-                60,
+                240,
             )
             program.send_signal(signal.SIGTERM)
-            out, err = program.communicate(timeout=60)
+            out, err = program.communicate(timeout=120)
         except BaseException:
             program.kill()
             raise
