@@ -11,10 +11,8 @@ It needs Java 17 or newer and, once, Maven to fetch the jars (`pipeline.local.ja
 from __future__ import annotations
 
 import base64
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,8 +32,8 @@ from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic, OffsetSp
 
 from pipeline.local.jars import classpath
 from pipeline.local.processes import (
+    LocalServer,
     ServerError,
-    ServerProcess,
     free_ports,
     java_command,
     wait_until,
@@ -107,7 +105,7 @@ class StoredRecord:
     headers: tuple[tuple[str, bytes | None], ...]
 
 
-class KafkaBroker:
+class KafkaBroker(LocalServer):
     """One broker process, its ports and its data; a context manager.
 
     Entering starts it, leaving ends the process and removes the data. In between it can be
@@ -128,7 +126,7 @@ class KafkaBroker:
         start_timeout: float = 60,
         compiled_well: bool = False,
     ) -> None:
-        self._start_timeout = start_timeout
+        super().__init__("broker", start_timeout)
         self._jvm_flags = (*_JVM_FLAGS, *(() if compiled_well else _QUICK_START))
         self._port, self._controller_port = free_ports(2)
         self._config = {
@@ -139,20 +137,7 @@ class KafkaBroker:
             "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
             **(config or {}),
         }
-        self._folder: Path | None = None
-        self._server: ServerProcess | None = None
         self._admin: AdminClient | None = None
-
-    def __enter__(self) -> KafkaBroker:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     # The process
 
@@ -161,61 +146,19 @@ class KafkaBroker:
         """``host:port``; the same over restarts."""
         return f"127.0.0.1:{self._port}"
 
-    @property
-    def pid(self) -> int | None:
-        """The Java process's id; None while it does not run."""
-        return self._server.pid if self._server else None
+    def _command(self, folder: Path) -> Sequence[str]:
+        java = java_command(classpath("kafka"), *self._jvm_flags)
+        properties = self._format(java, folder)
+        return [*java, "kafka.Kafka", str(properties)]
 
-    @property
-    def log_path(self) -> Path:
-        """The server's log, of all its starts."""
-        if self._server is None:
-            raise ServerError("the broker was never started")
-        return self._server.log_path
+    def _format(self, java: Sequence[str], folder: Path) -> Path:
+        """Write the settings and prepare the data folder, as a new cluster of one node.
 
-    def start(self) -> None:
-        """Start the broker and return when it answers and every partition has a leader.
-
-        Raises:
-            ServerError: It runs already, or did not come up; the log's end is in the message.
+        Returns:
+            The file with the settings.
         """
-        if self._server is None:
-            java = java_command(classpath("kafka"), *self._jvm_flags)
-            self._folder = Path(tempfile.mkdtemp(prefix="kafka-broker-"))
-            self._format(java)
-            properties = str(self._folder / "server.properties")
-            self._server = ServerProcess("broker", [*java, "kafka.Kafka", properties], self._folder)
-        self._server.start()
-        try:
-            self._server.wait_until_up(self._is_up, self._start_timeout)
-        except BaseException:
-            self.kill()
-            raise
-
-    def stop(self) -> None:
-        """End the process with SIGTERM, as an orderly shutdown does. Nothing if it is not up.
-
-        Raises:
-            ServerError: It was still there after 30 seconds, and was killed.
-        """
-        self._end(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """End the process with SIGKILL, as a crash does. Nothing if it is not up."""
-        self._end(signal.SIGKILL)
-
-    def close(self) -> None:
-        """End the process and remove the data. The object can be started again, empty."""
-        self.kill()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = self._server = None
-
-    def _format(self, java: Sequence[str]) -> None:
-        """Write the settings and prepare the data folder, as a new cluster of one node."""
-        assert self._folder is not None
-        properties = self._folder / "server.properties"
-        lines = {**self._config, "log.dirs": str(self._folder / "data")}
+        properties = folder / "server.properties"
+        lines = {**self._config, "log.dirs": str(folder / "data")}
         properties.write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         # With "=", because an id may begin with a dash.
@@ -229,8 +172,9 @@ class KafkaBroker:
         )
         if done.returncode != 0:
             raise ServerError(f"the broker's data folder cannot be made:\n{done.stdout[-4000:]}")
+        return properties
 
-    def _is_up(self) -> bool:
+    def _is_up(self, name: str) -> bool:
         try:
             metadata = self._client().list_topics(timeout=1)
         except KafkaException:
@@ -241,8 +185,7 @@ class KafkaBroker:
     def _end(self, how: signal.Signals) -> None:
         # The next start gets a new client: this one would wait longer and longer to reconnect.
         self._admin = None
-        if self._server is not None:
-            self._server.end(how)
+        super()._end(how)
 
     # Topics
 

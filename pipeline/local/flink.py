@@ -21,18 +21,18 @@ import shutil
 import signal
 import stat
 import sys
-import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.local.jars import classpath, fetch
 from pipeline.local.processes import (
+    LocalServers,
     ServerError,
     ServerProcess,
     free_ports,
@@ -330,7 +330,7 @@ class FlinkRest:
         )
 
 
-class FlinkCluster:
+class FlinkCluster(LocalServers):
     """A session cluster; a context manager. Entering starts it, leaving ends it and its data.
 
     Args:
@@ -355,6 +355,7 @@ class FlinkCluster:
         high_availability: bool = False,
         config: Mapping[str, str] | None = None,
     ) -> None:
+        super().__init__("cluster", _START_SECS)
         ports = iter(free_ports(7))
         self._rest_port = next(ports)
         self._job_manager_port = next(ports)
@@ -368,21 +369,7 @@ class FlinkCluster:
         self._with_expansion_service = expansion_service
         self._high_availability = high_availability
         self._extra_config = dict(config or {})
-        self._folder: Path | None = None
-        self._processes: dict[str, ServerProcess] = {}
         self.rest = FlinkRest(self.address)
-
-    def __enter__(self) -> FlinkCluster:
-        try:
-            self._prepare()
-            self.start(*self._processes)
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     # What a pipeline needs to know
 
@@ -415,13 +402,6 @@ class FlinkCluster:
     def expansion_service_jar(self) -> Path:
         """For ``--expansion_service``: what Beam would fetch, 140 MB, and start itself."""
         return self.folder / "expansion-service.jar"
-
-    @property
-    def folder(self) -> Path:
-        """Where everything is: logs, ``checkpoints``, ``savepoints``. Gone after `close`."""
-        if self._folder is None:
-            raise ServerError("the cluster was never started")
-        return self._folder
 
     def runner_options(self) -> list[str]:
         """Options by which a pipeline runs here, besides ``--runner=FlinkRunner``."""
@@ -458,12 +438,7 @@ class FlinkCluster:
         Raises:
             ServerError: One runs already, or did not come up; its log's end is in the message.
         """
-        for name in names:
-            self._process(name).start()
-            if name == "zookeeper":
-                self._wait(name)  # what finds none gives up sooner than it starts here
-        for name in names:
-            self._wait(name)
+        self._start(*names)
 
     def restart(self, *names: str) -> None:
         """Kill processes and start them again; returns when they all answer."""
@@ -509,38 +484,31 @@ class FlinkCluster:
             lines += [f"--- log of {name}", *warned[-_LOG_LINES:], "...", *log[-_LOG_LINES:]]
         return "\n".join(lines)
 
-    def close(self) -> None:
-        """End all processes and remove the data."""
-        for process in reversed(self._processes.values()):
-            process.end(signal.SIGKILL)
-        self._processes = {}
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+    def _start(self, *names: str) -> None:
+        # First: what finds no ZooKeeper gives up sooner than that starts here.
+        if "zookeeper" in names:
+            super()._start("zookeeper")
+        super()._start(*(name for name in names if name != "zookeeper"))
 
-    def _process(self, name: str) -> ServerProcess:
-        try:
-            return self._processes[name]
-        except KeyError:
-            known = ", ".join(self._processes) or "none"
-            raise ServerError(f"the cluster has no process {name} (it has {known})") from None
-
-    def _wait(self, name: str) -> None:
-        checks: dict[str, Callable[[], bool]] = {
-            "zookeeper": lambda: is_listening(self._zookeeper_port),
-            "jobmanager": lambda: self._registered() >= 0,
-            "worker-pool": lambda: is_listening(self._worker_pool_port),
-            "job-server": lambda: is_listening(self._job_server_port),
-            "expansion-service": lambda: is_listening(self._expansion_port),
+    def _is_up(self, name: str) -> bool:
+        ports = {
+            "zookeeper": self._zookeeper_port,
+            "worker-pool": self._worker_pool_port,
+            "job-server": self._job_server_port,
+            "expansion-service": self._expansion_port,
         }
+        if name in ports:
+            return is_listening(ports[name])
+        registered = self._registered()
+        if name == "jobmanager":
+            return registered >= 0
         # A TaskManager counts as up when the JobManager has as many as run here.
         running = sum(
             process.is_running()
             for other, process in self._processes.items()
             if other.startswith("taskmanager")
         )
-        check = checks.get(name, lambda: self._registered() >= running)
-        self._process(name).wait_until_up(check, _START_SECS)
+        return self._process(name).is_running() and registered >= running
 
     def _registered(self) -> int:
         """How many TaskManagers the JobManager has; -1 if it does not answer."""
@@ -551,9 +519,8 @@ class FlinkCluster:
 
     # Their files and commands
 
-    def _prepare(self) -> None:
+    def _make(self, folder: Path) -> Iterator[ServerProcess]:
         jars = fetch("flink")
-        self._folder = folder = Path(tempfile.mkdtemp(prefix="flink-cluster-"))
         for name in ("conf", "tmp"):
             (folder / name).mkdir()
         (folder / "logging.properties").write_text(_LOGGING)
@@ -566,7 +533,7 @@ class FlinkCluster:
         for name, command in self._commands(folder).items():
             # Workers import what the pipeline was made of: this code, wherever it is.
             environment = {"PYTHONPATH": str(_ROOT)} if name == "worker-pool" else None
-            self._processes[name] = ServerProcess(name, command, folder, environment)
+            yield ServerProcess(name, command, folder, environment)
 
     def _own_config(self) -> dict[str, str]:
         config = {

@@ -9,9 +9,15 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T", bound="LocalServers")
 
 _LOG_END = 6000  # characters of a log in an error's message
 
@@ -143,6 +149,151 @@ class ServerProcess:
         process.wait()
         if late:
             raise ServerError(f"the {self.name} did not stop within 30 s and was killed")
+
+
+class LocalServers(ABC):
+    """Processes that serve together, with a folder of their own; a context manager.
+
+    Entering starts them, leaving ends them and removes the folder. In between each can be ended in
+    any way and started again, with what is in the folder.
+
+    Args:
+        name: For messages, and the beginning of the folder's name.
+        start_timeout: Seconds until each process must answer.
+    """
+
+    def __init__(self, name: str, start_timeout: float) -> None:
+        self._name = name
+        self._start_timeout = start_timeout
+        self._folder: Path | None = None
+        self._processes: dict[str, ServerProcess] = {}
+
+    def __enter__(self: T) -> T:
+        try:
+            self._prepare()
+            self._start(*self._processes)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of theirs is. Gone after `close`."""
+        if self._folder is None:
+            raise ServerError(f"the {self._name} was never started")
+        return self._folder
+
+    def close(self) -> None:
+        """End all processes and remove the folder. The object can be started again, empty."""
+        for process in reversed(self._processes.values()):
+            process.end(signal.SIGKILL)
+        self._processes = {}
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    @abstractmethod
+    def _make(self, folder: Path) -> Iterable[ServerProcess]:
+        """Write what they need; the processes, in the order they start. `folder` is there."""
+
+    @abstractmethod
+    def _is_up(self, name: str) -> bool:
+        """Whether a process answers."""
+
+    def _prepare(self) -> None:
+        """Make the folder and the processes, if that is not done yet."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{self._name.replace(' ', '-')}-"))
+            try:
+                self._processes = {process.name: process for process in self._make(self._folder)}
+            except BaseException:
+                self.close()
+                raise
+
+    def _start(self, *names: str) -> None:
+        """Start processes that do not run; returns when they all answer.
+
+        Raises:
+            ServerError: One runs already, or did not come up; its log's end is in the message.
+        """
+        for name in names:
+            self._process(name).start()
+        for name in names:
+            process = self._process(name)
+            try:
+                process.wait_until_up(partial(self._is_up, name), self._start_timeout)
+            except BaseException:
+                process.end(signal.SIGKILL)
+                raise
+
+    def _process(self, name: str) -> ServerProcess:
+        try:
+            return self._processes[name]
+        except KeyError:
+            known = ", ".join(self._processes) or "none"
+            raise ServerError(f"the {self._name} has no process {name} (it has {known})") from None
+
+
+class LocalServer(LocalServers):
+    """One process with a folder of its own; a context manager, as `LocalServers` says."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None while it does not run."""
+        process = self._processes.get(self._name)
+        return process.pid if process else None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process is there."""
+        process = self._processes.get(self._name)
+        return process is not None and process.is_running()
+
+    @property
+    def log_path(self) -> Path:
+        """What it wrote, in all its starts."""
+        return self.folder / f"{self._name}.log"
+
+    def start(self) -> None:
+        """Start it and return when it answers.
+
+        Raises:
+            ServerError: It runs already, or did not come up; the log's end is in the message.
+        """
+        self._prepare()
+        self._start(self._name)
+
+    def stop(self) -> None:
+        """End it with SIGTERM, as an orderly shutdown does. Nothing if it is not up.
+
+        Raises:
+            ServerError: It was still there after 30 seconds, and was killed.
+        """
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it with SIGKILL, as a crash does. Nothing if it is not up."""
+        self._end(signal.SIGKILL)
+
+    def close(self) -> None:
+        """End it and remove the folder. The object can be started again, empty."""
+        self.kill()
+        super().close()
+
+    def _end(self, how: signal.Signals) -> None:
+        if process := self._processes.get(self._name):
+            process.end(how)
+
+    def _make(self, folder: Path) -> Iterable[ServerProcess]:
+        return [ServerProcess(self._name, self._command(folder), folder)]
+
+    @abstractmethod
+    def _command(self, folder: Path) -> Sequence[str]:
+        """Write what it needs into its folder; what to run."""
 
 
 def java_command(jars: str, *flags: str) -> list[str]:

@@ -338,7 +338,7 @@ def test_filters_see_what_was_decoded(
 def restarted(registry: SchemaRegistryServer) -> Iterator[SchemaRegistryServer]:
     """The registry, which runs again when the test is over."""
     yield registry
-    if not registry.is_up:
+    if not registry.is_running:
         registry.start()
 
 
@@ -373,7 +373,7 @@ def test_the_registry_stops_and_starts_again(
         produce(_of(old, b"\x02"), 40)
         with start(broker, server, **options) as sink:
             sink.until(lambda: done() == 40, "the first 40 are not done", 120)
-            registry.stop()
+            registry.kill()
             produce(_of(old, b"\x02"), 20)
             sink.until(lambda: done() == 60, "what has a known schema is not done", 120)
             produce(_of(new, b"\x02\x02\x00"), 30)

@@ -10,10 +10,7 @@ It speaks as Confluent's does. It needs Java 17 or newer and, once, Maven to fet
 
 from __future__ import annotations
 
-import shutil
-import signal
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -23,7 +20,7 @@ from confluent_kafka.schema_registry import Schema, SchemaReference, SchemaRegis
 
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.jars import cache_folder, fetch_with_maven
-from pipeline.local.processes import ServerError, ServerProcess, free_ports, java_command
+from pipeline.local.processes import LocalServer, ServerError, free_ports, java_command
 
 # 3.0 is the last for Java 17.
 _VERSION = "3.0.9"
@@ -46,7 +43,7 @@ def fetch_registry() -> Path:
     return fetch_with_maven(registry_folder(), "the schema registry", unpack)
 
 
-class SchemaRegistryServer:
+class SchemaRegistryServer(LocalServer):
     """One registry process; a context manager. It can be stopped and started on the same port.
 
     Args:
@@ -55,22 +52,9 @@ class SchemaRegistryServer:
     """
 
     def __init__(self, broker: KafkaBroker, *, start_timeout: float = 240) -> None:
+        super().__init__("registry", start_timeout)
         self._broker = broker
-        self._start_timeout = start_timeout
         (self._port,) = free_ports(1)
-        self._folder: Path | None = None
-        self._server: ServerProcess | None = None
-
-    def __enter__(self) -> SchemaRegistryServer:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     @property
     def url(self) -> str:
@@ -80,11 +64,6 @@ class SchemaRegistryServer:
     @property
     def client(self) -> SchemaRegistryClient:
         return SchemaRegistryClient({"url": self.url, "timeout": 60})
-
-    @property
-    def is_up(self) -> bool:
-        """Whether the process is there."""
-        return self._server is not None and self._server.is_running()
 
     def register(
         self,
@@ -106,41 +85,19 @@ class SchemaRegistryServer:
         assert isinstance(id, int)
         return id
 
-    def start(self) -> None:
-        """Start it and return when it answers.
+    def _command(self, folder: Path) -> Sequence[str]:
+        (jar,) = fetch_registry().glob("*-runner.jar")
+        settings = {
+            "apicurio.storage.kind": "kafkasql",
+            "apicurio.kafkasql.bootstrap.servers": self._broker.bootstrap_servers,
+            "quarkus.http.host": "127.0.0.1",
+            "quarkus.http.port": self._port,
+        }
+        options = [f"-D{name}={value}" for name, value in settings.items()]
+        java = java_command(str(jar), "-Xmx512m", "-XX:TieredStopAtLevel=1", *options)
+        return [*java, "io.quarkus.runner.GeneratedMain"]
 
-        Raises:
-            ServerError: It runs already, or did not come up; the log's end is in the message.
-        """
-        if self._server is None:
-            (jar,) = fetch_registry().glob("*-runner.jar")
-            settings = {
-                "apicurio.storage.kind": "kafkasql",
-                "apicurio.kafkasql.bootstrap.servers": self._broker.bootstrap_servers,
-                "quarkus.http.host": "127.0.0.1",
-                "quarkus.http.port": self._port,
-            }
-            options = [f"-D{name}={value}" for name, value in settings.items()]
-            java = java_command(str(jar), "-Xmx512m", "-XX:TieredStopAtLevel=1", *options)
-            self._folder = Path(tempfile.mkdtemp(prefix="schema-registry-"))
-            command = [*java, "io.quarkus.runner.GeneratedMain"]
-            self._server = ServerProcess("registry", command, self._folder)
-        self._server.start()
-        self._server.wait_until_up(self._answers, self._start_timeout)
-
-    def stop(self) -> None:
-        """End the process. Nothing if it is not up."""
-        if self._server is not None:
-            self._server.end(signal.SIGKILL)
-
-    def close(self) -> None:
-        """End the process and remove its log."""
-        self.stop()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = self._server = None
-
-    def _answers(self) -> bool:
+    def _is_up(self, name: str) -> bool:
         try:
             with urllib.request.urlopen(f"{self.url}/subjects", timeout=10):
                 return True
