@@ -1,8 +1,9 @@
 """Whole runs for tests: the pipeline as a process of its own, and what must hold of every run.
 
+    topics = Topics(broker, names, partitions=4, count=100)
     with serve() as server:
-        run(broker, server, topics="orders", response_topic="results", consumer_group="group")
-        assert_exactly_once(broker, "group", ["orders"], responses="results")
+        topics.run(server, batch_size=10)
+    topics.assert_exactly_once()
 
 The process gets its options as a user gives them, so that exit codes, signals and what it prints
 are the real ones. The checkers look at nothing but Kafka and the calls the function got.
@@ -21,7 +22,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from confluent_kafka import Consumer, TopicPartition
 
@@ -31,6 +33,9 @@ from pipeline.local.lambda_server import FunctionSpec, LambdaContext, LambdaServ
 from pipeline.local.processes import wait_until
 from tests import ROOT
 from transforms.original import ORIGINAL_HEADER, decode_original
+
+if TYPE_CHECKING:
+    from tests.conftest import Names
 
 FUNCTION = "process-orders"
 ACCESS_KEY, SECRET_KEY = "AKIDFORTESTS", "secret-key-for-tests"
@@ -317,6 +322,78 @@ def run(
     """Run to the end; the exit code must be the one given."""
     with start(broker, server, env, **options) as sink:
         return sink.wait(code)
+
+
+class Topics:
+    """A test's topics and group, made anew, and runs of the pipeline between them.
+
+    Args:
+        broker: Where they are.
+        names: Of the test.
+        partitions: Of each topic.
+        count: Records in each partition of the source.
+        responses: Settings of the response topic.
+        errors: Settings of the error topic. It is there, and no run writes to it unless told to.
+        options: Of each run.
+
+    Attributes:
+        options: What each run is given besides its own options: where it reads, its group, where
+            responses go, and those above.
+    """
+
+    def __init__(
+        self,
+        broker: KafkaBroker,
+        names: Names,
+        partitions: int = 2,
+        count: int = 0,
+        responses: Mapping[str, str] = MappingProxyType({}),
+        errors: Mapping[str, str] = MappingProxyType({}),
+        **options: Any,
+    ) -> None:
+        self.broker = broker
+        self.source, self.responses = names.topic("orders"), names.topic("responses")
+        self.errors, self.group = names.topic("errors"), names.group()
+        broker.create_topic(self.source, partitions)
+        broker.create_topic(self.responses, partitions, **responses)
+        broker.create_topic(self.errors, partitions, **errors)
+        if count:
+            broker.produce(self.source, numbered(partitions, count))
+        self.options: dict[str, Any] = {
+            "topics": self.source,
+            "consumer_group": self.group,
+            "response_topic": self.responses,
+            **options,
+        }
+
+    @property
+    def log_errors(self) -> dict[str, Any]:
+        """Options by which error records go to the error topic."""
+        return {"on_error": "log", "error_topic": self.errors}
+
+    def start(self, server: LambdaServer | None, **options: Any) -> Sink:
+        """`start`, with these topics."""
+        return start(self.broker, server, **{**self.options, **options})
+
+    def run(self, server: LambdaServer | None, code: int | None = 0, **options: Any) -> Ended:
+        """`run`, with these topics."""
+        return run(self.broker, server, code, **{**self.options, **options})
+
+    def sent(self) -> set[Coordinates]:
+        """All records of the source."""
+        return {coordinates(record) for record in self.broker.read_all(self.source)}
+
+    def missing(self) -> set[Coordinates]:
+        """Records that have no answer."""
+        return self.sent() - set(answered(self.broker, self.responses))
+
+    def assert_exactly_once(self) -> None:
+        """Each record below what is committed has one outcome, in one of the topics."""
+        assert_exactly_once(self.broker, self.group, [self.source], self.responses, self.errors)
+
+    def assert_caught_up(self) -> None:
+        """All of the source is committed."""
+        assert_caught_up(self.broker, self.group, self.source)
 
 
 def commit(broker: KafkaBroker, group: str, topic: str, offsets: dict[int, int]) -> None:

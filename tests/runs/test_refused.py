@@ -13,16 +13,14 @@ from pipeline.local.lambda_server import LambdaContext
 from pipeline.local.processes import wait_until
 from tests.conftest import Names
 from tests.sink import (
+    Topics,
     answer,
     answered,
-    assert_caught_up,
     assert_rising,
     facts,
     failed,
     numbered,
-    run,
     serve,
-    start,
 )
 
 LIMIT = {"max_message_bytes": "20000"}
@@ -44,23 +42,9 @@ def large(*places: tuple[int, int]) -> Any:
     return handler
 
 
-class Topics:
-    def __init__(self, broker: KafkaBroker, names: Names, **errors: str) -> None:
-        self.source, self.responses = names.topic("orders"), names.topic("responses")
-        self.errors, self.group = names.topic("errors"), names.group()
-        broker.create_topic(self.source, partitions=2)
-        broker.create_topic(self.responses, partitions=2, **LIMIT)
-        broker.create_topic(self.errors, partitions=2, **errors)
-        broker.produce(self.source, numbered(2, COUNT))
-        self.options: dict[str, Any] = {
-            "topics": self.source,
-            "response_topic": self.responses,
-            "consumer_group": self.group,
-            "batch_size": 20,
-        }
-
-    def everything(self) -> set[tuple[str, int, int]]:
-        return {(self.source, p, offset) for p in range(2) for offset in range(COUNT)}
+def small(broker: KafkaBroker, names: Names, **errors: str) -> Topics:
+    """Topics with a response topic that takes no large records."""
+    return Topics(broker, names, 2, COUNT, responses=LIMIT, errors=errors, batch_size=20)
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
@@ -68,46 +52,45 @@ def test_a_response_that_is_too_large_becomes_an_error_record(
     broker: KafkaBroker, names: Names, lanes: int
 ) -> None:
     """With its original; all others are answered, also those that shared a request with it."""
-    topics = Topics(broker, names)
+    topics = small(broker, names)
     bad = [(0, 7), (1, 25), (1, 26)]
     with serve(large(*bad)) as server:
-        options = {"on_error": "log", "error_topic": topics.errors, "parallelization_factor": lanes}
-        ended = run(broker, server, **topics.options, **options)
+        ended = topics.run(server, **topics.log_errors, parallelization_factor=lanes)
     places = {(topics.source, *place) for place in bad}
     assert set(failed(broker, topics.errors)) == places
-    assert set(answered(broker, topics.responses)) == topics.everything() - places
+    assert set(answered(broker, topics.responses)) == topics.sent() - places
     for record in broker.read_all(topics.errors):
         found = facts(record)
         assert found["lambda.condition"] == "ResponseRefused"
         assert found["lambda.error.type"] == "MSG_SIZE_TOO_LARGE"
         assert "x" * 100 not in (record.value or b"").decode()
     assert (ended.summary["responses"], ended.summary["errors"]) == (2 * COUNT - 3, 3)
-    assert_caught_up(broker, topics.group, topics.source)
+    topics.assert_caught_up()
 
 
 def test_without_an_error_topic_it_is_logged(broker: KafkaBroker, names: Names) -> None:
-    topics = Topics(broker, names)
+    topics = small(broker, names)
     with serve(large((0, 7))) as server:
-        ended = run(broker, server, on_error="log", **topics.options)
+        ended = topics.run(server, on_error="log")
     assert f"{topics.source}-0@7-7 failed: " in ended.stderr
-    assert_caught_up(broker, topics.group, topics.source)
+    topics.assert_caught_up()
 
 
 def test_a_response_that_is_too_large_halts_its_partition_only(
     broker: KafkaBroker, names: Names
 ) -> None:
     """With --on_error=fail; run again with a function that is mended, nothing is left out."""
-    topics = Topics(broker, names)
+    topics = small(broker, names)
     with serve(large((0, 7))) as server:
-        ended = run(broker, server, 3, **topics.options)
+        ended = topics.run(server, 3)
     assert f"halted: {topics.source}-0 at offset 7" in ended.stderr
     assert broker.committed(topics.group, topics.source) == {0: 7, 1: COUNT}
     (halted,) = ended.summary["halted"]
     assert halted["error_type"] == "MSG_SIZE_TOO_LARGE"
     with serve() as server:
-        run(broker, server, **topics.options)
-    assert set(answered(broker, topics.responses)) == topics.everything()
-    assert_caught_up(broker, topics.group, topics.source)
+        topics.run(server)
+    assert set(answered(broker, topics.responses)) == topics.sent()
+    topics.assert_caught_up()
 
 
 @pytest.mark.parametrize("form", ["confluent", "aws"])
@@ -115,7 +98,7 @@ def test_an_error_record_goes_without_what_makes_it_too_large(
     broker: KafkaBroker, names: Names, form: str
 ) -> None:
     """First what was sent and came back, the original last; headers say what is not there."""
-    topics = Topics(broker, names, **LIMIT)
+    topics = small(broker, names, **LIMIT)
     for value in (b"y" * 12_000, b"y" * 40_000):
         broker.produce(topics.source, [(0, b"k", value)])
 
@@ -123,10 +106,9 @@ def test_an_error_record_goes_without_what_makes_it_too_large(
         raise ValueError("all of them")
 
     with serve(fails) as server:
-        options = {"on_error": "log", "error_topic": topics.errors, "error_record": form}
-        run(broker, server, **topics.options, **options)
+        topics.run(server, **topics.log_errors, error_record=form)
     found = set(failed(broker, topics.errors))
-    assert found == topics.everything() | {(topics.source, 0, COUNT)}
+    assert found == topics.sent() - {(topics.source, 0, COUNT + 1)}
     without = [
         record
         for record in broker.read_all(topics.errors)
@@ -136,14 +118,14 @@ def test_an_error_record_goes_without_what_makes_it_too_large(
     assert "lambda.input.payload.omitted" in facts(without[0])
     if form == "confluent":
         assert json.loads(without[0].key or b"")["startOffset"] == COUNT + 1
-    assert_caught_up(broker, topics.group, topics.source)
+    topics.assert_caught_up()
 
 
 def test_an_error_record_that_cannot_be_written_at_all_halts_its_partition(
     broker: KafkaBroker, names: Names
 ) -> None:
     """A compacted topic takes none without a key; nothing of the record is lost."""
-    topics = Topics(broker, names, cleanup_policy="compact")
+    topics = small(broker, names, cleanup_policy="compact")
     broker.produce(topics.source, [(0, None, b"bad"), (0, b"k", b"behind")])
 
     def fails(event: Any, context: LambdaContext) -> Any:
@@ -151,9 +133,8 @@ def test_an_error_record_that_cannot_be_written_at_all_halts_its_partition(
             raise ValueError("this one")
         return answer(event)
 
-    options = {"on_error": "log", "error_topic": topics.errors, "error_record": "aws"}
     with serve(fails) as server:
-        ended = run(broker, server, 3, bisect_on_error=True, **topics.options, **options)
+        ended = topics.run(server, 3, bisect_on_error=True, error_record="aws", **topics.log_errors)
     assert f"halted: {topics.source}-0 at offset {COUNT}" in ended.stderr
     assert broker.committed(topics.group, topics.source) == {0: COUNT, 1: COUNT}
 
@@ -164,9 +145,9 @@ def test_a_response_topic_is_made_anew_during_a_run(
 ) -> None:
     """With another number of partitions: the run goes on with those that are there, or ends with
     one line, and the next run answers all that is behind what is committed."""
-    topics = Topics(broker, names)
+    topics = small(broker, names)
     with serve() as server:
-        with start(broker, server, until="forever", **topics.options) as sink:
+        with topics.start(server, until="forever") as sink:
             sink.until(
                 lambda: sum(broker.committed(topics.group, topics.source).values()) == 2 * COUNT,
                 "what was there is not done",
@@ -187,9 +168,9 @@ def test_a_response_topic_is_made_anew_during_a_run(
         assert "Traceback" not in ended.stderr
         assert len(ended.errors) == (ended.code != 0)
         assert ended.code in (0, 1)
-        run(broker, server, **topics.options)
+        topics.run(server)
     behind = {(topics.source, p, offset) for p in range(2) for offset in range(COUNT, 2 * COUNT)}
     assert set(answered(broker, topics.responses)) == behind
     assert broker.partitions(topics.responses) == list(range(partitions))
     assert_rising(broker, topics.responses)
-    assert_caught_up(broker, topics.group, topics.source)
+    topics.assert_caught_up()
