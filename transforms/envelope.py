@@ -15,8 +15,7 @@ from typing import Any
 
 import orjson
 
-from transforms.decode.schemas import PREFIX_BYTES
-from transforms.records import ARRAY, NO_TIMESTAMP, Decoded, Frame, Header, Records
+from transforms.records import ARRAY, NO_TIMESTAMP, PREFIX_BYTES, Decoded, Frame, Header, Records
 
 CONFLUENT, KAFKA_EVENT, PIPES = ENVELOPES = ("confluent", "kafka_event", "pipes")
 

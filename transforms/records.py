@@ -24,6 +24,10 @@ NO_TIMESTAMP = -1
 """What Kafka clients report for a record that has no timestamp."""
 
 
+PREFIX_BYTES = 5
+"""Bytes of a record in front of its data: a zero, then the schema's id."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rejection:
     """Why a record must not be sent to the function at all.

@@ -19,7 +19,7 @@ from pipeline.migrate.carried import (
     refused,
     unneeded,
 )
-from transforms.kafka.client import JAVA_NAMES
+from transforms.properties import JAVA_NAMES
 
 CLASSES = ("io.confluent.connect.aws.lambda.AwsLambdaSinkConnector", "LambdaSink")
 _CLOUD = ("LambdaSink", "kafka.auth.mode", "kafka.api.key", "input.data.format")

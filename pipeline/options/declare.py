@@ -29,8 +29,6 @@ from transforms.batch.batch import BatchConfig
 from transforms.batch.payload import PayloadFormat
 from transforms.commit.commit import INTERVAL_SECS, REFRESH_SECS, CommitConfig
 from transforms.decode.decode import ATTRIBUTES, VALUE, DecodeConfig
-from transforms.decode.registry import RegistryConfig, check_settings
-from transforms.decode.schemas import CONNECT, STANDARD
 from transforms.envelope import Envelope
 from transforms.errors import UsageError, one_line
 from transforms.filter.filter import UNPARSABLE, FilterConfig, load_criteria
@@ -39,11 +37,14 @@ from transforms.invoke.breaker import BreakerPolicy
 from transforms.invoke.invoke import InvokeConfig
 from transforms.invoke.retry import RetryPolicy
 from transforms.kafka.beam_reader import BeamReadConfig
-from transforms.kafka.client import PREFIXES, KafkaConfig, load_properties
+from transforms.kafka.client import KafkaConfig
 from transforms.kafka.offsets import AT_TIMESTAMP, LATEST, TRIM_HORIZON, SourceConfig
 from transforms.lanes import Lanes
+from transforms.properties import PREFIXES, load_properties
 from transforms.read.rounds import ReadConfig
 from transforms.read.streaming import NativeReadConfig
+from transforms.schemas.registry import RegistryConfig, check_settings
+from transforms.schemas.schema import CONNECT, STANDARD
 from transforms.write import destination, formats
 from transforms.write.write import WriteConfig
 

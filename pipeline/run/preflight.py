@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 from pipeline.options.declare import Config
-from transforms.decode.registry import shared_registry
 from transforms.errors import KafkaError
 from transforms.invoke.invoke import shared_function
 from transforms.kafka.client import describe
 from transforms.kafka.offsets import SourceOffsets
+from transforms.schemas.registry import shared_registry
 from transforms.write.write import (
     TopicWriter,
     error_format,

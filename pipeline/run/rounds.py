@@ -21,7 +21,6 @@ from pipeline.options.declare import Config
 from pipeline.run.graph import Graph
 from pipeline.run.preflight import preflight
 from transforms.commit.commit import shared_committer
-from transforms.decode.registry import shared_registry
 from transforms.errors import SinkError, Stopped
 from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import InvokeConfig, shared_invoker, why_broken
@@ -29,6 +28,7 @@ from transforms.invoke.invoker import Invoker, QueueView
 from transforms.kafka.offsets import LOOK_SECS, SourceOffsets, choose_start
 from transforms.read.rounds import Room, Round, shared_reader
 from transforms.records import CallStats, Finished, PartitionKey
+from transforms.schemas.registry import shared_registry
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -24,8 +24,6 @@ from tests import ROOT
 from transforms.batch.payload import PayloadFormat, encode_records
 from transforms.conditions import RESPONSE_REFUSED
 from transforms.decode import decode
-from transforms.decode.registry import RegistryConfig, registry_settings
-from transforms.decode.schemas import AVRO, CONNECT, PROTOBUF, STANDARD, SchemaText
 from transforms.envelope import Envelope
 from transforms.filter.filter import (
     FIELDS,
@@ -43,6 +41,8 @@ from transforms.invoke.retry import Call
 from transforms.lanes import Lanes
 from transforms.original import HEADER_PREFIX, ORIGINAL_SCHEMA, decode_original, encode_originals
 from transforms.records import ARRAY, NO_TIMESTAMP, Batch, Failure, Records
+from transforms.schemas.registry import RegistryConfig, registry_settings
+from transforms.schemas.schema import AVRO, CONNECT, PROTOBUF, STANDARD, SchemaText
 from transforms.write.destination import destination_records
 from transforms.write.formats import (
     ERROR_SCHEMAS,

@@ -14,13 +14,8 @@ import yaml
 
 from pipeline.options.declare import parse_arguments
 from tests import ROOT
-from transforms.kafka.client import (
-    KafkaConfig,
-    client_settings,
-    make_consumer,
-    make_producer,
-    parse_properties,
-)
+from transforms.kafka.client import KafkaConfig, client_settings, make_consumer, make_producer
+from transforms.properties import parse_properties
 
 DIRECT = ROOT / "templates" / "direct"
 PROPERTIES = DIRECT / "kafka.properties"

@@ -32,7 +32,8 @@ from tests import ROOT, dockerfile
 from tests.pipeline.test_docs import blocks, codes, rows
 from tests.pipeline.test_templates import _StrictLoader
 from transforms.invoke import invoke
-from transforms.kafka.client import KafkaConfig, make_consumer, parse_properties
+from transforms.kafka.client import KafkaConfig, make_consumer
+from transforms.properties import parse_properties
 
 FLINK = ROOT / "templates" / "flink"
 README = FLINK / "README.md"

@@ -41,8 +41,8 @@ from tests.sink import (
     serve,
     start,
 )
-from transforms.decode.protobuf import _load
-from transforms.decode.schemas import PROTOBUF, SchemaText
+from transforms.schemas.protobuf import _load
+from transforms.schemas.schema import PROTOBUF, SchemaText
 
 AVRO_ORDER = json.dumps(
     {

@@ -15,7 +15,7 @@ from tests.servers.google_service import Google
 from transforms import text_file
 from transforms.errors import UsageError
 from transforms.filter.filter import load_criteria
-from transforms.kafka.client import load_properties
+from transforms.properties import load_properties
 from transforms.text_file import (
     CannotRead,
     RemoteTexts,

@@ -31,20 +31,19 @@ from botocore.httpsession import create_urllib3_context, get_cert_path, mask_pro
 from botocore.session import Session, get_session
 from botocore.utils import get_environ_proxies
 
-from transforms.aws.http import MAX_BODY_BYTES, Endpoint, Response, SendTimeoutError
-from transforms.aws.web_identity import google_token
-from transforms.errors import FunctionConfigError
-from transforms.invoke.outcome import (
+from transforms.aws.answers import (
     NO_LAMBDA,
     REPLY_TOO_LARGE,
     Fault,
-    Kind,
     Reply,
-    classify_fault,
     is_out_of_time,
+    is_throttled,
     read_refusal,
     read_wait,
 )
+from transforms.aws.http import MAX_BODY_BYTES, Endpoint, Response, SendTimeoutError
+from transforms.aws.web_identity import google_token
+from transforms.errors import FunctionConfigError
 
 MAX_SYNC_BYTES = 6_291_455
 """A synchronous request has to be smaller than 6,291,456 bytes."""
@@ -255,7 +254,7 @@ class LambdaFunction:
         """
         request = self._prepare(b"", {"X-Amz-Invocation-Type": "DryRun"})
         result = request if isinstance(request, Fault) else self._send(request, 204)
-        if isinstance(result, Fault) and classify_fault(result).kind is not Kind.THROTTLED:
+        if isinstance(result, Fault) and not is_throttled(result):
             raise FunctionConfigError(advice(self._config, result.code, result.message))
 
     def _prepare(self, payload: bytes, more_headers: dict[str, str]) -> Request | Fault:

@@ -1,1 +1,1 @@
-"""Decode: what schemas make of records. Knows a schema registry, and no source."""
+"""Decode: what the schemas of a registry make of records. Knows no source."""

@@ -13,8 +13,11 @@ from typing import Any, NoReturn
 
 import apache_beam as beam
 
-from transforms.decode.registry import RegistryConfig, shared_registry
-from transforms.decode.schemas import (
+from transforms.errors import RegistryError
+from transforms.per_process import per_process
+from transforms.records import Decoded, RecordChunk, Records, Rejection
+from transforms.schemas.registry import RegistryConfig, shared_registry
+from transforms.schemas.schema import (
     AVRO,
     CONNECT,
     JSON,
@@ -24,9 +27,6 @@ from transforms.decode.schemas import (
     SchemaText,
     schema_id,
 )
-from transforms.errors import RegistryError
-from transforms.per_process import per_process
-from transforms.records import Decoded, RecordChunk, Records, Rejection
 
 KEY, VALUE = ATTRIBUTES = ("KEY", "VALUE")
 
@@ -81,11 +81,11 @@ def make_reader(id: int, schema: SchemaText, style: str) -> Reader:
 def _decoder(schema: SchemaText, style: str) -> Decode:
     # Imported where they are used: few runs need all of them.
     if schema.format == AVRO:
-        from transforms.decode.avro import avro_decoder
+        from transforms.schemas.avro import avro_decoder
 
         return avro_decoder(schema, style)
     if schema.format == PROTOBUF:
-        from transforms.decode.protobuf import protobuf_decoder
+        from transforms.schemas.protobuf import protobuf_decoder
 
         try:
             return protobuf_decoder(schema, style)
@@ -95,7 +95,7 @@ def _decoder(schema: SchemaText, style: str) -> Decode:
                 "beam-lambda-sink[proto-text]"
             ) from None
     if schema.format == JSON:
-        from transforms.decode.json_schema import json_decoder
+        from transforms.schemas.json_schema import json_decoder
 
         return json_decoder(schema)
     raise DecodeError(f"its format {schema.format} is not known")

@@ -32,6 +32,7 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import Timestamp
 from apache_beam.utils.windowed_value import WindowedValue
 
+from transforms.aws.answers import Fault, Reply
 from transforms.aws.function import FunctionConfig, LambdaFunction, Request, advice
 from transforms.coding import SizedPickleCoder
 from transforms.errors import FunctionConfigError
@@ -39,7 +40,7 @@ from transforms.invoke.breaker import BreakerPolicy
 from transforms.invoke.client_context import client_context
 from transforms.invoke.handover import Handover
 from transforms.invoke.invoker import Invoker, always
-from transforms.invoke.outcome import Fault, Outcome, Reply, classify_fault, classify_reply
+from transforms.invoke.outcome import Outcome, classify_fault, classify_reply
 from transforms.invoke.reply import CONFLUENT, NONE, Answer, read_reply
 from transforms.invoke.retry import Call, RetryPolicy
 from transforms.per_process import forget, per_process

@@ -23,8 +23,6 @@ from confluent_kafka import KafkaError as ErrorCode
 
 from transforms.coding import SizedPickleCoder
 from transforms.conditions import RESPONSE_REFUSED
-from transforms.decode.registry import RegistryConfig, shared_registry
-from transforms.decode.schemas import DecodeError
 from transforms.envelope import Envelope
 from transforms.errors import RegistryError, WriteError
 from transforms.kafka.client import (
@@ -47,6 +45,8 @@ from transforms.records import (
     Responses,
     halt_name,
 )
+from transforms.schemas.registry import RegistryConfig, shared_registry
+from transforms.schemas.schema import DecodeError
 from transforms.write import formats
 from transforms.write.destination import destination_records
 from transforms.write.formats import (
@@ -371,7 +371,7 @@ def _avro_encoders(
     Raises:
         RegistryError: A subject has another schema than ours.
     """
-    from transforms.decode.avro import avro_encoder
+    from transforms.schemas.avro import avro_encoder
 
     encoders = []
     for part, schema in zip(("key", "value"), schemas):

@@ -23,10 +23,11 @@ from pipeline.local.faults import drop_connection, throttle, unavailable
 from pipeline.local.lambda_server import FunctionSpec, LambdaServer
 from tests.sink import FUNCTION, serve
 from tests.transforms.aws.test_http import OK, make_certificate, peer
+from transforms.aws.answers import Fault, Reply
 from transforms.aws.function import FunctionConfig, LambdaFunction, Request, make_client
 from transforms.errors import FunctionConfigError
 from transforms.invoke.invoke import InvokeConfig, make_invoker
-from transforms.invoke.outcome import Fault, Kind, Reply, classify_fault
+from transforms.invoke.outcome import Kind, classify_fault
 from transforms.invoke.reply import NONE
 from transforms.invoke.retry import RetryPolicy
 from transforms.records import Batch, Records

@@ -13,10 +13,10 @@ import pytest
 from botocore.exceptions import MetadataRetrievalError
 from moto import mock_aws
 
+from transforms.aws.answers import Fault
 from transforms.aws.function import FunctionConfig, LambdaFunction, Request
 from transforms.aws.web_identity import google_token
 from transforms.errors import FunctionConfigError
-from transforms.invoke.outcome import Fault
 
 ROLE = "arn:aws:iam::123456789012:role/invoke"
 CONFIG = FunctionConfig(

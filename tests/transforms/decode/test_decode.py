@@ -24,12 +24,12 @@ from transforms.decode.decode import (
     decode_records,
     make_reader,
 )
-from transforms.decode.registry import RegistryConfig
-from transforms.decode.schemas import AVRO, CONNECT, JSON, PROTOBUF, SchemaText
 from transforms.envelope import Envelope
 from transforms.errors import RegistryError
 from transforms.lanes import Lanes
 from transforms.records import ARRAY, Decoded, RecordChunk, Records
+from transforms.schemas.registry import RegistryConfig
+from transforms.schemas.schema import AVRO, CONNECT, JSON, PROTOBUF, SchemaText
 
 LONG = SchemaText(AVRO, '"long"')
 OBJECT = SchemaText(JSON, '{"type":"object"}')

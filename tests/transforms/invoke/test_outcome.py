@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.invoke.outcome import Fault, Kind, Outcome, Reply, classify_fault, classify_reply
+from transforms.aws.answers import Fault, Reply
+from transforms.invoke.outcome import Kind, Outcome, classify_fault, classify_reply
 from transforms.invoke.reply import Answer, InvalidReplyError
 
 CONFIG, TRANSIENT, THROTTLED = Kind.CONFIG, Kind.TRANSIENT, Kind.THROTTLED

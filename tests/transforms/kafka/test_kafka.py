@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 
 from transforms.errors import UsageError
 from transforms.kafka import client
-from transforms.kafka.client import (
-    KafkaConfig,
-    client_settings,
-    load_properties,
-    make_producer,
-    parse_properties,
-)
+from transforms.kafka.client import KafkaConfig, client_settings, make_producer
+from transforms.properties import load_properties, parse_properties
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from fastavro import _read_py as python_reader
 from fastavro.read import LOGICAL_READERS
 from fastavro.utils import generate_many
 
-from transforms.decode.schemas import (
+from transforms.records import PREFIX_BYTES
+from transforms.schemas.schema import (
     CONNECT,
-    PREFIX_BYTES,
     Decode,
     DecodeError,
     SchemaText,

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from transforms.decode.schemas import AVRO, PROTOBUF, SchemaText
 from transforms.errors import RegistryError, Stopped, UsageError
-from transforms.kafka.client import SCHEMA_REGISTRY_PREFIX, load_properties
 from transforms.per_process import per_process
+from transforms.properties import SCHEMA_REGISTRY_PREFIX, load_properties
+from transforms.schemas.schema import AVRO, PROTOBUF, SchemaText
 
 if TYPE_CHECKING:
     # Imported where it is used: it takes a quarter of a second, and few runs have a registry.

@@ -13,13 +13,12 @@ from typing import TypeAlias
 
 import orjson
 
+from transforms.records import PREFIX_BYTES
+
 AVRO, PROTOBUF, JSON = "AVRO", "PROTOBUF", "JSON"
 
 CONNECT, STANDARD = "connect", "standard"
 """Whose JSON is made: that of Kafka Connect's converters, or the format's own."""
-
-PREFIX_BYTES = 5
-"""Bytes of a record in front of its data: a zero, then the schema's id."""
 
 Decode: TypeAlias = Callable[[bytes], bytes]
 """A record's bytes, the prefix among them, to JSON text. Raises `DecodeError`."""

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from transforms.decode.avro import avro_decoder, avro_encoder, single, unscaled
-from transforms.decode.schemas import AVRO, CONNECT, STANDARD, DecodeError, SchemaText
+from transforms.schemas.avro import avro_decoder, avro_encoder, single, unscaled
+from transforms.schemas.schema import AVRO, CONNECT, STANDARD, DecodeError, SchemaText
 from transforms.write.formats import ERROR_SCHEMAS, RESPONSE_SCHEMAS
 
 PREFIX = b"\x00\x00\x00\x00\x07"

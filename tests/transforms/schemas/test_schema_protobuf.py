@@ -15,8 +15,8 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.decode.protobuf import _load, message_indexes, protobuf_decoder
-from transforms.decode.schemas import CONNECT, PROTOBUF, STANDARD, DecodeError, SchemaText
+from transforms.schemas.protobuf import _load, message_indexes, protobuf_decoder
+from transforms.schemas.schema import CONNECT, PROTOBUF, STANDARD, DecodeError, SchemaText
 
 PREFIX = b"\x00\x00\x00\x00\x07"
 
@@ -345,7 +345,7 @@ def test_names_of_the_registry_run_nothing(tmp_path: Path) -> None:
 
 def test_the_compiler_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes longer is no schema that can be used."""
-    monkeypatch.setattr("transforms.decode.protobuf._COMPILER_SECS", 0.001)
+    monkeypatch.setattr("transforms.schemas.protobuf._COMPILER_SECS", 0.001)
     with pytest.raises(DecodeError, match="to compile it takes over"):
         protobuf_decoder(SchemaText(PROTOBUF, ORDERS), CONNECT)
 

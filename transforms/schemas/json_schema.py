@@ -7,17 +7,10 @@ from typing import Any, NoReturn
 import jsonschema_rs
 import orjson
 
-from transforms.decode.json_dialect import resources, usable
-from transforms.decode.schemas import (
-    PREFIX_BYTES,
-    Decode,
-    DecodeError,
-    SchemaText,
-    all_references,
-    explain,
-    why,
-)
 from transforms.json_text import loads
+from transforms.records import PREFIX_BYTES
+from transforms.schemas.json_dialect import resources, usable
+from transforms.schemas.schema import Decode, DecodeError, SchemaText, all_references, explain, why
 
 
 def json_decoder(schema: SchemaText) -> Decode:

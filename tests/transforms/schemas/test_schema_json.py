@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from transforms.decode.json_schema import json_decoder
-from transforms.decode.schemas import JSON, DecodeError, SchemaText
+from transforms.schemas.json_schema import json_decoder
+from transforms.schemas.schema import JSON, DecodeError, SchemaText
 
 PREFIX = b"\x00\x00\x00\x00\x07"
 

@@ -27,10 +27,10 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError as NoMessage
 from google.protobuf.message_factory import GetMessageClass
 
-from transforms.decode.avro import double, single, unscaled
-from transforms.decode.schemas import (
+from transforms.records import PREFIX_BYTES
+from transforms.schemas.avro import double, single, unscaled
+from transforms.schemas.schema import (
     CONNECT,
-    PREFIX_BYTES,
     Decode,
     DecodeError,
     SchemaText,

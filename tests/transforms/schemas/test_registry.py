@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from confluent_kafka.schema_registry import SchemaRegistryError
 
-from transforms.decode.registry import (
+from transforms.errors import RegistryError, Stopped, UsageError
+from transforms.schemas.registry import (
     MAX_ID,
     RegistryConfig,
     SchemaRegistry,
     check_settings,
     registry_settings,
 )
-from transforms.decode.schemas import AVRO, PROTOBUF, SchemaText
-from transforms.errors import RegistryError, Stopped, UsageError
+from transforms.schemas.schema import AVRO, PROTOBUF, SchemaText
 
 URL = "http://registry:8081"
 CONFIG = RegistryConfig(URL)
