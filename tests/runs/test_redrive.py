@@ -22,6 +22,7 @@ from tests.sink import (
     Coordinates,
     Ended,
     Sink,
+    Topics,
     answer,
     answered,
     arguments,
@@ -33,36 +34,24 @@ from tests.sink import (
     invocations,
     numbered,
     originals,
-    run,
     serve,
 )
 
 
-class Topics:
-    """A pipeline's topics, with records that have failed."""
+class Failing(Topics):
+    """Topics with records that have failed, and redrives of them."""
 
     def __init__(self, broker: KafkaBroker, names: Names, partitions: int = 2) -> None:
-        self.broker = broker
-        self.source, self.responses = names.topic("orders"), names.topic("responses")
-        self.errors, self.group = names.topic("errors"), names.group()
-        for topic in (self.source, self.responses, self.errors):
-            broker.create_topic(topic, partitions=partitions)
-        self.options = {
-            "topics": self.source,
-            "response_topic": self.responses,
-            "error_topic": self.errors,
-            "consumer_group": self.group,
-            "on_error": "log",
-            "batch_size": 10,
-        }
+        super().__init__(broker, names, partitions, batch_size=10)
+        self.options |= self.log_errors
 
     def fail(self, handler: Callable[[Any, LambdaContext], Any], **options: Any) -> None:
         """Run with a function that fails some."""
         with serve(handler) as server:
-            run(self.broker, server, **self.options, **options)
-        assert_caught_up(self.broker, self.group, self.source)
+            self.run(server, **options)
+        self.assert_caught_up()
 
-    def start(self, server: LambdaServer | None, **options: Any) -> Sink:
+    def start_redrive(self, server: LambdaServer | None, **options: Any) -> Sink:
         """Start a redrive."""
         options = {**self.options, "first_redrive": True, **options}
         given = arguments(self.broker, server, **options)
@@ -70,13 +59,8 @@ class Topics:
 
     def redrive(self, server: LambdaServer | None, code: int = 0, **options: Any) -> Ended:
         """Redrive to the end."""
-        with self.start(server, **options) as sink:
+        with self.start_redrive(server, **options) as sink:
             return sink.wait(code)
-
-    def missing(self) -> set[Coordinates]:
-        """Records that have no answer."""
-        sent = {(r.topic, r.partition, r.offset) for r in self.broker.read_all(self.source)}
-        return sent - set(answered(self.broker, self.responses))
 
 
 def broken(event: Any, context: LambdaContext) -> Any:
@@ -90,7 +74,7 @@ def broken(event: Any, context: LambdaContext) -> Any:
 
 def test_what_failed_is_redriven_once(broker: KafkaBroker, names: Names) -> None:
     """Counted first, then redriven through the mended function, then nothing is left."""
-    topics = Topics(broker, names)
+    topics = Failing(broker, names)
     broker.produce(topics.source, numbered(2, 100))
     topics.fail(broken, bisect_on_error=True)
     bad = topics.missing()
@@ -129,12 +113,12 @@ def test_what_failed_is_redriven_once(broker: KafkaBroker, names: Names) -> None
     assert topics.missing() == set()
     assert_answers_match(broker, [topics.source], topics.responses)
     assert_caught_up(broker, f"{topics.group}-redrive", topics.errors)
-    assert_caught_up(broker, topics.group, topics.source)
+    topics.assert_caught_up()
 
 
 def test_the_example_in_the_docs(broker: KafkaBroker, names: Names, tmp_path: Path) -> None:
     """Its commands, one after the other, print what it shows."""
-    topics = Topics(broker, names)
+    topics = Failing(broker, names)
     broker.produce(topics.source, numbered(2, 100))
     topics.fail(broken, bisect_on_error=True)
     page = (ROOT / "docs" / "redrive.md").read_text(encoding="utf-8")
@@ -171,7 +155,7 @@ def test_the_example_in_the_docs(broker: KafkaBroker, names: Names, tmp_path: Pa
 
 def test_what_fails_again_is_a_new_error_record(broker: KafkaBroker, names: Names) -> None:
     """The run does not feed on it; the next one does."""
-    topics = Topics(broker, names, partitions=1)
+    topics = Failing(broker, names, partitions=1)
     broker.produce(topics.source, numbered(1, 30))
     topics.fail(broken)
     before = broker.end_offsets(topics.errors)[0]
@@ -188,7 +172,7 @@ def test_what_fails_again_is_a_new_error_record(broker: KafkaBroker, names: Name
 
 def test_a_selection_leaves_the_others_for_later(broker: KafkaBroker, names: Names) -> None:
     """By error type, by limit, then all: each error record once, none left out in the end."""
-    topics = Topics(broker, names)
+    topics = Failing(broker, names)
     broker.produce(topics.source, numbered(2, 100))
     topics.fail(broken, bisect_on_error=True)
     sent: Counter[Coordinates] = Counter()
@@ -218,7 +202,7 @@ def test_a_selection_leaves_the_others_for_later(broker: KafkaBroker, names: Nam
 
 def test_only_what_the_pipeline_reads_is_redriven(broker: KafkaBroker, names: Names) -> None:
     """An error topic may serve other pipelines, and hold what is nobody's."""
-    topics, other = Topics(broker, names, partitions=1), Topics(broker, Names(), partitions=1)
+    topics, other = Failing(broker, names, partitions=1), Failing(broker, Names(), partitions=1)
     broker.produce(topics.errors, [(0, b"key", b"a response, or whatever")])
     broker.produce(topics.source, numbered(1, 10))
     broker.produce(other.source, numbered(1, 10))
@@ -243,7 +227,7 @@ def test_where_no_redrive_is_known_one_begins_only_if_told_to(
     broker: KafkaBroker, names: Names
 ) -> None:
     """A group without offsets is new, or the broker has forgotten what was redriven."""
-    topics = Topics(broker, names)
+    topics = Failing(broker, names)
     broker.produce(topics.source, [(0, None, b"order 0/3")])
     topics.fail(broken)
     with serve(answer) as server:
@@ -266,13 +250,13 @@ def test_where_no_redrive_is_known_one_begins_only_if_told_to(
 
 def test_one_process_redrives(broker: KafkaBroker, names: Names) -> None:
     """More are refused, not taken and ignored."""
-    ended = Topics(broker, names).redrive(None, 2, workers=4)
+    ended = Failing(broker, names).redrive(None, 2, workers=4)
     assert ended.errors == ["error: --workers=4: redrive runs in one process; give --workers=1"]
 
 
 def test_a_record_in_two_error_records_is_sent_once(broker: KafkaBroker, names: Names) -> None:
     """As after a crash between writing an error record and committing."""
-    topics = Topics(broker, names, partitions=1)
+    topics = Failing(broker, names, partitions=1)
     broker.produce(topics.source, numbered(1, 10))
     topics.fail(broken)
     (record,) = broker.read_all(topics.errors)
@@ -286,7 +270,7 @@ def test_a_record_in_two_error_records_is_sent_once(broker: KafkaBroker, names: 
 
 def test_a_halted_partition_costs_only_itself(broker: KafkaBroker, names: Names) -> None:
     """With --on_error=fail; the next redrive begins with the record that halted it."""
-    topics = Topics(broker, names)
+    topics = Failing(broker, names)
     broker.produce(topics.source, numbered(2, 50))
     topics.fail(broken, bisect_on_error=True)
 
@@ -308,7 +292,7 @@ def test_a_halted_partition_costs_only_itself(broker: KafkaBroker, names: Names)
 @pytest.mark.slow
 def test_a_crash_loses_nothing(broker: KafkaBroker, names: Names) -> None:
     """Killed with calls under way: what was not committed is redriven by the next run."""
-    topics = Topics(broker, names)
+    topics = Failing(broker, names)
     broker.produce(topics.source, numbered(2, 400))
     topics.fail(broken, bisect_on_error=True)
     bad = topics.missing()
@@ -321,7 +305,7 @@ def test_a_crash_loses_nothing(broker: KafkaBroker, names: Names) -> None:
         return answer(event)
 
     with serve(slow) as server:
-        with topics.start(server, batch_size=5) as sink:
+        with topics.start_redrive(server, batch_size=5) as sink:
             sink.until(
                 lambda: len(bad & set(answered(broker, topics.responses))) >= 40,
                 "the other partition was not redriven",
@@ -339,7 +323,7 @@ def test_a_crash_loses_nothing(broker: KafkaBroker, names: Names) -> None:
 
 def test_redriven_as_the_pipeline_is(broker: KafkaBroker, names: Names) -> None:
     """Its envelope, its lanes, keys, headers and timestamps; age is no reason to give up again."""
-    topics = Topics(broker, names, partitions=1)
+    topics = Failing(broker, names, partitions=1)
     topics.options.pop("response_topic")
     topics.options |= {"envelope": "kafka_event", "parallelization_factor": 3}
     records = [(0, b"k%d" % n, b"\xff%d" % n, [("h", b"\x00")], 1_000 + n) for n in range(12)]
@@ -362,7 +346,7 @@ def test_a_group_of_another_program_is_not_used(broker: KafkaBroker, names: Name
     """Its metadata is not overwritten."""
     from confluent_kafka import Consumer, TopicPartition
 
-    topics = Topics(broker, names, partitions=1)
+    topics = Failing(broker, names, partitions=1)
     broker.produce(topics.errors, [(0, None, b"x")])
     consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": "theirs"})
     mark = TopicPartition(topics.errors, 0, 0, metadata="their own")
@@ -378,7 +362,7 @@ def test_a_group_of_another_program_is_not_used(broker: KafkaBroker, names: Name
 
 def test_an_error_topic_that_is_not_there(broker: KafkaBroker, names: Names) -> None:
     """One line, and exit code 1; without one at all it is 2."""
-    topics = Topics(broker, names, partitions=1)
+    topics = Failing(broker, names, partitions=1)
     missing = names.topic("missing")
     (error,) = topics.redrive(None, 1, error_topic=missing, preflight="false").errors
     assert f"--error_topic={missing} not found" in error
@@ -390,11 +374,11 @@ def test_an_error_record_keeps_its_originals_when_it_comes_again(
     broker: KafkaBroker, names: Names
 ) -> None:
     """Byte for byte, so that it can be redriven as often as it takes."""
-    topics = Topics(broker, names, partitions=1)
+    topics = Failing(broker, names, partitions=1)
     broker.produce(topics.source, [(0, b"\xff", None, [("a", None)], 5), (0, None, b"3")])
     always = serve(lambda event, context: json.loads("{"))
     with always as server:
-        run(broker, server, **topics.options)
+        topics.run(server)
         topics.redrive(server)
     first, second = map(originals, broker.read_all(topics.errors))
     assert first == second and len(first) == 2
@@ -404,7 +388,7 @@ def test_a_redrive_that_waits_for_a_registry_hears_sigterm(
     broker: KafkaBroker, names: Names
 ) -> None:
     """It ends as a run does, and the next redrive takes what this one has not redriven."""
-    topics = Topics(broker, names, partitions=1)
+    topics = Failing(broker, names, partitions=1)
     # What a producer with a registry writes: nobody knows the schema before it answers.
     broker.produce(topics.source, [(0, None, b"\0\0\0\0\x01\x02")])
     topics.fail(lambda event, context: json.loads("{"))
@@ -412,7 +396,7 @@ def test_a_redrive_that_waits_for_a_registry_hears_sigterm(
     nobody = "http://127.0.0.1:9"
     with serve(answer) as server:
         options = {"schema_registry_url": nobody, "preflight": "false"}
-        with topics.start(server, **options) as sink:
+        with topics.start_redrive(server, **options) as sink:
             sink.until(lambda: "waiting for it" in sink.stderr, "it does not wait")
             sink.send(signal.SIGTERM)
             ended = sink.wait(0)
