@@ -7,16 +7,19 @@ Kafka and from the calls that the function got.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.local.broker import KafkaBroker
+from pipeline.local.broker import KafkaBroker, NewRecord
 from pipeline.local.faults import unavailable
 from pipeline.local.flink import FlinkCluster
 from pipeline.local.lambda_server import LambdaServer
@@ -108,6 +111,11 @@ class Flink:
                 self.rest.wait_for_job(known, timeout=1)
                 return True
         return run.process.poll() is not None
+
+    def logged(self, text: str) -> int:
+        """How many lines of the workers' log hold a text."""
+        logs = [self.cluster.log(name) for name in self.cluster.names if "taskmanager" in name]
+        return sum(text in line for log in logs for line in log.splitlines())
 
     def read(self, job: str) -> float:
         """How many records have been read, as the job counts them."""
@@ -249,6 +257,9 @@ def test_a_halted_partition_stays_where_it_is_and_is_named(flink: Flink, reader:
         flink.start(server, reader, bisect_on_error=True, commit_refresh_secs=5) as run,
     ):
         flink.wait_committed(run, {0: 1000, 1: 500, 2: 1000, 3: 1000})
+        # Where it happened and when it happened, not only at the end of the run.
+        line = f"halted: {flink.source}-1 at offset 500"
+        run.until(lambda: flink.logged(line) > 0, "the halt is not logged", 30)
         (job,) = flink.rest.running_jobs()
         flink.rest.wait_for_checkpoints(job.id)
         # Quiet and halted ones are committed again: what somebody else moves is back soon.
@@ -262,7 +273,8 @@ def test_a_halted_partition_stays_where_it_is_and_is_named(flink: Flink, reader:
     (halted,) = ended.summary["halted"]
     assert (halted["topic"], halted["partition"], halted["offset"]) == (flink.source, 1, 500)
     assert halted["error_type"] == "ValueError"
-    assert f"halted: {flink.source}-1 at offset 500" in ended.stderr
+    assert line in ended.stderr
+    assert flink.logged(line) == 1
     # A new job begins with the failed record, and has a function that is mended.
     flink.cluster.rest.cancel_all()
     with sink.serve() as server, flink.start(server, reader) as run:
@@ -378,6 +390,37 @@ def test_partitions_and_topics_that_come_later_are_read(
                 lambda: flink.committed(later) == {0: 50}, "the later topic is not read", WAIT_SECS
             )
     sink.assert_in_order(sink.invocations(server))
+
+
+def test_what_a_filter_drops_waits_behind_a_running_call(flink: Flink, tmp_path: Path) -> None:
+    """Chunks of which nothing is left pile up behind calls, between records that are sent."""
+    flink.create(2)
+    filters = tmp_path / "filters.json"
+    pattern = json.dumps({"value": {"status": ["paid"]}})
+    filters.write_text(json.dumps({"Filters": [{"Pattern": pattern}]}))
+    paid, new = b'{"status":"paid"}', b'{"status":"new"}'
+    for _ in range(3):
+        for value, count in ((paid, 25), (new, 3000)):
+            records = [NewRecord(partition, None, value) for partition in range(2)]
+            flink.broker.produce(flink.source, records * count)
+
+    def slowly(event: Any, context: Any) -> Any:
+        time.sleep(0.5)
+        return sink.answer(event)
+
+    with (
+        sink.serve(slowly) as server,
+        flink.start(
+            server, until="caught_up", filter_criteria=filters, batch_size=10, batch_window_secs=0
+        ) as run,
+    ):
+        ended = run.wait()
+        assert ended.summary["committed"] == {f"{flink.source}-{p}": 9075 for p in range(2)}
+        sink.assert_in_order(sink.invocations(server))
+        for partition in range(2):
+            called = list(chain.from_iterable(sink.offsets_called(server, partition)))
+            assert called == [*range(25), *range(3025, 3050), *range(6050, 6075)]
+    assert flink.answered() == 150
 
 
 def test_lanes_keep_the_order_of_each_key(flink: Flink, server: LambdaServer) -> None:
