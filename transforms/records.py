@@ -419,3 +419,17 @@ class Progress:
     next_offset: int
     lane: int = 0
     halted: str = ""
+
+
+HALT_NOTE = "halted "
+"""Begins what is kept with the committed offset of a partition that a failure has stopped."""
+
+
+def read_halt(note: str) -> Finished | None:
+    """The halt that is kept with an offset, if one is. Pure."""
+    if not note.startswith(HALT_NOTE):
+        return None
+    try:
+        return halt_of(note.removeprefix(HALT_NOTE))
+    except ValueError:
+        return None

@@ -39,6 +39,7 @@ from transforms.invoke.retry import RetryPolicy
 from transforms.kafka.beam_reader import BeamReadConfig
 from transforms.kafka.client import KafkaConfig
 from transforms.kafka.offsets import AT_TIMESTAMP, LATEST, TRIM_HORIZON, SourceConfig
+from transforms.kafka.streaming import KafkaStream
 from transforms.lanes import Lanes
 from transforms.properties import PREFIXES, load_properties
 from transforms.read.rounds import ReadConfig
@@ -1123,8 +1124,7 @@ def _make_config(
         stream = BeamReadConfig(kafka, source.topics, service, in_flink)
     elif streaming:
         stream = NativeReadConfig(
-            source,
-            bounded=values["until"] == "caught_up",
+            KafkaStream(source, bounded=values["until"] == "caught_up"),
             drain_by_haste=runner in FLINK_RUNNERS,
         )
     return Config(

@@ -24,14 +24,14 @@ from pipeline.run.preflight import preflight
 from pipeline.run.rounds import Status, Totals
 from pipeline.submit import dataflow
 from pipeline.submit.flink_metrics import IN_FLIGHT, OLDEST_AGE_SECS, get_json, job_counters
-from transforms.commit.commit import read_halt, shared_committer
+from transforms.commit.commit import shared_committer
 from transforms.errors import KafkaError, from_runner
 from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import HALTS
 from transforms.kafka.beam_reader import AS_SOURCE, BeamReadConfig
 from transforms.kafka.client import make_consumer
 from transforms.kafka.offsets import LOOK_SECS, SourceOffsets
-from transforms.records import Finished, PartitionKey, halt_of
+from transforms.records import Finished, PartitionKey, halt_of, read_halt
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -31,7 +31,13 @@ from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
 from transforms.lanes import Lanes
 from transforms.per_process import per_process
-from transforms.records import EVERY_LANE, Finished, LaneKey, PartitionKey, Progress, halt_of
+from transforms.records import (
+    EVERY_LANE,
+    HALT_NOTE,
+    LaneKey,
+    PartitionKey,
+    Progress,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -389,20 +395,6 @@ class _CommitFn(_CommitBundleFn):
 
 def _keyed(progress: Progress) -> tuple[PartitionKey, Progress]:
     return (progress.topic, progress.partition), progress
-
-
-HALT_NOTE = "halted "
-"""Begins what is kept with the committed offset of a partition that a failure has stopped."""
-
-
-def read_halt(note: str) -> Finished | None:
-    """The halt that is kept with an offset, if one is. Pure."""
-    if not note.startswith(HALT_NOTE):
-        return None
-    try:
-        return halt_of(note.removeprefix(HALT_NOTE))
-    except ValueError:
-        return None
 
 
 @dataclass(slots=True)

@@ -4,21 +4,18 @@ Two splittable DoFns: one finds partitions, again and again, the other reads the
 yet is a range of offsets that the runner keeps and hands out again after a restart. A chunk says
 where its predecessor ended, so chunks can be put in order whatever happens on their way.
 
-How far a partition may be read ahead of its committed offset is bounded: nothing is committed of a
-partition whose function is stuck, so soon nothing more of it is read, and it does not fill the
-workers at the cost of the others.
+What is read, and how, is the `StreamSource`'s: here is only what a runner wants to know, and when
+what is asked for.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import monotonic, time
-from typing import Any
+from typing import Any, Protocol
 
 import apache_beam as beam
 from apache_beam import coders
@@ -28,15 +25,9 @@ from apache_beam.io.watermark_estimators import ManualWatermarkEstimator, Wallti
 from apache_beam.transforms.core import RestrictionProvider
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Duration, Timestamp
-from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
-from confluent_kafka import KafkaError as ErrorCode
 
-from transforms.commit.commit import CommitConfig, read_halt, shared_committer
-from transforms.errors import KafkaError
-from transforms.kafka.client import describe, make_consumer, reason
-from transforms.kafka.offsets import SourceConfig, SourceOffsets
+from transforms.errors import SinkError
 from transforms.per_process import per_process
-from transforms.read.rounds import bytes_of, end_of_partition, to_records
 from transforms.records import (
     EVERY_LANE,
     NO_TIMESTAMP,
@@ -48,12 +39,12 @@ from transforms.records import (
 
 _LOGGER = logging.getLogger(__name__)
 
-_NO_END = 2**63 - 1
+# Behind every position, also where positions are longer than Kafka's.
+_NO_END = 2**256
 
 _WALLTIME = WalltimeWatermarkEstimator.default_provider()
 _MANUAL = ManualWatermarkEstimator.default_provider()
 
-_CHUNK_RECORDS = 1_000
 # Partitions of one worker take turns, so an idle one must not hold up the others.
 _POLL_SECS = 0.02
 # What is read leaves the worker when its bundle ends, and a checkpoint waits for that too.
@@ -65,19 +56,8 @@ _LATELY_SECS = 2.0
 _FIND_SECS = 5
 # How often a busy partition is left alone for a moment, to find out whether the job is drained.
 _BREATH_SECS = 10.0
-_ASK_COMMITTED_SECS = 0.1
 # A partition that gave nothing for so long does not hold the watermark back any more.
 _HOLD_SECS = 60
-_UNUSED_SECS = 120.0
-# How soon a partition that cannot be read is tried again; the others go on meanwhile.
-_TRY_AGAIN_SECS = 10.0
-_GONE = (ErrorCode._AUTO_OFFSET_RESET, ErrorCode.OFFSET_OUT_OF_RANGE)
-
-_PREFETCH = {
-    "queued.max.messages.kbytes": 4_096,
-    "queued.min.messages": 10_000,
-    "fetch.queue.backoff.ms": 20,
-}
 
 
 # Where the partitions that this process reads end, as far as it has heard; what a runner is told of
@@ -85,24 +65,83 @@ _PREFETCH = {
 _ends: dict[PartitionKey, int] = {}
 
 
+class PartitionReader(Protocol):
+    """Reads one partition, for who was lent it.
+
+    Attributes:
+        offsets_lost: Offsets that were gone before they were read; rises only.
+        errors: How often this partition, and no other, could not be read; rises only.
+        is_halted: Whether a failure has stopped the partition, as far as has been heard.
+        end: The partition's end, as far as has been heard; 0 before that.
+    """
+
+    offsets_lost: int
+    errors: int
+
+    @property
+    def is_halted(self) -> bool: ...
+
+    @property
+    def end(self) -> int: ...
+
+    def go_to(self, offset: int) -> bool:
+        """Read on from this offset; says whether it stood elsewhere."""
+
+    def may_read(self) -> bool:
+        """Whether the partition is not too far ahead of what is committed."""
+
+    def read(self, timeout_secs: float) -> tuple[Records, int]:
+        """The next records, and the offset behind them; that of before if there is nothing.
+
+        Args:
+            timeout_secs: How long to wait for records that are not there yet.
+
+        Raises:
+            SinkError: The run cannot go on.
+        """
+
+
+class StreamSource(Protocol):
+    """What is read in a streaming run. A value: it travels with the graph, and equal ones share
+    what they need in a worker process.
+
+    Attributes:
+        address: Where it is, for a runner's page of the job.
+        bounded: Whether the run ends where the partitions ended when they were found.
+    """
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def bounded(self) -> bool: ...
+
+    def __hash__(self) -> int: ...
+
+    def find(self, known: frozenset[PartitionKey] | None) -> Mapping[PartitionKey, tuple[int, int]]:
+        """Where partitions that are not known yet begin, and where they end now.
+
+        Args:
+            known: Those that were found before; None at the first look.
+
+        Raises:
+            SinkError: They cannot be looked for now.
+        """
+
+    def lend(self, key: PartitionKey) -> AbstractContextManager[PartitionReader]:
+        """This process's reader of a partition, for the caller alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class NativeReadConfig:
     """How a streaming run reads.
 
     Attributes:
-        source: What to read, and from where on.
-        bounded: End where the partitions ended when they were found, instead of never.
-        ahead_records: Records of a partition that may be read and not committed.
-        ahead_bytes: The same in bytes, for one partition.
-        process_bytes: The same for all partitions that a worker process reads.
+        source: What to read.
         drain_by_haste: Whether a runner shows that it drains only by not waiting any more (Flink).
     """
 
-    source: SourceConfig
-    bounded: bool = False
-    ahead_records: int = 100_000
-    ahead_bytes: int = 32 * 2**20
-    process_bytes: int = 512 * 2**20
+    source: StreamSource
     drain_by_haste: bool = False
 
 
@@ -163,223 +202,33 @@ class Haste:
         return bool(self._early)
 
 
-class PartitionReader:
-    """One partition's consumer in this process.
+@dataclass(slots=True)
+class _Pace:
+    """How a runner comes back for one partition, in this process.
 
-    Args:
-        config: How to read.
-        key: The partition.
-        make: Makes the consumer; injected for tests.
-        timer: Monotonic seconds.
+    Attributes:
+        haste: Whether it has stopped to wait.
+        breath: When it was asked to wait last.
+        gave: When the partition last gave something.
     """
 
-    def __init__(
-        self,
-        config: NativeReadConfig,
-        key: PartitionKey,
-        make: Callable[..., Consumer] = make_consumer,
-        timer: Callable[[], float] = monotonic,
-    ) -> None:
-        self.lock = threading.Lock()
-        self.used = self.breath = self.gave = timer()
-        self.haste = Haste()
-        self._config = config
-        self._key = key
-        self._timer = timer
-        self._consumer = make(config.source.kafka, **_PREFETCH)
-        self.closed = False
-        # Offsets that retention has taken before they were read, and errors of this partition only.
-        self.offsets_lost = self.errors = 0
-        self._position = -1
-        self._begun = 0
-        # None if it is not known, be it that the group is ahead of what is read (a savepoint).
-        self._committed: int | None = None
-        self._halted = False
-        self._asked = float("-inf")
-        self._again = float("inf")
-        # What was read and not committed yet: where each chunk ended, and its bytes.
-        self._ahead: deque[tuple[int, int]] = deque()
-        self._ahead_bytes = 0
-
-    def go_to(self, offset: int) -> None:
-        """Read on from this offset; what was fetched ahead serves if it is where it stands."""
-        self.used = self._timer()
-        if offset == self._position:
-            return
-        self._consumer.assign([TopicPartition(*self._key, offset)])
-        self._position = self._begun = offset
-        self._again = float("inf")
-        self._ahead.clear()
-        self._ahead_bytes = 0
-        self.gave = self.used
-        self._ask_committed()
-        if self._committed is not None and self._committed < offset:
-            # What was read before a restart: its bytes are not known, so it has to be done with.
-            self._ahead.append((offset, self._config.ahead_bytes))
-            self._ahead_bytes = self._config.ahead_bytes
-
-    def read(self, timeout_secs: float) -> tuple[Records, int]:
-        """The next records, and the offset behind them; that of before if there is nothing.
-
-        Args:
-            timeout_secs: How long to wait for records that have not been fetched yet.
-
-        Raises:
-            KafkaError: The partition cannot be read any more.
-        """
-        kafka = self._config.source.kafka
-        if self._timer() >= self._again:
-            self._again = float("inf")
-            self._consumer.assign([TopicPartition(*self._key, self._position)])
-        try:
-            messages = self._consumer.consume(_CHUNK_RECORDS, timeout_secs)
-        except KafkaException as error:
-            raise KafkaError(f"{describe(kafka)}: {reason(error)}") from None
-        position = self._position
-        records = []
-        for message in messages:
-            if message.error():
-                position = max(position, self._said(message, position))
-            elif message.offset() >= position:
-                records.append(message)
-                position = message.offset() + 1
-        size = bytes_of(records)
-        if position > self._position:
-            _ends[self._key] = self._end()
-            self._ahead.append((position, size))
-            self._ahead_bytes += size
-            self._position = position
-        return to_records(records), position
-
-    def _said(self, message: Message, position: int) -> int:
-        """Where to go on after a message that is no record; 0 if it says nothing of that.
-
-        What is wrong with this partition does not fail the job, which would stop all of them, and
-        again after each restart: the position is the checkpoint's. A run that is to end does fail.
-        """
-        kafka = self._config.source.kafka
-        if message.error().code() in _GONE and (low := self._first_offset()) > position:
-            _LOGGER.warning(
-                "%s-%d: %d offsets from %d on were deleted by the topic's retention before they "
-                "were read; going on at %d",
-                *self._key,
-                low - position,
-                position,
-                low,
-            )
-            self.offsets_lost += low - position
-            self._consumer.assign([TopicPartition(*self._key, low)])
-            return low
-        try:
-            return end_of_partition(message, kafka) or 0
-        except KafkaError as error:
-            if self._config.bounded or message.error().fatal():
-                raise
-            self.errors += 1
-            self._again = self._timer() + _TRY_AGAIN_SECS
-            text = "%s-%d is not read at %d, the others go on; tried again in %d s: %s"
-            _LOGGER.warning(text, *self._key, position, _TRY_AGAIN_SECS, error)
-            return 0
-
-    def _first_offset(self) -> int:
-        """The partition's first offset, asked of the broker; -1 if it does not answer."""
-        try:
-            low, _ = self._consumer.get_watermark_offsets(TopicPartition(*self._key), timeout=5)
-            return int(low)
-        except KafkaException as error:
-            _LOGGER.warning("%s: %s", describe(self._config.source.kafka), reason(error))
-            return -1
-
-    @property
-    def is_halted(self) -> bool:
-        """Whether a failure has stopped the partition, as far as has been heard."""
-        return self._halted
-
-    def may_read(self, readers: int) -> bool:
-        """Whether the partition is not too far ahead of what is committed.
-
-        Args:
-            readers: How many partitions share what this process may hold.
-        """
-        limit = min(self._config.ahead_bytes, self._config.process_bytes // readers)
-        if self._within(limit):
-            return True
-        if self._timer() - self._asked >= _ASK_COMMITTED_SECS:
-            self._ask_committed()
-            done = -1 if self._committed is None else self._committed
-            while self._ahead and self._ahead[0][0] <= done:
-                self._ahead_bytes -= self._ahead.popleft()[1]
-        return self._within(limit)
-
-    def _within(self, limit_bytes: int) -> bool:
-        done = self._begun if self._committed is None else self._committed
-        records = self._position - done
-        return records < self._config.ahead_records and self._ahead_bytes < limit_bytes
-
-    def _ask_committed(self) -> None:
-        self._asked = self._timer()
-        try:
-            (found,) = self._consumer.committed([TopicPartition(*self._key)], timeout=5)
-        except KafkaException as error:
-            _LOGGER.warning("%s: %s", describe(self._config.source.kafka), reason(error))
-            return
-        # Ahead of what is read is where another run has been: this job has not come so far.
-        self._committed = found.offset if 0 <= found.offset <= self._position else None
-        self._halted = self._committed is not None and read_halt(found.metadata or "") is not None
-
-    def _end(self) -> int:
-        """The partition's end as the last fetch saw it."""
-        try:
-            partition = TopicPartition(*self._key)
-            return int(self._consumer.get_watermark_offsets(partition, cached=True)[1])
-        except KafkaException:
-            return 0
-
-    def close(self) -> None:
-        """Leave Kafka."""
-        self.closed = True
-        self._consumer.close()
+    haste: Haste
+    breath: float
+    gave: float
 
 
-class _Readers:
-    """The readers of a worker process; one for each partition that it was given lately."""
+class _Paces:
+    """How the runner comes back for what it has to do again and again, in this process."""
 
-    def __init__(self, config: NativeReadConfig) -> None:
-        self._config = config
-        self._lock = threading.Lock()
-        self._readers: dict[PartitionKey, PartitionReader] = {}
+    def __init__(self, _: NativeReadConfig) -> None:
+        self.finding = Haste()
+        self._reading: dict[PartitionKey, _Pace] = {}
 
-    def __len__(self) -> int:
-        return len(self._readers)
-
-    @contextmanager
-    def lend(self, key: PartitionKey) -> Iterator[PartitionReader]:
-        """A partition's reader, for the caller alone."""
-        while True:
-            reader = self._get(key)
-            with reader.lock:
-                # Not if it was closed while the caller stood still.
-                if not reader.closed:
-                    yield reader
-                    return
-
-    def _get(self, key: PartitionKey) -> PartitionReader:
-        with self._lock:
-            for other, reader in list(self._readers.items()):
-                # Another process reads it now, or nobody does.
-                unused = other != key and monotonic() - reader.used > _UNUSED_SECS
-                if unused and reader.lock.acquire(blocking=False):
-                    del self._readers[other]
-                    reader.close()
-                    reader.lock.release()
-            if key not in self._readers:
-                self._readers[key] = PartitionReader(self._config, key)
-            self._readers[key].used = monotonic()
-            return self._readers[key]
-
-
-def _shared_readers(config: NativeReadConfig) -> _Readers:
-    return per_process(_Readers, config)
+    def reading(self, key: PartitionKey, now: float) -> _Pace:
+        """That of a partition; only who was lent its reader may ask."""
+        if key not in self._reading:
+            self._reading[key] = _Pace(Haste(), now, now)
+        return self._reading[key]
 
 
 class ReadPartitions(beam.PTransform):
@@ -400,7 +249,7 @@ class ReadPartitions(beam.PTransform):
     ) -> tuple[beam.PCollection[RecordChunk], beam.PCollection[Progress]]:
         """The chunks, and where each partition begins (`EVERY_LANE`)."""
         find, read = beam.ParDo(_FindFn(self._config)), beam.ParDo(_ReadFn(self._config))
-        begin = beam.Map(_begin, self._config.bounded)
+        begin = beam.Map(_begin, self._config.source.bounded)
         found = (
             root
             # Not by Create: it has steps named after lines of Beam's code, and a job can be updated
@@ -416,7 +265,7 @@ class ReadPartitions(beam.PTransform):
         )
 
     def display_data(self) -> dict[str, Any]:
-        return {"bootstrap_servers": self._config.source.kafka.bootstrap_servers}
+        return {"bootstrap_servers": self._config.source.address}
 
 
 # -- finding -----------------------------------------------------------------------------------
@@ -486,39 +335,6 @@ class _FindProvider(RestrictionProvider):
         return 1.0
 
 
-class _Finder:
-    """What looks for partitions in a worker process."""
-
-    def __init__(self, config: SourceConfig) -> None:
-        self.haste = Haste()
-        self._config = config
-        self._source = SourceOffsets(config, make_consumer(config.kafka))
-
-    def look(self, known: frozenset[PartitionKey] | None, bounded: bool) -> list[FoundPartition]:
-        """Partitions that are not known yet.
-
-        Raises:
-            KafkaError: The brokers cannot be asked.
-        """
-        keys = [key for key in self._source.partitions() if key not in (known or ())]
-        if not keys:
-            return []
-        starts = self._source.starts(keys, at_start=known is None)
-        # What a starting position came to is committed at once, so that a restart before the
-        # first batch is finished does not move it. And an earlier run's halt is over.
-        shared_committer(CommitConfig(self._config.kafka)).commit(
-            {
-                key: start.offset
-                for key, start in starts.items()
-                if start.resolved or read_halt(start.note)
-            }
-        )
-        return [
-            FoundPartition(*key, starts[key].offset, self._source.range(key)[1], bounded)
-            for key in keys
-        ]
-
-
 class _FindFn(beam.DoFn):
     def __init__(self, config: NativeReadConfig) -> None:
         self._config = config
@@ -531,25 +347,26 @@ class _FindFn(beam.DoFn):
         tracker: Any = beam.DoFn.RestrictionParam(_FindProvider()),
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(_WALLTIME),
     ) -> Iterator[FoundPartition]:
-        finder = per_process(_Finder, self._config.source)
-        if finder.haste.came(monotonic()) and self._config.drain_by_haste:
+        haste = per_process(_Paces, self._config).finding
+        if haste.came(monotonic()) and self._config.drain_by_haste:
             return
         known = tracker.current_restriction().known
         try:
-            found = finder.look(known, element.bounded)
-        except KafkaError as error:
+            found = self._config.source.find(known)
+        except SinkError as error:
             if known is None:
                 raise
-            # A broker that is away for a moment; asked again with the next turn.
+            # Who is to be asked is away for a moment; asked again with the next turn.
             _LOGGER.warning("new partitions cannot be looked for: %s", error)
-            found = []
-        passed_on = (known or frozenset()) | {partition.key for partition in found}
+            found = {}
+        passed_on = (known or frozenset()) | found.keys()
         if not tracker.try_claim(passed_on):
             return
         self._partitions.inc(len(found))
-        yield from found
+        for key, (start, end) in found.items():
+            yield FoundPartition(*key, start, end, element.bounded)
         if not element.bounded:
-            finder.haste.asked(monotonic(), _FIND_SECS)
+            haste.asked(monotonic(), _FIND_SECS)
             tracker.defer_remainder(Duration.of(_FIND_SECS))
 
 
@@ -598,10 +415,11 @@ class _ReadFn(beam.DoFn):
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(_MANUAL),
     ) -> Iterator[TimestampedValue]:
         restriction = tracker.current_restriction()
-        readers = _shared_readers(self._config)
-        with readers.lend(element.key) as reader:
+        paces = per_process(_Paces, self._config)
+        with self._config.source.lend(element.key) as reader:
             now = monotonic()
-            if reader.haste.came(now) and self._config.drain_by_haste:
+            pace = paces.reading(element.key, now)
+            if pace.haste.came(now) and self._config.drain_by_haste:
                 self._ended.inc()
                 text = (
                     "%s-%d: the runner does not wait any more, as in a drain: not read from %d on"
@@ -610,10 +428,11 @@ class _ReadFn(beam.DoFn):
                 return
             until = now + _SLICE_SECS
             position = restriction.start
-            reader.go_to(position)
+            if reader.go_to(position):
+                pace.gave = now
             pause_secs = 0
             while position < restriction.stop and not pause_secs:
-                if not reader.may_read(len(readers)):
+                if not reader.may_read():
                     if reader.is_halted and element.bounded:
                         # Nothing behind the halt is needed, and nobody will commit it.
                         tracker.try_claim(restriction.stop - 1)
@@ -621,7 +440,7 @@ class _ReadFn(beam.DoFn):
                     pause_secs = _QUIET_POLL_SECS
                     break
                 # Where little comes the pause is long enough for what there is to be fetched.
-                lately = now - reader.gave <= _LATELY_SECS
+                lately = now - pace.gave <= _LATELY_SECS
                 lost, errors = reader.offsets_lost, reader.errors
                 records, next_offset = reader.read(_POLL_SECS if lately else 0)
                 now = monotonic()
@@ -631,7 +450,8 @@ class _ReadFn(beam.DoFn):
                     self._advance(watermark, self._clock() - _HOLD_SECS)
                     pause_secs = 0 if lately else _QUIET_POLL_SECS
                     break
-                reader.gave = now
+                pace.gave = now
+                _ends[element.key] = reader.end
                 if next_offset > restriction.stop:
                     count = sum(offset < restriction.stop for offset in records.offsets)
                     records, next_offset = records.slice(0, count), restriction.stop
@@ -648,12 +468,12 @@ class _ReadFn(beam.DoFn):
                     break
             if position == restriction.stop:
                 return
-            breath = reader.haste.is_suspected or now - reader.breath > _BREATH_SECS
+            breath = pace.haste.is_suspected or now - pace.breath > _BREATH_SECS
             if breath and self._config.drain_by_haste:
                 pause_secs = _QUIET_POLL_SECS
             if pause_secs:
-                reader.breath = now
-            reader.haste.asked(monotonic(), pause_secs)
+                pace.breath = now
+            pace.haste.asked(monotonic(), pause_secs)
             tracker.defer_remainder(Duration.of(pause_secs))
 
     def _timestamp(self, records: Records, watermark: Any) -> Timestamp:

@@ -18,13 +18,10 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.test_stream import TestStream
 from apache_beam.transforms.window import GlobalWindow
-from confluent_kafka import TopicPartition
-from confluent_kafka.admin import AdminClient
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.local.broker import KafkaBroker
-from pipeline.local.processes import wait_until
 from pipeline.options.declare import Config, parse_arguments
 from pipeline.submit.streaming import runner_options
 from tests import sink
@@ -36,7 +33,6 @@ from transforms.commit.commit import (
     CommitOffsets,
     OffsetCommitter,
     _CommitPartitionFn,
-    read_halt,
 )
 from transforms.errors import FunctionConfigError, UsageError
 from transforms.invoke.handover import Handover
@@ -46,18 +42,16 @@ from transforms.invoke.outcome import Kind, Outcome
 from transforms.invoke.retry import RetryPolicy
 from transforms.kafka.beam_reader import BeamReadConfig, _service
 from transforms.kafka.client import KafkaConfig, make_consumer
-from transforms.kafka.offsets import LATEST, SourceConfig, SourceOffsets
+from transforms.kafka.offsets import SourceConfig, SourceOffsets
+from transforms.kafka.partition_reader import ReadAhead
+from transforms.kafka.streaming import KafkaStream
 from transforms.lanes import Lanes
-from transforms.read import streaming
 from transforms.read.streaming import (
     Finding,
     Haste,
     NativeReadConfig,
-    PartitionReader,
     ReadPartitions,
-    _Finder,
     _FindingTracker,
-    _Readers,
 )
 from transforms.records import (
     EVERY_LANE,
@@ -68,6 +62,7 @@ from transforms.records import (
     Progress,
     RecordChunk,
     Records,
+    read_halt,
 )
 
 GIVEN = {
@@ -92,7 +87,7 @@ def test_the_direct_runner_has_a_reader_of_its_own() -> None:
 def test_the_native_reader_is_the_default_of_streaming_runs(runner: str) -> None:
     config = Config.from_options(GIVEN, runner=runner)
     assert isinstance(config.stream, NativeReadConfig)
-    assert not config.stream.bounded
+    assert not config.stream.source.bounded
     assert config.stream.drain_by_haste == (runner != "DataflowRunner")
     assert config.batch.window_secs == 0.5
     assert config.invoke.streaming
@@ -101,7 +96,7 @@ def test_the_native_reader_is_the_default_of_streaming_runs(runner: str) -> None
 def test_a_run_that_ends_reads_what_was_there() -> None:
     config = Config.from_options(GIVEN | {"until": "caught_up"}, runner="FlinkRunner")
     assert isinstance(config.stream, NativeReadConfig)
-    assert config.stream.bounded
+    assert config.stream.source.bounded
 
 
 def test_beam_s_reader_is_there_to_be_asked_for() -> None:
@@ -424,7 +419,7 @@ def test_the_native_reader_gives_every_record_once_in_ranges_without_a_hole(
     broker.create_topic(topic, 3)
     broker.produce(topic, list(sink.numbered(2, 3500)))
     kafka = KafkaConfig(broker.bootstrap_servers, group)
-    config = NativeReadConfig(SourceConfig(kafka, (topic,)), bounded=True)
+    config = NativeReadConfig(KafkaStream(SourceConfig(kafka, (topic,)), bounded=True))
     chunks = _read(config)
     assert sorted(chunks) == [0, 1]  # nothing to tell of an empty partition
     for partition in (0, 1):
@@ -448,118 +443,8 @@ def test_the_native_reader_begins_where_the_group_stands(broker: KafkaBroker, na
     # What is behind the hole is not committed.
     assert broker.committed(group, topic) == {0: 30}
     source = SourceConfig(commit.kafka, (topic,))
-    (chunk,) = _read(NativeReadConfig(source, bounded=True))[0]
+    (chunk,) = _read(NativeReadConfig(KafkaStream(source, bounded=True)))[0]
     assert (chunk.start, chunk.next_offset, chunk.first) == (30, 50, True)
-
-
-def test_a_partition_is_not_read_far_ahead_of_what_is_committed(
-    broker: KafkaBroker, names: Names
-) -> None:
-    topic, group = names.topic(), names.group()
-    broker.create_topic(topic, 1)
-    broker.produce(topic, list(sink.numbered(1, 5000)))
-    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group), refresh_secs=None)
-    config = NativeReadConfig(SourceConfig(commit.kafka, (topic,)), ahead_records=1500)
-    reader = PartitionReader(config, (topic, 0))
-    reader.go_to(0)
-    position = 0
-
-    def stuck() -> bool:
-        nonlocal position
-        while reader.may_read(1):
-            position = reader.read(0.02)[1]
-        return position >= 1500
-
-    wait_until(stuck, "nothing is read")
-    assert 1500 <= position <= 2500
-    OffsetCommitter(commit).commit({(topic, 0): position - 100})
-    wait_until(lambda: reader.may_read(1), "a commit gives no room")
-    reader.close()
-
-
-def _reader(
-    broker: KafkaBroker, names: Names, records: int, **limits: Any
-) -> tuple[PartitionReader, CommitConfig, PartitionKey]:
-    topic = names.topic()
-    broker.create_topic(topic, 1)
-    broker.produce(topic, list(sink.numbered(1, records)))
-    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, names.group()), refresh_secs=None)
-    config = NativeReadConfig(SourceConfig(commit.kafka, (topic,)), **limits)
-    return PartitionReader(config, (topic, 0)), commit, (topic, 0)
-
-
-def _read_all(reader: PartitionReader, until: int) -> int:
-    """Read as far as the reader lets, to `until` at least; returns where that is."""
-    position = 0
-
-    def far() -> bool:
-        nonlocal position
-        if not reader.may_read(1):
-            return True
-        position = reader.read(0.02)[1]
-        return position >= until
-
-    wait_until(far, "nothing is read")
-    return position
-
-
-def test_what_retention_has_taken_is_passed_over_and_counted(
-    broker: KafkaBroker, names: Names, caplog: pytest.LogCaptureFixture
-) -> None:
-    reader, _, key = _reader(broker, names, 100)
-    admin = AdminClient({"bootstrap.servers": broker.bootstrap_servers})
-    for deleted in admin.delete_records([TopicPartition(*key, 50)]).values():
-        deleted.result(30)
-    # What a checkpoint holds.
-    reader.go_to(10)
-    assert _read_all(reader, 100) == 100
-    assert reader.offsets_lost == 40
-    assert "40 offsets from 10 on were deleted" in caplog.text
-    reader.close()
-
-
-def test_a_position_beyond_the_end_stops_its_partition_only(
-    broker: KafkaBroker, names: Names, caplog: pytest.LogCaptureFixture
-) -> None:
-    reader, _, _ = _reader(broker, names, 10)
-    reader.go_to(5000)
-
-    def told() -> bool:
-        assert reader.read(0.05)[1] == 5000
-        return reader.errors > 0
-
-    wait_until(told, "not noticed")
-    assert "the others go on" in caplog.text
-    reader.close()
-
-
-def test_a_group_that_is_ahead_of_a_savepoint_gives_no_room(
-    broker: KafkaBroker, names: Names
-) -> None:
-    reader, commit, key = _reader(broker, names, 5000, ahead_records=1500)
-    committer = OffsetCommitter(commit)
-    committer.commit({key: 5000})
-    reader.go_to(0)
-    assert 1500 <= _read_all(reader, 5000) < 5000
-    # The job commits what it has come to, be it below what another run had.
-    committer.commit({key: 1400})
-    wait_until(lambda: reader.may_read(1), "a commit gives no room")
-    reader.close()
-
-
-def test_restarts_give_no_more_room(broker: KafkaBroker, names: Names) -> None:
-    reader, commit, key = _reader(broker, names, 5000, ahead_records=1500)
-    committer = OffsetCommitter(commit)
-    committer.commit({key: 0})
-    reader.go_to(0)
-    position = _read_all(reader, 5000)
-    assert position < 5000
-    reader.go_to(0)
-    reader.go_to(position)
-    assert not reader.may_read(1)
-    committer.commit({key: position})
-    wait_until(lambda: reader.may_read(1), "a commit gives no room")
-    reader.close()
 
 
 def test_a_run_that_ends_does_not_wait_for_what_is_behind_a_halt(
@@ -570,7 +455,7 @@ def test_a_run_that_ends_does_not_wait_for_what_is_behind_a_halt(
     broker.produce(topic, list(sink.numbered(1, 5000)))
     commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group), refresh_secs=None)
     source = SourceConfig(commit.kafka, (topic,))
-    config = NativeReadConfig(source, bounded=True, ahead_records=1500)
+    config = NativeReadConfig(KafkaStream(source, bounded=True, ahead=ReadAhead(1500)))
     stuck = threading.Timer(
         3,
         lambda: OffsetCommitter(commit).commit(
@@ -581,51 +466,6 @@ def test_a_run_that_ends_does_not_wait_for_what_is_behind_a_halt(
     chunks = _read(config)[0]
     stuck.join()
     assert 1500 <= chunks[-1].next_offset < 5000
-
-
-def test_with_latest_a_topic_that_comes_later_begins_at_its_first_record(
-    broker: KafkaBroker, names: Names
-) -> None:
-    topic = names.topic()
-    kafka = KafkaConfig(broker.bootstrap_servers, names.group())
-    finder = _Finder(SourceConfig(kafka, (topic,), starting_position=LATEST))
-    nothing = Finding(bounded=False).known
-    assert finder.look(nothing, bounded=False) == []
-    broker.create_topic(topic, 1)
-    broker.produce(topic, list(sink.numbered(1, 5)))
-    wait_until(lambda: finder.look(frozenset(), bounded=False), "not found")
-    (found,) = finder.look(frozenset(), bounded=False)
-    assert (found.start, found.end) == (0, 5)
-
-
-def test_a_reader_that_was_closed_is_not_lent(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-
-    def make(config: NativeReadConfig, key: PartitionKey) -> PartitionReader:
-        made.append(PartitionReader(config, key, make=lambda *_, **__: _NoConsumer()))  # type: ignore[arg-type,return-value]
-        return made[-1]  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(streaming, "PartitionReader", make)
-    readers = _Readers(NativeReadConfig(SourceConfig(KafkaConfig("b:1", "g"), ("t",))))
-    with readers.lend(("t", 0)) as first:
-        pass
-    first.used = float("-inf")
-    with readers.lend(("t", 1)):
-        assert first.closed
-        # A thread that was given it before it was closed finds it free, and is told.
-        assert first.lock.acquire(timeout=5)
-        first.lock.release()
-    with readers.lend(("t", 0)) as second:
-        assert second is not first
-        # In use, however long.
-        second.used = float("-inf")
-        with readers.lend(("t", 2)):
-            assert not second.closed
-
-
-class _NoConsumer:
-    def close(self) -> None:
-        pass
 
 
 # -- pending batches -----------------------------------------------------------------------

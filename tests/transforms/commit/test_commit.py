@@ -13,16 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transforms.commit.commit import (
-    HALT_NOTE,
     CommitConfig,
     ContiguousOffsets,
     OffsetCommitter,
     final_problem,
-    read_halt,
 )
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig
-from transforms.records import Failure, Finished, Progress, Records, halt_name
+from transforms.records import HALT_NOTE, Failure, Finished, Progress, Records, halt_name, read_halt
 
 
 def _range(start: int, next_offset: int, partition: int = 0, lane: int = 0) -> Progress:

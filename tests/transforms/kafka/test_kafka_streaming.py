@@ -1,0 +1,173 @@
+"""Kafka as the source of streaming runs: on a real broker, without a runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from pipeline.local.broker import KafkaBroker
+from pipeline.local.processes import wait_until
+from tests import sink
+from tests.conftest import Names
+from transforms.commit.commit import CommitConfig, OffsetCommitter
+from transforms.kafka import streaming
+from transforms.kafka.client import KafkaConfig
+from transforms.kafka.offsets import LATEST, SourceConfig
+from transforms.kafka.partition_reader import PartitionReader, ReadAhead
+from transforms.kafka.streaming import KafkaStream, PartitionFinder, PartitionReaders
+from transforms.records import PartitionKey
+
+
+def test_a_partition_is_not_read_far_ahead_of_what_is_committed(
+    broker: KafkaBroker, names: Names
+) -> None:
+    topic, group = names.topic(), names.group()
+    broker.create_topic(topic, 1)
+    broker.produce(topic, list(sink.numbered(1, 5000)))
+    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group), refresh_secs=None)
+    reader = PartitionReader(commit.kafka, (topic, 0), ReadAhead(records=1500))
+    reader.go_to(0)
+    position = 0
+
+    def stuck() -> bool:
+        nonlocal position
+        while reader.may_read():
+            position = reader.read(0.02)[1]
+        return position >= 1500
+
+    wait_until(stuck, "nothing is read")
+    assert 1500 <= position <= 2500
+    OffsetCommitter(commit).commit({(topic, 0): position - 100})
+    wait_until(lambda: reader.may_read(), "a commit gives no room")
+    reader.close()
+
+
+def _reader(
+    broker: KafkaBroker, names: Names, produced: int, **limits: int
+) -> tuple[PartitionReader, CommitConfig, PartitionKey]:
+    topic = names.topic()
+    broker.create_topic(topic, 1)
+    broker.produce(topic, list(sink.numbered(1, produced)))
+    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, names.group()), refresh_secs=None)
+    reader = PartitionReader(commit.kafka, (topic, 0), ReadAhead(**limits))
+    return reader, commit, (topic, 0)
+
+
+def _read_all(reader: PartitionReader, until: int) -> int:
+    """Read as far as the reader lets, to `until` at least; returns where that is."""
+    position = 0
+
+    def far() -> bool:
+        nonlocal position
+        if not reader.may_read():
+            return True
+        position = reader.read(0.02)[1]
+        return position >= until
+
+    wait_until(far, "nothing is read")
+    return position
+
+
+def test_what_retention_has_taken_is_passed_over_and_counted(
+    broker: KafkaBroker, names: Names, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, _, key = _reader(broker, names, 100)
+    admin = AdminClient({"bootstrap.servers": broker.bootstrap_servers})
+    for deleted in admin.delete_records([TopicPartition(*key, 50)]).values():
+        deleted.result(30)
+    # What a checkpoint holds.
+    reader.go_to(10)
+    assert _read_all(reader, 100) == 100
+    assert reader.offsets_lost == 40
+    assert "40 offsets from 10 on were deleted" in caplog.text
+    reader.close()
+
+
+def test_a_position_beyond_the_end_stops_its_partition_only(
+    broker: KafkaBroker, names: Names, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, _, _ = _reader(broker, names, 10)
+    reader.go_to(5000)
+
+    def told() -> bool:
+        assert reader.read(0.05)[1] == 5000
+        return reader.errors > 0
+
+    wait_until(told, "not noticed")
+    assert "the others go on" in caplog.text
+    reader.close()
+
+
+def test_a_group_that_is_ahead_of_a_savepoint_gives_no_room(
+    broker: KafkaBroker, names: Names
+) -> None:
+    reader, commit, key = _reader(broker, names, 5000, records=1500)
+    committer = OffsetCommitter(commit)
+    committer.commit({key: 5000})
+    reader.go_to(0)
+    assert 1500 <= _read_all(reader, 5000) < 5000
+    # The job commits what it has come to, be it below what another run had.
+    committer.commit({key: 1400})
+    wait_until(lambda: reader.may_read(), "a commit gives no room")
+    reader.close()
+
+
+def test_restarts_give_no_more_room(broker: KafkaBroker, names: Names) -> None:
+    reader, commit, key = _reader(broker, names, 5000, records=1500)
+    committer = OffsetCommitter(commit)
+    committer.commit({key: 0})
+    reader.go_to(0)
+    position = _read_all(reader, 5000)
+    assert position < 5000
+    reader.go_to(0)
+    reader.go_to(position)
+    assert not reader.may_read()
+    committer.commit({key: position})
+    wait_until(lambda: reader.may_read(), "a commit gives no room")
+    reader.close()
+
+
+def test_with_latest_a_topic_that_comes_later_begins_at_its_first_record(
+    broker: KafkaBroker, names: Names
+) -> None:
+    topic = names.topic()
+    kafka = KafkaConfig(broker.bootstrap_servers, names.group())
+    finder = PartitionFinder(SourceConfig(kafka, (topic,), starting_position=LATEST))
+    assert finder.look(None) == {}
+    broker.create_topic(topic, 1)
+    broker.produce(topic, list(sink.numbered(1, 5)))
+    wait_until(lambda: finder.look(frozenset()), "not found")
+    assert finder.look(frozenset()) == {(topic, 0): (0, 5)}
+
+
+def test_a_reader_that_was_closed_is_not_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def make(*given: Any) -> PartitionReader:
+        made.append(PartitionReader(*given, make=lambda *_, **__: _NoConsumer()))  # type: ignore[arg-type,return-value]
+        return made[-1]  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(streaming, "PartitionReader", make)
+    readers = PartitionReaders(KafkaStream(SourceConfig(KafkaConfig("b:1", "g"), ("t",))))
+    with readers.lend(("t", 0)) as first:
+        pass
+    first.used = float("-inf")
+    with readers.lend(("t", 1)):
+        assert first.closed
+        # A thread that was given it before it was closed finds it free, and is told.
+        assert first.lock.acquire(timeout=5)
+        first.lock.release()
+    with readers.lend(("t", 0)) as second:
+        assert second is not first
+        # In use, however long.
+        second.used = float("-inf")
+        with readers.lend(("t", 2)):
+            assert not second.closed
+
+
+class _NoConsumer:
+    def close(self) -> None:
+        pass
