@@ -11,8 +11,9 @@ Write     transforms/write/write.py    Finished -> Progress, once Kafka has ackn
 Commit    transforms/commit/commit.py  Progress -> committed offsets of the consumer group
 ========  ===========================  ========================================================
 
-In a streaming run Read is transforms/read/streaming.py or, with `--kafka_reader=beam`,
-transforms/kafka/beam_reader.py; the other steps are the same files.
+In a streaming run Read is transforms/read/streaming.py, which asks the source in
+transforms/kafka/streaming.py, or, with `--kafka_reader=beam`, transforms/kafka/beam_reader.py; the
+other steps are the same files.
 
 With `--schema_registry_url` there is one more step, Decode, behind Read:
 transforms/decode/decode.py, RecordChunk -> RecordChunk with what schemas make of its records. With

@@ -1,0 +1,107 @@
+"""The reader of streaming runs beside a source that is no Kafka: a list in this process."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+
+from transforms.read.streaming import (
+    FoundPartition,
+    NativeReadConfig,
+    PartitionReader,
+    ReadPartitions,
+    _ReadProvider,
+)
+from transforms.records import PartitionKey, RecordChunk, Records
+
+# As Kinesis numbers records: 56 digits, and far from dense.
+FIRST, STEP, COUNT = 49 * 10**54, 10**40 + 7, 25
+OFFSETS = [FIRST + number * STEP for number in range(COUNT)]
+END = OFFSETS[-1] + 1
+AT_ONCE = 10
+
+
+class _ListReader:
+    """Gives a few records at a time."""
+
+    offsets_lost = errors = 0
+    is_halted = False
+    end = END
+
+    def __init__(self) -> None:
+        self._position = -1
+
+    def go_to(self, offset: int) -> bool:
+        moved, self._position = offset != self._position, offset
+        return moved
+
+    def may_read(self) -> bool:
+        return True
+
+    def read(self, timeout_secs: float) -> tuple[Records, int]:
+        found = [offset for offset in OFFSETS if offset >= self._position][:AT_ONCE]
+        if found:
+            self._position = found[-1] + 1
+        count = len(found)
+        records = Records(found, [1] * count, [None] * count, [b"1"] * count, [None] * count)
+        return records, self._position
+
+
+_readers: dict[PartitionKey, _ListReader] = {}
+
+
+@dataclass(frozen=True)
+class _List:
+    """A source of one partition."""
+
+    name: str
+    bounded: bool = True
+    address: str = "memory"
+
+    def find(self, known: frozenset[PartitionKey] | None) -> Mapping[PartitionKey, tuple[int, int]]:
+        key = (self.name, 0)
+        return {} if key in (known or ()) else {key: (FIRST, END)}
+
+    @contextmanager
+    def lend(self, key: PartitionKey) -> Iterator[PartitionReader]:
+        yield _readers.setdefault(key, _ListReader())
+
+
+_chunks: dict[str, list[RecordChunk]] = {}
+
+
+def _keep(chunk: RecordChunk) -> None:
+    _chunks[chunk.topic].append(chunk)
+
+
+def test_positions_are_as_long_and_as_sparse_as_the_source_has_them() -> None:
+    name = uuid.uuid4().hex
+    _chunks[name] = []
+    pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions([]))
+    chunks, _ = pipeline | ReadPartitions(NativeReadConfig(_List(name)))
+    _ = chunks | beam.Map(_keep)
+    pipeline.run().wait_until_finish()
+    place = FIRST
+    for number, chunk in enumerate(_chunks[name]):
+        assert (chunk.start, chunk.first) == (place, number == 0)
+        place = chunk.next_offset
+    assert place == END
+    assert [offset for chunk in _chunks[name] for offset in chunk.records.offsets] == OFFSETS
+
+
+def test_what_has_no_end_goes_on_behind_any_position() -> None:
+    found = FoundPartition("shard", 0, END, END, bounded=False)
+    restriction = _ReadProvider().initial_restriction(found)
+    tracker = _ReadProvider().create_tracker(restriction)
+    assert not tracker.is_bounded()
+    assert tracker.try_claim(END + STEP)
+    split = tracker.try_split(0)
+    assert split
+    assert split[1].start == END + STEP + 1
+    assert _ReadProvider().restriction_size(found, split[1]) == 0
