@@ -416,7 +416,6 @@ def test_what_a_filter_drops_waits_behind_a_running_call(flink: Flink, tmp_path:
     ):
         ended = run.wait()
         assert ended.summary["committed"] == {f"{flink.source}-{p}": 9075 for p in range(2)}
-        sink.assert_in_order(sink.invocations(server))
         for partition in range(2):
             called = list(chain.from_iterable(sink.offsets_called(server, partition)))
             assert called == [*range(25), *range(3025, 3050), *range(6050, 6075)]
