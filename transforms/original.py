@@ -7,44 +7,62 @@ from typing import Any
 
 import fastavro
 
+from transforms.names import NUMBERS, Names
 from transforms.records import Records
 
 HEADER_PREFIX = "lambda."
 ORIGINAL_HEADER = HEADER_PREFIX + "original"
-ORIGINAL_SCHEMA = fastavro.parse_schema(
-    {
-        "type": "record",
-        "name": "OriginalRecord",
-        "namespace": "beam_lambda_sink",
-        "fields": [
-            {"name": "topic", "type": "string"},
-            {"name": "partition", "type": "int"},
-            {"name": "offset", "type": "long"},
-            {"name": "timestamp", "type": "long"},
-            {"name": "key", "type": ["null", "bytes"]},
-            {"name": "value", "type": ["null", "bytes"]},
-            {
-                "name": "headers",
-                "type": {
-                    "type": "array",
-                    "items": {
-                        "type": "record",
-                        "name": "Header",
-                        "fields": [
-                            {"name": "name", "type": "string"},
-                            {"name": "value", "type": ["null", "bytes"]},
-                        ],
-                    },
+_ORIGINAL: dict[str, Any] = {
+    "type": "record",
+    "name": "OriginalRecord",
+    "namespace": "beam_lambda_sink",
+    "fields": [
+        {"name": "topic", "type": "string"},
+        {"name": "partition", "type": "int"},
+        {"name": "offset", "type": "long"},
+        {"name": "timestamp", "type": "long"},
+        {"name": "key", "type": ["null", "bytes"]},
+        {"name": "value", "type": ["null", "bytes"]},
+        {
+            "name": "headers",
+            "type": {
+                "type": "array",
+                "items": {
+                    "type": "record",
+                    "name": "Header",
+                    "fields": [
+                        {"name": "name", "type": "string"},
+                        {"name": "value", "type": ["null", "bytes"]},
+                    ],
                 },
             },
+        },
+    ],
+}
+ORIGINAL_SCHEMA = fastavro.parse_schema(_ORIGINAL)
+"""Avro schema of an `ORIGINAL_HEADER`; written without a container, one record each."""
+
+TEXT_ORIGINAL_HEADER = HEADER_PREFIX + "original.text"
+"""In place of `ORIGINAL_HEADER` where numbers are texts: the offset in it is a string."""
+
+TEXT_ORIGINAL_SCHEMA = fastavro.parse_schema(
+    {
+        **_ORIGINAL,
+        "name": "OriginalTextRecord",
+        "fields": [
+            field | {"type": "string"} if field["name"] == "offset" else field
+            for field in _ORIGINAL["fields"]
         ],
     }
 )
-"""Avro schema of an `ORIGINAL_HEADER`; written without a container, one record each."""
 
 
-def encode_originals(topic: str, partition: int, records: Records) -> list[bytes]:
-    """Each record as Kafka had it, as Avro of `ORIGINAL_SCHEMA`."""
+def encode_originals(
+    topic: str, partition: int, records: Records, names: Names = NUMBERS
+) -> list[bytes]:
+    """Each record as its source had it, as Avro of `ORIGINAL_SCHEMA`; or of
+    `TEXT_ORIGINAL_SCHEMA`, where numbers are texts."""
+    schema = TEXT_ORIGINAL_SCHEMA if names.texts else ORIGINAL_SCHEMA
     encoded = []
     for offset, timestamp, key, value, headers in zip(
         records.offsets, records.timestamps, records.keys, records.values, records.headers
@@ -52,11 +70,11 @@ def encode_originals(topic: str, partition: int, records: Records) -> list[bytes
         buffer = io.BytesIO()
         fastavro.schemaless_writer(
             buffer,
-            ORIGINAL_SCHEMA,
+            schema,
             {
                 "topic": topic,
                 "partition": partition,
-                "offset": offset,
+                "offset": names.number(offset),
                 "timestamp": timestamp,
                 "key": key,
                 "value": value,
@@ -67,6 +85,8 @@ def encode_originals(topic: str, partition: int, records: Records) -> list[bytes
     return encoded
 
 
-def decode_original(data: bytes) -> dict[str, Any]:
-    """The record in an `ORIGINAL_HEADER`, with the fields of `ORIGINAL_SCHEMA`."""
-    return fastavro.schemaless_reader(io.BytesIO(data), ORIGINAL_SCHEMA, None)  # type: ignore
+def decode_original(data: bytes, names: Names = NUMBERS) -> dict[str, Any]:
+    """The record in an `ORIGINAL_HEADER`, with the fields of `ORIGINAL_SCHEMA`; that in a
+    `TEXT_ORIGINAL_HEADER` where numbers are texts."""
+    schema = TEXT_ORIGINAL_SCHEMA if names.texts else ORIGINAL_SCHEMA
+    return fastavro.schemaless_reader(io.BytesIO(data), schema, None)  # type: ignore

@@ -149,7 +149,8 @@ class RecordChunk:
         records: The records of the range; may be empty.
         first: True if nothing before `start` has to be waited for.
         lane: The lane whose records these are; None if they are not divided into lanes yet.
-        last: True if nothing of its lane comes behind it, so that no batch stays open for more.
+        last: True if nothing of its lane comes behind it, in this round or, where its partition
+            ends for good, ever: no batch stays open for more.
     """
 
     topic: str

@@ -27,7 +27,7 @@ from transforms.aws.function import FUNCTION, MAX_ASYNC_BYTES, MAX_SYNC_BYTES, F
 from transforms.batch import payload
 from transforms.batch.batch import BatchConfig
 from transforms.batch.payload import PayloadFormat
-from transforms.commit.commit import INTERVAL_SECS, REFRESH_SECS, CommitConfig
+from transforms.commit.committer import INTERVAL_SECS, REFRESH_SECS, CommitConfig
 from transforms.decode.decode import ATTRIBUTES, VALUE, DecodeConfig
 from transforms.envelope import Envelope
 from transforms.errors import UsageError, one_line
@@ -1130,7 +1130,9 @@ def _make_config(
     return Config(
         kafka=kafka,
         source=source,
-        read=ReadConfig(kafka, values["batch_size"], due_bytes, values["batch_window_secs"], lanes),
+        read=ReadConfig(
+            source, values["batch_size"], due_bytes, values["batch_window_secs"], lanes
+        ),
         stream=stream,
         filter=FilterConfig(patterns, values["filter_unparsable"]) if patterns else None,
         lanes=lanes,
@@ -1185,9 +1187,10 @@ def _make_config(
             max_error_bytes=max_error_bytes,
             registry=registry,
             destination=replace(wrapping, name=envelope.KAFKA_EVENT) if aws_errors else None,
+            source=source,
         ),
         commit=CommitConfig(
-            kafka,
+            source,
             lanes,
             None if stream and values["until"] == "caught_up" else values["commit_refresh_secs"],
             values["commit_interval_secs"],

@@ -10,11 +10,9 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
-
-from confluent_kafka import KafkaException, TopicPartition
 
 from pipeline.build import build
 from pipeline.options.declare import Config
@@ -24,8 +22,8 @@ from pipeline.run.preflight import check_outputs
 from pipeline.run.rounds import Status, Totals, drain, hear, run_or_stop, with_calls
 from transforms.errors import KafkaError, UsageError
 from transforms.invoke.invoke import shared_invoker
-from transforms.kafka.client import describe, reason
-from transforms.kafka.offsets import SourceConfig, SourceOffsets
+from transforms.kafka.client import describe
+from transforms.kafka.offsets import SourceConfig
 from transforms.read.rounds import ReadConfig, Room, Round, RoundReader
 from transforms.records import PartitionKey
 from transforms.redrive.ledger import Ledger, Redriven
@@ -43,7 +41,6 @@ from transforms.redrive.steps import (
 
 _LOGGER = logging.getLogger(__name__)
 
-_TIMEOUT_SECS = 15.0
 _POLL_SECS = 0.2
 _COLLECT_SECS = 1.0
 
@@ -103,7 +100,9 @@ class Redrive:
         self._invoker = shared_invoker(config.invoke)
         self._stats_before = self._invoker.stats
         # Each error record is due at once.
-        self._reader = RoundReader(ReadConfig(redrive.kafka, 1, 1, 0))
+        errors = SourceConfig(redrive.kafka, (redrive.error_topic,))
+        self._reader = RoundReader(ReadConfig(errors, 1, 1, 0))
+        self._source = errors.partitions(self._reader.fetcher)
         self._ends: dict[PartitionKey, int] = {}
         self._pattern = re.compile(redrive.topics_regex) if redrive.topics_regex else None
         self._marks: dict[PartitionKey, int] = {}
@@ -252,8 +251,7 @@ class Redrive:
 
     def _begin(self) -> None:
         """Look up what is redriven already and where the topic ends, and begin to read."""
-        config, consumer = self._redrive, self._reader.consumer
-        source = SourceOffsets(SourceConfig(config.kafka, (config.error_topic,)), consumer)
+        config, source = self._redrive, self._source
         keys = source.partitions()
         if not keys:
             raise KafkaError(
@@ -271,7 +269,7 @@ class Redrive:
             if not self._dry_run:
                 raise UsageError([problem])
             _LOGGER.warning("%s", problem)
-        since = self._since(keys)
+        since = self._since(ranges)
         for key, (low, high) in ranges.items():
             offset, metadata = committed.get(key, (low, ""))
             try:
@@ -290,18 +288,10 @@ class Redrive:
         self._ends = {key: high for key, (_, high) in ranges.items()}
         self._reader.assign({key: [self._ledger.partitions[key[1]].position] for key in keys})
 
-    def _since(self, keys: Iterable[PartitionKey]) -> dict[PartitionKey, int]:
+    def _since(self, ranges: Mapping[PartitionKey, tuple[int, int]]) -> dict[PartitionKey, int]:
         """Where --since begins, so that what is older need not be read."""
         since_ms = self._redrive.selection.since_ms
-        if since_ms is None:
-            return {}
-        asked = [TopicPartition(*key, since_ms) for key in keys]
-        try:
-            found = self._reader.consumer.offsets_for_times(asked, timeout=_TIMEOUT_SECS)
-        except KafkaException as error:
-            raise KafkaError(f"{describe(self._redrive.kafka)}: {reason(error)}") from None
-        # Below 0 nothing is that young.
-        return {(o.topic, o.partition): o.offset if o.offset >= 0 else 2**63 - 1 for o in found}
+        return {} if since_ms is None else self._source.at_timestamp(ranges, since_ms)
 
 
 def unknown_text(config: RedriveConfig, unknown: Sequence[int], partitions: int) -> str:

@@ -7,8 +7,7 @@ import time
 from pipeline.options.declare import Config
 from transforms.errors import KafkaError
 from transforms.invoke.invoke import shared_function
-from transforms.kafka.client import describe
-from transforms.kafka.offsets import SourceOffsets
+from transforms.read.source import Partitions
 from transforms.schemas.registry import shared_registry
 from transforms.write.write import (
     TopicWriter,
@@ -21,29 +20,21 @@ from transforms.write.write import (
 _APPEAR_SECS = 5.0
 
 
-def preflight(config: Config, source: SourceOffsets) -> None:
-    """Check the topics and the schema registry, then the function by a DryRun.
+def preflight(config: Config, source: Partitions) -> None:
+    """Check what is read and where it is written, and the schema registry; then the function by a
+    DryRun.
 
     A missing response or error topic is made by a broker that makes topics by itself, as it
     would be at the first record written.
 
     Raises:
-        KafkaError: The brokers cannot be reached, or a topic is missing.
+        SinkError: What is read cannot be reached, or is not all there.
+        KafkaError: A topic is missing.
         RegistryError: The schema registry does not answer.
         FunctionConfigError: The function cannot be invoked.
     """
-    found = {topic for topic, _ in source.partitions()}
-    missing = [topic for topic in config.source.topics if topic not in found]
-    if missing:
-        raise KafkaError(
-            f"--topics: {', '.join(missing)} not found in {describe(config.kafka)}; "
-            f"create it first, or check the name"
-        )
-    if not found:
-        raise KafkaError(
-            f"--topics_regex={config.source.topics_regex} matches no topic of "
-            f"{describe(config.kafka)}; --no_preflight waits for one"
-        )
+    if problem := source.problem():
+        raise problem
     check_outputs(config)
 
 

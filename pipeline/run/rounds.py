@@ -20,22 +20,25 @@ from pipeline.build import build
 from pipeline.options.declare import Config
 from pipeline.run.graph import Graph
 from pipeline.run.preflight import preflight
-from transforms.commit.commit import shared_committer
+from transforms.commit.committer import shared_committer
 from transforms.errors import SinkError, Stopped
 from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import InvokeConfig, shared_invoker, why_broken
 from transforms.invoke.invoker import Invoker, QueueView
-from transforms.kafka.offsets import LOOK_SECS, SourceOffsets, choose_start
+from transforms.names import NUMBERS, Names
 from transforms.read.rounds import Room, Round, shared_reader
+from transforms.read.source import Found, held_up, startable
 from transforms.records import CallStats, Finished, PartitionKey
 from transforms.schemas.registry import shared_registry
 
 _LOGGER = logging.getLogger(__name__)
 
 _DISCOVER_SECS = 2.0
+# While a partition waits for those whose place it takes.
+_SETTLE_SECS = 0.2
 _MISSING_LOOKS = 4
 _MEND_SECS = 0.5
-_ENDS_SECS = 0.5
+_LAGS_SECS = 0.5
 # How long the loop may wait for a record to come. While calls are running it waits for these too,
 # in slices: an eighth of the time that has gone by since one ended or began.
 _IDLE_SECS = 0.2
@@ -255,6 +258,7 @@ class Status:
         breaker_openings: How often it came to that.
         begun: Whether the partitions are known.
         trouble: What does not go well, as things are.
+        names: How records' numbers are written.
     """
 
     totals: Totals
@@ -269,6 +273,7 @@ class Status:
     breaker_openings: int = 0
     begun: bool = False
     trouble: Trouble = Trouble()
+    names: Names = NUMBERS
 
     @staticmethod
     def of_nothing(elapsed_secs: float) -> Status:
@@ -345,14 +350,13 @@ class Rounds:
         self._invoker = shared_invoker(config.invoke)
         self._reader = shared_reader(config.read)
         self._committer = shared_committer(config.commit)
-        self._source = SourceOffsets(config.source, self._reader.consumer)
+        self._source = config.read.source.partitions(self._reader.fetcher)
         hear(config, stop)
-        self._targets: dict[PartitionKey, int] = {}
-        self._topic_ids: dict[str, str] = {}
+        self._found: list[Found] = []
         self._missed: Counter[PartitionKey] = Counter()
         self._mended = float("-inf")
         self._discovered = float("-inf")
-        self._ends: dict[PartitionKey, int | None] | None = None
+        self._lags: dict[PartitionKey, int | None] | None = None
         self._looked = float("-inf")
         self._oldest_read_ms: int | None = None
         self._stats_before = self._invoker.stats
@@ -380,7 +384,7 @@ class Rounds:
         if self._config.run.preflight:
             preflight(self._config, self._source)
         self._discover(at_start=True)
-        self._look_at_ends(0)
+        self._look_at_lags(0)
         ended = False
         while not (self._stop.is_set() or self._invoker.broken or (ended := self._ended())):
             if self._reader.fill(self._wait_secs()) or self._is_time():
@@ -389,7 +393,7 @@ class Rounds:
         self._graph.close()
         self._committer.flush()
         self._committer.refresh(now=True)
-        self._look_at_ends(0)
+        self._look_at_lags(0)
         if ended:
             for key, error in self._reader.lost.items():
                 if not self._at_target(key):
@@ -398,20 +402,21 @@ class Rounds:
 
     def status(self) -> Status:
         """How the run stands; may be called from another thread."""
-        committed, ends = dict(self._committer.committed), self._ends
+        lags = self._lags
         return Status(
             totals=with_calls(self._totals, self._invoker, self._stats_before),
             in_flight=self._invoker.in_flight,
-            lags={key: _lag(end, committed.get(key)) for key, end in (ends or {}).items()},
+            lags=lags or {},
             halted=self._invoker.halted,
-            committed=committed,
+            committed=dict(self._committer.committed),
             elapsed_secs=self._timer() - self._started,
             limit=self._invoker.limit,
             in_flight_max=self._invoker.in_flight_max,
             breaker_open=self._invoker.breaker_open,
             breaker_openings=self._invoker.breaker_openings,
-            begun=ends is not None,
+            begun=lags is not None,
             trouble=self._trouble(),
+            names=self._config.read.source.names,
         )
 
     def _trouble(self) -> Trouble:
@@ -445,8 +450,10 @@ class Rounds:
         if self._invoker.done_batches != self._done_batches:
             self._done_batches, self._ended_at = self._invoker.done_batches, self._passed_at
         self._mend()
-        self._look_at_ends()
-        if self._passed_at - self._discovered > _DISCOVER_SECS:
+        self._look_at_lags()
+        if self._passed_at - self._discovered > (
+            _SETTLE_SECS if self._unsettled else _DISCOVER_SECS
+        ):
             self._discover(at_start=False)
         held = self._hold()
         limits = self._limits.among(held.values(), self._turn_records)
@@ -554,17 +561,14 @@ class Rounds:
         self._discovered = self._timer()
         self._committer.listen()
         try:
-            wait = {} if at_start else {"timeout_secs": LOOK_SECS}
-            found = [key for key in self._source.partitions(**wait) if self._share.has(key)]
-            topics = {topic for topic, _ in found}
-            ids = self._source.topic_ids(topics, **wait) if topics else {}
-            anew = {topic for topic, id in ids.items() if self._topic_ids.get(topic, id) != id}
-            if anew:
-                self._begin_anew(anew, found)
-            self._topic_ids |= ids
+            self._found = self._source.find(quick=not at_start)
+            keys = [each.key for each in self._found if self._share.has(each.key)]
+            if anew := self._source.made_anew(keys, quick=not at_start):
+                self._begin_anew(anew, keys)
             known = set(self._reader.partitions)
-            self._take_up([key for key in found if key not in known], at_start)
-            self._miss(known - set(found), known)
+            fresh = [key for key in startable(self._found) if self._share.has(key)]
+            self._take_up([key for key in fresh if key not in known], at_start)
+            self._miss(known - set(keys), known)
         except SinkError as error:
             if at_start:
                 raise
@@ -580,14 +584,13 @@ class Rounds:
         for key in missing:
             self._missed[key] += 1
             if self._missed[key] >= _MISSING_LOOKS:
-                self._reader.lose(key)
+                self._reader.lose(key, self._source.gone(key))
 
     def _take_up(self, keys: list[PartitionKey], at_start: bool) -> None:
         """Begin with partitions, each where it was left, or where a new one begins."""
         if not keys:
             return
         starts = self._source.starts(keys, at_start)
-        targets = {key: high for key, (_, high) in self._source.ranges(keys).items()}
         marks = {
             key: self._config.lanes.marks(start.note, start.offset, start.end)
             for key, start in starts.items()
@@ -601,7 +604,6 @@ class Rounds:
         )
         for key, each in marks.items():
             self._committer.begin(key, each)
-        self._targets |= targets
         self._reader.assign(marks)
 
     def _begin_anew(self, topics: set[str], found: list[PartitionKey]) -> None:
@@ -617,12 +619,10 @@ class Rounds:
     def _restart(self, offsets: dict[PartitionKey, int], why: str) -> None:
         """Begin again with partitions, each at the first offset there is from the one given on.
         What is under way of them counts for nothing."""
-        ranges = self._source.ranges(offsets, LOOK_SECS)
-        starts = {key: max(offset, ranges[key][0]) for key, offset in offsets.items()}
+        starts = self._source.restarts(offsets)
         for key, start in starts.items():
             self._abandon(key)
             self._committer.begin(key, [start] * self._config.lanes.count)
-            self._targets[key] = ranges[key][1]
             _LOGGER.warning("%s-%d: %s; going on at %d", *key, why, start)
         self._reader.begin_anew(
             {key: [start] * self._config.lanes.count for key, start in starts.items()}
@@ -640,23 +640,21 @@ class Rounds:
             return
         self._mended = self._timer()
         try:
-            for key, (low, high) in self._source.ranges(overtaken, LOOK_SECS).items():
-                reached = overtaken[key]
-                if reached > high:
-                    start, why = choose_start(reached, low, high, low)
-                    self._restart({key: start.offset}, (why or "").rpartition("; ")[0])
+            for key, detour in self._source.detours(overtaken).items():
+                if detour.anew:
+                    self._restart({key: detour.position}, detour.anew)
                     continue
-                if low > reached:
-                    self._totals.counters["read.offsets_gone"] += low - reached
+                if detour.lost:
+                    self._totals.counters["read.offsets_gone"] += detour.lost
                     _LOGGER.warning(
                         "%s-%d: %d offsets from %d on were deleted by the topic's retention before "
                         "they were read; what was read is worked off, then it goes on at %d",
                         *key,
-                        low - reached,
-                        reached,
-                        low,
+                        detour.lost,
+                        overtaken[key],
+                        detour.position,
                     )
-                self._reader.go_on_at(key, low)
+                self._reader.go_on_at(key, detour.position)
         except SinkError as error:
             _LOGGER.debug("asked again: %s", error)
 
@@ -667,6 +665,9 @@ class Rounds:
             return False
         halted = {finished.key for finished in invoker.halted}
         lost = self._reader.lost.keys()
+        stopped = halted | lost
+        if (unsettled := self._unsettled - stopped) and unsettled - held_up(self._found, stopped):
+            return False
         going_on = [
             key
             for key in self._reader.partitions
@@ -679,17 +680,31 @@ class Rounds:
 
     def _at_target(self, key: PartitionKey) -> bool:
         """Whether a run that ends has read what was there when it found the partition."""
-        return self._flush and self._reader.position(key) >= self._targets[key]
+        return self._flush and self._source.caught_up(key, self._reader.position(key))
 
-    def _look_at_ends(self, every_secs: float = _ENDS_SECS) -> None:
-        """Note where the partitions end and what was read, for `status`. Another thread must not
-        ask the consumer: it would have to wait for a moment in which this one does not, and may
-        never meet with one."""
+    @property
+    def _unsettled(self) -> set[PartitionKey]:
+        """Partitions that are not begun before others are done, and those others, until the source
+        has been seen to know it."""
+        read = set(self._reader.partitions)
+        return {
+            each.key
+            for each in self._found
+            if not each.ended
+            and self._share.has(each.key)
+            and (each.key not in read or self._reader.has_ended(each.key))
+        }
+
+    def _look_at_lags(self, every_secs: float = _LAGS_SECS) -> None:
+        """Note how far off the partitions' ends are and what was read, for `status`.
+
+        Another thread must not ask the fetcher: it would have to wait for a moment in which this
+        one does not, and may never meet with one.
+        """
         if self._timer() - self._looked >= every_secs:
             self._looked = self._timer()
-            self._ends = {key: self._reader.end(key) for key in self._reader.partitions}
+            committed = self._committer.committed
+            self._lags = {
+                key: self._reader.behind(key, committed[key]) for key in self._reader.partitions
+            }
             self._oldest_read_ms = self._reader.oldest_ms
-
-
-def _lag(end: int | None, committed: int | None) -> int | None:
-    return None if committed is None or end is None else max(0, end - committed)

@@ -27,6 +27,7 @@ from pipeline.options.declare import Config
 from pipeline.run.rounds import Rounds, Share, Status, Totals
 from transforms.errors import SinkError, WorkerError
 from transforms.invoke.failures import Trouble
+from transforms.names import NUMBERS
 from transforms.records import Finished
 
 _LOGGER = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def merge(statuses: Sequence[Status], elapsed_secs: float) -> Status:
         breaker_openings=sum(status.breaker_openings for status in statuses),
         begun=all(status.begun for status in statuses),
         trouble=Trouble.join([status.trouble for status in statuses]),
+        names=next((status.names for status in statuses), NUMBERS),
     )
 
 

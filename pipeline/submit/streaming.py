@@ -24,7 +24,7 @@ from pipeline.run.preflight import preflight
 from pipeline.run.rounds import Status, Totals
 from pipeline.submit import dataflow
 from pipeline.submit.flink_metrics import IN_FLIGHT, OLDEST_AGE_SECS, get_json, job_counters
-from transforms.commit.commit import shared_committer
+from transforms.commit.committer import shared_committer
 from transforms.errors import KafkaError, from_runner
 from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import HALTS

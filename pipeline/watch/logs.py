@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -26,7 +27,15 @@ class _JsonFormatter(logging.Formatter):
         facts |= {name: value for name, value in said.items() if name not in facts}
         if record.exc_info:
             facts["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(facts).decode()
+        try:
+            return orjson.dumps(facts).decode()
+        except TypeError:
+            # A number of more than 64 bits, which hardly anything else could read either.
+            return json.dumps(json.loads(json.dumps(facts), parse_int=_as_read))
+
+
+def _as_read(digits: str) -> int | str:
+    return int(digits) if len(digits) < 19 else digits
 
 
 class _Stderr:

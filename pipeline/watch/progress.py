@@ -17,7 +17,8 @@ from rich.text import Text
 from pipeline.run.rounds import Status
 from pipeline.watch.logs import say, show
 from transforms.invoke.failures import Failed, Stuck, halt_facts, halt_line
-from transforms.records import PartitionKey
+from transforms.names import Names
+from transforms.records import Finished, PartitionKey
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -43,13 +44,13 @@ def summary(status: Status) -> dict[str, Any]:
         "concurrency": {"limit": status.limit, "in_flight_max": status.in_flight_max},
         "breaker": {"open": status.breaker_open, "openings": status.breaker_openings},
         "filtered": totals["filter.filtered"],
-        "halted": [halt_facts(finished) for finished in status.halted],
-        "last_error": _last_error(status.trouble.last_error),
+        "halted": [_halt(finished, status.names) for finished in status.halted],
+        "last_error": _last_error(status.trouble.last_error, status.names),
         "waits": _waits(status),
         "lag_max": max((lag for lag in status.lags.values() if lag is not None), default=None),
         "oldest_age_secs": _rounded(status.trouble.oldest_age_secs),
         "committed": {
-            f"{topic}-{partition}": offset
+            f"{topic}-{partition}": status.names.position(offset)
             for (topic, partition), offset in sorted(status.committed.items())
         },
         "elapsed_secs": round(status.elapsed_secs, 3),
@@ -76,8 +77,16 @@ def _filtered_text(status: Status) -> str:
     return f", filtered: {filtered}" if filtered else ""
 
 
-def _last_error(error: Failed | None) -> dict[str, Any] | None:
-    return None if error is None else {"time": _time(error.at)} | error.facts
+def _halt(finished: Finished, names: Names) -> dict[str, Any]:
+    facts = halt_facts(finished)
+    return facts | {"offset": names.number(facts["offset"])}
+
+
+def _last_error(error: Failed | None, names: Names) -> dict[str, Any] | None:
+    if error is None:
+        return None
+    offsets = names.numbers(error.facts["offsets"])
+    return {"time": _time(error.at)} | error.facts | {"offsets": offsets}
 
 
 def _waits(status: Status) -> list[dict[str, Any]]:

@@ -196,7 +196,8 @@ class BatchByPartition(beam.PTransform):
     Works on bounded and unbounded input in the global window. Order: offsets rise within a
     batch and from batch to batch of a lane; a chunk that arrives before its predecessor
     waits for it. Holds at most one open batch per lane in state; it is closed when it is
-    full, after `window_secs` in a streaming run, and by the window's end, so also by a drain.
+    full, where the partition ends for good, after `window_secs` in a streaming run, and by the
+    window's end, so also by a drain.
     Records that were batched before are dropped and counted.
 
     Args:
@@ -270,14 +271,20 @@ class _BufferFn(beam.DoFn):
             hole = (state.next_offset, chunk.start)
             state = replace(state, holes=(*state.holes, hole)[-_HOLES:])
         state = yield from self._add(chunk, state, pieces)
+        last = chunk.last
         if state.early:
             waiting = sorted(early.read(), key=lambda waiter: waiter.start)
             early.clear()
             while waiting and waiting[0].start <= state.next_offset:
+                last = last or waiting[0].last
                 state = yield from self._add(waiting.pop(0), state, pieces)
             for waiter in waiting:
                 early.add(waiter)
             state = replace(state, early=len(waiting))
+        if last:
+            # Nothing more comes to fill it, and where its partition ends others wait for it.
+            yield from self._close(element[0], state, pieces)
+            state = _closed(state)
         open_state.write(state)
 
     @on_timer(WINDOW_END)
@@ -480,7 +487,12 @@ class _StreamBufferFn(_BufferFn):
         if state is None:
             return
         yield from self._close(key, state, pieces)
-        open_state.write(replace(state, start=state.next_offset, records=0, entry_bytes=0))
+        open_state.write(_closed(state))
+
+
+def _closed(state: OpenBatch) -> OpenBatch:
+    """The state once the open batch has gone."""
+    return replace(state, start=state.next_offset, records=0, entry_bytes=0)
 
 
 coders.registry.register_coder(Batch, SizedPickleCoder)

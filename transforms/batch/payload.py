@@ -16,6 +16,7 @@ import orjson
 
 from transforms.envelope import CONFLUENT, Envelope, encode_event_records
 from transforms.json_text import JSON_STARTS, loads
+from transforms.names import NUMBERS, Names
 from transforms.records import NO_TIMESTAMP, Header, Records, Rejection
 
 FORMATS = ("auto", "json", "string", "base64")
@@ -30,12 +31,15 @@ class PayloadFormat:
             auto, but what is not JSON is rejected), ``string`` (never parsed) or ``base64``.
         value: The same for values.
         headers: Whether an entry carries the record's headers, as ``[{"key","value"}]``.
+        envelope: What stands around the entries.
+        names: How the records' numbers are written.
     """
 
     key: str = "auto"
     value: str = "auto"
     headers: bool = False
     envelope: Envelope = Envelope()
+    names: Names = NUMBERS
 
 
 @dataclass(slots=True)
@@ -177,7 +181,8 @@ def encode_records(
         + b',"topic":'
         + orjson.dumps(topic).replace(b"%", b"%%")
         + b',"partition":%d' % partition
-        + b',"offset":%d,"key":%b,"value":%b'
+        + (b',"offset":"%d"' if format.names.texts else b',"offset":%d')
+        + b',"key":%b,"value":%b'
     )
     if format.headers:
         header_columns = [_encode_headers(headers, auto) for headers in records.headers]

@@ -6,12 +6,9 @@ They are the durable truth on every runner.
 from __future__ import annotations
 
 import logging
-import math
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import apache_beam as beam
@@ -24,290 +21,12 @@ from apache_beam.transforms.userstate import (
     on_timer,
 )
 from apache_beam.utils.timestamp import Timestamp
-from confluent_kafka import KafkaError as ErrorCode
-from confluent_kafka import KafkaException, TopicPartition
 
-from transforms.errors import KafkaError
-from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
-from transforms.lanes import Lanes
-from transforms.per_process import per_process
-from transforms.records import (
-    EVERY_LANE,
-    HALT_NOTE,
-    LaneKey,
-    PartitionKey,
-    Progress,
-)
+from transforms.commit.committer import CommitConfig, Committer, shared_committer
+from transforms.commit.contiguous import ContiguousOffsets
+from transforms.records import EVERY_LANE, HALT_NOTE, PartitionKey, Progress
 
 _LOGGER = logging.getLogger(__name__)
-
-_RETRY_SECS = 60.0
-REFRESH_SECS = 3600
-INTERVAL_SECS = 0.1
-_FOREIGN_MEMBER = frozenset(
-    {
-        ErrorCode.UNKNOWN_MEMBER_ID,
-        ErrorCode.ILLEGAL_GENERATION,
-        ErrorCode.REBALANCE_IN_PROGRESS,
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class CommitConfig:
-    """What is committed.
-
-    Attributes:
-        kafka: The cluster and the group.
-        lanes: How a partition's records are divided.
-        refresh_secs: How often each partition's offset is committed again, be it where it was. No
-            consumer is a member of the group, so the broker forgets an offset
-            (`offsets.retention.minutes`) by when it was committed last, even while we run. None in
-            a streaming run that ends: there each is committed once more at the end, and a timer
-            that is set far ahead would keep the run from ending.
-        interval_secs: How long, at least, is between two commits of what rounds have finished.
-    """
-
-    kafka: KafkaConfig
-    lanes: Lanes = Lanes()
-    refresh_secs: float | None = REFRESH_SECS
-    interval_secs: float = INTERVAL_SECS
-
-
-class ContiguousOffsets:
-    """The offset of a partition below which everything is done, in all of its lanes. Pure.
-
-    Ranges may arrive in any order; one whose predecessor in its lane is missing is held back, so
-    the mark never passes unfinished records. So are all ranges of a partition of which is not known
-    yet where it begins.
-    """
-
-    def __init__(self) -> None:
-        self._marks: dict[PartitionKey, list[int]] = {}
-        self._held: dict[LaneKey, dict[int, int]] = {}
-
-    def begin(self, key: PartitionKey, marks: Sequence[int]) -> None:
-        """Say where each lane of a partition begins."""
-        self._marks[key] = list(marks)
-        for lane in range(len(marks)):
-            self._advance(key, lane)
-
-    def marks(self, key: PartitionKey) -> Sequence[int]:
-        """How far each lane of a partition is done; empty until `begin`."""
-        return self._marks.get(key, ())
-
-    def add(self, progress: Progress) -> int | None:
-        """Take in a finished range; returns the partition's mark if it moved."""
-        key, lane = (progress.topic, progress.partition), progress.lane
-        held = self._held.setdefault((*key, lane), {})
-        held[progress.start] = max(progress.next_offset, held.get(progress.start, 0))
-        if not (marks := self._marks.get(key)):
-            return None
-        before = min(marks)
-        self._advance(key, lane)
-        return after if (after := min(marks)) > before else None
-
-    def _advance(self, key: PartitionKey, lane: int) -> None:
-        held, marks = self._held.get((*key, lane), {}), self._marks[key]
-        while ready := [start for start in held if start <= marks[lane]]:
-            for start in ready:
-                marks[lane] = max(marks[lane], held.pop(start))
-
-
-class OffsetCommitter:
-    """Commits next offsets for a group that no consumer of ours is subscribed to.
-
-    Args:
-        config: The cluster, the group and how often to commit again.
-        timer: Monotonic seconds.
-
-    Attributes:
-        done: How far the partitions are done.
-        committed: By partition, the offset that was committed last.
-    """
-
-    def __init__(self, config: CommitConfig, timer: Callable[[], float] = time.monotonic) -> None:
-        self._config = config.kafka
-        self._consumer = make_consumer(config.kafka)
-        self._refresh_secs = math.inf if config.refresh_secs is None else config.refresh_secs
-        self._interval_secs = config.interval_secs
-        self._timer = timer
-        self._refresh_at = timer() + self._refresh_secs
-        self._notes: dict[PartitionKey, str] = {}
-        # One commit at a time, so that an older one never comes behind a newer one.
-        self._one = threading.Lock()
-        self._changed = threading.Condition()
-        self._put: dict[PartitionKey, tuple[int, str]] = {}
-        self._thread: threading.Thread | None = None
-        self._committing = self._flushing = False
-        self._problem: BaseException | None = None
-        self.done = ContiguousOffsets()
-        self.committed: dict[PartitionKey, int] = {}
-
-    def begin(self, key: PartitionKey, marks: Sequence[int]) -> None:
-        """Say where each lane of a partition begins; nothing is committed by that."""
-        self.done.begin(key, marks)
-        self.committed[key] = min(marks)
-
-    def commit(
-        self,
-        next_offsets: Mapping[PartitionKey, int],
-        metadata: Mapping[PartitionKey, str] = MappingProxyType({}),
-    ) -> None:
-        """Commit, and wait for the answer. Repeats while the broker is away, up to a minute.
-
-        Args:
-            next_offsets: By partition.
-            metadata: What to keep with the offsets, where there is anything.
-
-        Raises:
-            KafkaError: The group has members elsewhere, or the broker stays away.
-        """
-        if not next_offsets:
-            return
-        deadline = self._timer() + _RETRY_SECS
-        while True:
-            try:
-                with self._one:
-                    self._commit(next_offsets, metadata)
-                    self.committed.update(next_offsets)
-                    for key in next_offsets:
-                        self._notes[key] = metadata.get(key, "")
-                return
-            except KafkaException as error:
-                if problem := final_problem(error, self._config, self._timer() >= deadline):
-                    raise problem from None
-                _LOGGER.warning(
-                    "commit to group %s is repeated: %s", self._config.group, reason(error)
-                )
-                time.sleep(0.5)
-
-    def put(self, next_offsets: Mapping[PartitionKey, tuple[int, str]]) -> None:
-        """Have offsets committed soon, by a thread of the committer's own.
-
-        Nobody waits for the answer; offsets that come meanwhile take the place of those before.
-
-        Args:
-            next_offsets: By partition, each with what to keep beside it.
-
-        Raises:
-            KafkaError: What was put before could not be committed.
-        """
-        with self._changed:
-            self._raise_problem()
-            self._put.update(next_offsets)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="commit", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
-
-    def flush(self) -> None:
-        """Commit what was put, and wait for the answer.
-
-        Raises:
-            KafkaError: It could not be committed.
-        """
-        with self._changed:
-            self._flushing = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not (self._put or self._committing) or self._problem)
-            self._flushing = False
-            self._raise_problem()
-
-    def _raise_problem(self) -> None:
-        if problem := self._problem:
-            raise problem
-
-    def _work(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._put)
-                    put, self._put = self._put, {}
-                    self._committing = True
-                self.commit(
-                    {key: offset for key, (offset, _) in put.items()},
-                    {key: note for key, (_, note) in put.items()},
-                )
-                with self._changed:
-                    self._committing = False
-                    self._changed.notify_all()
-                    self._changed.wait_for(lambda: self._flushing, self._interval_secs)
-        except BaseException as error:
-            with self._changed:
-                self._problem = error
-                self._changed.notify_all()
-
-    def refresh(self, now: bool = False) -> None:
-        """Commit all that was committed again, if it is time to.
-
-        A broker that does not take it is warned of, and asked again within a minute: nothing that
-        was finished depends on it.
-
-        Args:
-            now: Whether it is time, whenever it was done last.
-
-        Raises:
-            KafkaError: The group has members elsewhere, or what was put could not be committed.
-        """
-        with self._changed:
-            self._raise_problem()
-        if not self._notes or not (now or self._timer() >= self._refresh_at):
-            return
-        try:
-            with self._one:
-                self._commit({key: self.committed[key] for key in self._notes}, self._notes)
-            self._refresh_at = self._timer() + self._refresh_secs
-        except KafkaException as error:
-            if problem := final_problem(error, self._config, late=False):
-                raise problem from None
-            _LOGGER.warning(
-                "offsets of group %s are not committed again: %s", self._config.group, reason(error)
-            )
-            self._refresh_at = self._timer() + min(_RETRY_SECS, self._refresh_secs)
-
-    def _commit(
-        self, next_offsets: Mapping[PartitionKey, int], metadata: Mapping[PartitionKey, str]
-    ) -> None:
-        offsets = [
-            TopicPartition(*key, offset, metadata=metadata.get(key, ""))
-            for key, offset in next_offsets.items()
-        ]
-        results = self._consumer.commit(offsets=offsets, asynchronous=False)
-        failed = [result.error for result in results or () if result.error]
-        if failed:
-            raise KafkaException(failed[0])
-
-    def listen(self) -> None:
-        """Take in what the connections have said: nobody else does, and it would pile up."""
-        self._consumer.poll(0)
-
-
-def final_problem(error: KafkaException, kafka: KafkaConfig, late: bool) -> KafkaError | None:
-    """What to end with after a commit that failed; None if it is worth another try. Pure.
-
-    Args:
-        error: What was answered.
-        kafka: The cluster and the group.
-        late: Whether it has been tried for long enough.
-    """
-    code, group = error.args[0].code(), kafka.group
-    if code in _FOREIGN_MEMBER:
-        return KafkaError(
-            f"offsets of --consumer_group={group} cannot be committed: the group has active "
-            f"members ({reason(error)}); stop the other consumer or use another group"
-        )
-    if late or code == ErrorCode.GROUP_AUTHORIZATION_FAILED:
-        return KafkaError(
-            f"offsets of --consumer_group={group} cannot be committed to "
-            f"{describe(kafka)}: {reason(error)}"
-        )
-    return None
-
-
-def shared_committer(config: CommitConfig) -> OffsetCommitter:
-    """This process's committer for the config."""
-    return per_process(OffsetCommitter, config)
 
 
 class CommitOffsets(beam.PTransform):
@@ -349,7 +68,7 @@ class CommitOffsets(beam.PTransform):
         )
 
     def display_data(self) -> dict[str, Any]:
-        return {"consumer_group": self._config.kafka.group}
+        return {"ledger": self._config.source.ledger}
 
 
 class _CommitBundleFn(beam.DoFn):
@@ -369,14 +88,14 @@ class _CommitBundleFn(beam.DoFn):
         self._commits.inc(len(self._next_offsets))
         yield from ()
 
-    def _commit(self, committer: OffsetCommitter) -> None:
+    def _commit(self, committer: Committer) -> None:
         committer.commit(self._next_offsets, self._notes)
 
 
 class _CommitFn(_CommitBundleFn):
     """In rounds nobody waits for the answer: the next round begins meanwhile."""
 
-    def _commit(self, committer: OffsetCommitter) -> None:
+    def _commit(self, committer: Committer) -> None:
         if self._next_offsets:
             committer.put(
                 {key: (offset, self._notes[key]) for key, offset in self._next_offsets.items()}

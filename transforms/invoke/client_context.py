@@ -11,6 +11,7 @@ from base64 import b64encode
 import orjson
 
 from transforms.invoke.retry import Call
+from transforms.names import NUMBERS, Names
 from transforms.records import Batch
 
 MAX_BYTES = 3583
@@ -18,18 +19,20 @@ MAX_BYTES = 3583
 _REASON_CHARACTERS = 256
 
 
-def client_context(batch: Batch, call: Call) -> str:
+def client_context(batch: Batch, call: Call, names: Names = NUMBERS) -> str:
     """The value of Lambda's `ClientContext`: base64 of ``{"custom": {...}}``.
 
     All fields are strings: runtimes of typed languages read nothing else, and Go's refuses the
     invocation.
     """
     offsets = batch.records.offsets
+    last = offsets[call.high - 1]
     custom = {
         "topic": batch.topic,
         "partition": str(batch.partition),
         "first_offset": str(offsets[call.low]),
-        "next_offset": str(offsets[call.high - 1] + 1),
+        # A source without dense numbers knows of no next one.
+        **({"last_offset": str(last)} if names.texts else {"next_offset": str(last + 1)}),
         "attempt": str(call.attempt),
         "reason": call.reason[:_REASON_CHARACTERS].encode(errors="replace").decode(),
     }

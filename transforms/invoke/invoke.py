@@ -43,6 +43,7 @@ from transforms.invoke.invoker import Invoker, always
 from transforms.invoke.outcome import Outcome, classify_fault, classify_reply
 from transforms.invoke.reply import CONFLUENT, NONE, Answer, read_reply
 from transforms.invoke.retry import Call, RetryPolicy
+from transforms.names import NUMBERS, Names
 from transforms.per_process import forget, per_process
 from transforms.records import NO_TIMESTAMP, Batch, Finished, LaneKey, halt_name
 
@@ -74,6 +75,7 @@ class InvokeConfig:
         min_concurrency: Calls at once that are allowed however often they are throttled.
         breaker: When to stop calling for a while instead of giving records up.
         client_context: Whether the function is told which call this is; for sync only.
+        names: How records' numbers are written to the function.
     """
 
     function: FunctionConfig
@@ -83,6 +85,7 @@ class InvokeConfig:
     min_concurrency: int = 1
     breaker: BreakerPolicy = BreakerPolicy()
     client_context: bool = True
+    names: Names = NUMBERS
 
 
 def shared_function(config: FunctionConfig) -> LambdaFunction:
@@ -99,7 +102,7 @@ def make_invoker(config: InvokeConfig, may_begin: Callable[[LaneKey], bool] = al
             return classify_fault(result)
         if config.reply == NONE:
             return classify_reply(result, None)
-        offsets = step.pick(batch.records.offsets)
+        offsets = config.names.numbers(step.pick(batch.records.offsets))
 
         def read(body: bytes) -> Answer:
             return read_reply(config.reply, body, batch.topic, batch.partition, offsets)
@@ -107,7 +110,7 @@ def make_invoker(config: InvokeConfig, may_begin: Callable[[LaneKey], bool] = al
         return classify_reply(result, read)
 
     def prepare(batch: Batch, step: Call) -> Request | Fault:
-        context = client_context(batch, step) if config.client_context else None
+        context = client_context(batch, step, config.names) if config.client_context else None
         return function.prepare(batch.frame.join(step.pick(batch.entries)), context)
 
     def prepare_ahead(batch: Batch, step: Call) -> Request | None:

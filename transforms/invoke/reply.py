@@ -52,7 +52,7 @@ class Answer:
 
 
 def read_reply(
-    mode: str, body: bytes, topic: str, partition: int, offsets: Sequence[int]
+    mode: str, body: bytes, topic: str, partition: int, offsets: Sequence[int | str]
 ) -> Answer:
     """What a reply says, read as one of `REPLIES`; the other arguments are `parse_reply`'s.
 
@@ -66,7 +66,9 @@ def read_reply(
     return Answer(body=body if mode == ANY else None)
 
 
-def parse_failures(body: bytes, topic: str, partition: int, offsets: Sequence[int]) -> list[int]:
+def parse_failures(
+    body: bytes, topic: str, partition: int, offsets: Sequence[int | str]
+) -> list[int]:
     """Which records of a batch the function says it failed in, as Lambda reads it for Kafka.
 
     Returns:
@@ -90,13 +92,15 @@ def parse_failures(body: bytes, topic: str, partition: int, offsets: Sequence[in
     if type(failures) is not list:
         raise InvalidReplyError(f"batchItemFailures is {_name(failures)}, not an array")
     places = {offset: index for index, offset in enumerate(offsets)}
+    # True is no 1.
+    kind = type(offsets[0]) if offsets else int
     here = f"{topic}-{partition}"
     failed = set()
     for number, failure in enumerate(failures):
         try:
             identifier = failure["itemIdentifier"]
             offset = identifier["offset"]
-            known = identifier["partition"] == here and type(offset) is int and offset in places
+            known = identifier["partition"] == here and type(offset) is kind and offset in places
         except (TypeError, KeyError, IndexError):
             raise InvalidReplyError(
                 f"entry {number} of batchItemFailures lacks itemIdentifier.partition or "
@@ -111,14 +115,16 @@ def parse_failures(body: bytes, topic: str, partition: int, offsets: Sequence[in
     return sorted(failed)
 
 
-def parse_reply(body: bytes, topic: str, partition: int, offsets: Sequence[int]) -> list[bytes]:
+def parse_reply(
+    body: bytes, topic: str, partition: int, offsets: Sequence[int | str]
+) -> list[bytes]:
     """Check a reply against the batch it answers.
 
     Args:
         body: The reply as it came.
         topic: The batch's topic.
         partition: The batch's partition.
-        offsets: The offsets that were sent, in order.
+        offsets: The offsets that were sent, in order; as they were written.
 
     Returns:
         Per record the entry's ``payload`` as JSON text.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic, sleep
 
@@ -29,7 +29,12 @@ from transforms.kafka.client import (
     partitions_of,
     reason,
 )
-from transforms.records import PartitionKey
+from transforms.kafka.committer import GroupOffsets
+from transforms.kafka.fetch import KafkaFetcher, fetch_again
+from transforms.kafka.messages import PartitionError
+from transforms.names import NUMBERS, Names
+from transforms.read.source import Detour, Fetcher, Found, Start
+from transforms.records import PartitionKey, Records
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -44,7 +49,7 @@ _NOT_YET = NO_COORDINATOR | {ErrorCode.UNSTABLE_OFFSET_COMMIT}
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """What to read.
+    """What to read: the `Source` of Kafka.
 
     Attributes:
         kafka: The cluster and the group.
@@ -60,22 +65,30 @@ class SourceConfig:
     starting_position: str = TRIM_HORIZON
     starting_timestamp_ms: int | None = None
 
+    def fetcher(self) -> KafkaFetcher:
+        return KafkaFetcher(self.kafka)
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Where to begin with a partition.
+    def partitions(self, fetcher: Fetcher) -> SourceOffsets:
+        assert isinstance(fetcher, KafkaFetcher)
+        return SourceOffsets(self, fetcher.consumer)
 
-    Attributes:
-        offset: Its first offset to read.
-        resolved: Whether it came from the starting position.
-        note: What was committed together with the offset.
-        end: The partition's next offset.
-    """
+    def store(self) -> GroupOffsets:
+        return GroupOffsets(self.kafka)
 
-    offset: int
-    resolved: bool
-    note: str = ""
-    end: int = 0
+    def fetch_again(self, key: PartitionKey, offsets: Sequence[int]) -> Records | None:
+        return fetch_again(self.kafka, key, offsets)
+
+    @property
+    def names(self) -> Names:
+        return NUMBERS
+
+    @property
+    def label(self) -> dict[str, str]:
+        return {"bootstrap_servers": self.kafka.bootstrap_servers}
+
+    @property
+    def ledger(self) -> str:
+        return f"group {self.kafka.group}"
 
 
 # An unclean election takes the last few records; of a topic made anew nothing is left.
@@ -144,7 +157,7 @@ def added_meanwhile(
 
 
 class SourceOffsets:
-    """Asks Kafka about the source's partitions.
+    """Asks Kafka about the source's partitions; the `Partitions` of Kafka.
 
     Args:
         config: The group, the topics and the starting position.
@@ -157,6 +170,73 @@ class SourceOffsets:
         self._consumer = consumer
         self._admin: AdminClient | None = None
         self._pattern = re.compile(config.topics_regex) if config.topics_regex else None
+        self._topic_ids: dict[str, str] = {}
+        # Where the partitions ended when they were begun.
+        self._targets: dict[PartitionKey, int] = {}
+
+    def find(self, quick: bool = False) -> list[Found]:
+        """See `Partitions.find`."""
+        return [Found(key) for key in self.partitions(LOOK_SECS if quick else _TIMEOUT_SECS)]
+
+    def problem(self) -> KafkaError | None:
+        """What is missing of the topics.
+
+        Raises:
+            KafkaError: The brokers cannot be reached.
+        """
+        found = {topic for topic, _ in self.partitions()}
+        missing = [topic for topic in self._config.topics if topic not in found]
+        if missing:
+            return KafkaError(
+                f"--topics: {', '.join(missing)} not found in {describe(self._kafka)}; "
+                f"create it first, or check the name"
+            )
+        if not found:
+            return KafkaError(
+                f"--topics_regex={self._config.topics_regex} matches no topic of "
+                f"{describe(self._kafka)}; --no_preflight waits for one"
+            )
+        return None
+
+    def made_anew(self, keys: Collection[PartitionKey], quick: bool = False) -> set[str]:
+        """Topics that were deleted and made anew since it was asked before.
+
+        Raises:
+            KafkaError: They cannot be read.
+        """
+        topics = {topic for topic, _ in keys}
+        if not topics:
+            return set()
+        ids = self.topic_ids(topics, LOOK_SECS if quick else _TIMEOUT_SECS)
+        anew = {topic for topic, id in ids.items() if self._topic_ids.get(topic, id) != id}
+        self._topic_ids |= ids
+        return anew
+
+    def gone(self, key: PartitionKey) -> KafkaError:
+        """See `Partitions.gone`."""
+        return PartitionError(f"topic {key[0]} cannot be read: it is gone")
+
+    def caught_up(self, key: PartitionKey, position: int) -> bool:
+        """Whether a position is where the partition ended when it was begun, or behind it."""
+        return position >= self._targets[key]
+
+    def restarts(self, positions: Mapping[PartitionKey, int]) -> dict[PartitionKey, int]:
+        """See `Partitions.restarts`."""
+        ranges = self.ranges(positions, LOOK_SECS)
+        self._targets |= {key: high for key, (_, high) in ranges.items()}
+        return {key: max(offset, ranges[key][0]) for key, offset in positions.items()}
+
+    def detours(self, positions: Mapping[PartitionKey, int]) -> dict[PartitionKey, Detour]:
+        """See `Partitions.detours`: retention has overtaken them, or the log ends before them."""
+        found = {}
+        for key, (low, high) in self.ranges(positions, LOOK_SECS).items():
+            reached = positions[key]
+            if reached > high:
+                start, why = choose_start(reached, low, high, low)
+                found[key] = Detour(start.offset, anew=(why or "").rpartition("; ")[0])
+            else:
+                found[key] = Detour(low, lost=max(0, low - reached))
+        return found
 
     def partitions(self, timeout_secs: float = _TIMEOUT_SECS) -> list[PartitionKey]:
         """All partitions of the topics that exist.
@@ -187,7 +267,7 @@ class SourceOffsets:
         return partitions_of(metadata, topics)
 
     def starts(self, keys: list[PartitionKey], at_start: bool) -> dict[PartitionKey, Start]:
-        """Where to begin with partitions.
+        """Where to begin with partitions; where they end now counts as caught up.
 
         Args:
             keys: The partitions.
@@ -216,7 +296,8 @@ class SourceOffsets:
                         low,
                     )
         elif at_start and self._config.starting_position == AT_TIMESTAMP:
-            wanted = self._at_timestamp(ranges)
+            assert self._config.starting_timestamp_ms is not None
+            wanted = self.at_timestamp(ranges, self._config.starting_timestamp_ms)
         starts = {}
         for key in keys:
             low, high = ranges[key]
@@ -229,6 +310,7 @@ class SourceOffsets:
             if start.offset == committed.get(key):
                 start = replace(start, note=known[key][1], end=high)
             starts[key] = start
+        self._targets |= {key: high for key, (_, high) in ranges.items()}
         return starts
 
     def _warn_of_gaps(self, keys: list[PartitionKey], known: Container[PartitionKey]) -> None:
@@ -357,9 +439,14 @@ class SourceOffsets:
             if o.offset > _NO_OFFSET
         }
 
-    def _at_timestamp(self, ranges: dict[PartitionKey, tuple[int, int]]) -> dict[PartitionKey, int]:
-        timestamp = self._config.starting_timestamp_ms
-        assert timestamp is not None
+    def at_timestamp(
+        self, ranges: Mapping[PartitionKey, tuple[int, int]], timestamp: int
+    ) -> dict[PartitionKey, int]:
+        """The first offsets that are not older than a time in ms; the end where all are.
+
+        Raises:
+            KafkaError: They cannot be read.
+        """
         try:
             found = self._consumer.offsets_for_times(
                 [TopicPartition(*key, timestamp) for key in ranges], timeout=_TIMEOUT_SECS

@@ -19,7 +19,7 @@ from confluent_kafka import KafkaError as ErrorCode
 
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
-from transforms.read.rounds import bytes_of, end_of_partition, to_records
+from transforms.kafka.messages import bytes_of, end_of_partition, to_records
 from transforms.records import PartitionKey, Records, read_halt
 
 _LOGGER = logging.getLogger(__name__)

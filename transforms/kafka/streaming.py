@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from time import monotonic
 
-from transforms.commit.commit import CommitConfig, shared_committer
+from transforms.commit.committer import CommitConfig, shared_committer
 from transforms.kafka.client import make_consumer
 from transforms.kafka.offsets import SourceConfig, SourceOffsets
 from transforms.kafka.partition_reader import PartitionReader, ReadAhead
@@ -71,7 +71,7 @@ class PartitionFinder:
         starts = self._source.starts(keys, at_start=known is None)
         # What a starting position came to is committed at once, so that a restart before the
         # first batch is finished does not move it. And an earlier run's halt is over.
-        shared_committer(CommitConfig(self._config.kafka)).commit(
+        shared_committer(CommitConfig(self._config)).commit(
             {
                 key: start.offset
                 for key, start in starts.items()

@@ -1,71 +1,34 @@
 """Read: a Round of the process's reader -> RecordChunk. The bounded reader of one process's rounds.
 
-One consumer per process reads all partitions and outlives the rounds, so it fetches ahead while
-a round runs. It is assigned, never subscribed. What it has and a round does not take (no room, or
-a batch that is not due yet) stays with it, unread as far as the pipeline is concerned.
+One reader per process reads all partitions and outlives the rounds, so its source's fetcher fetches
+ahead while a round runs. What it has and a round does not take (no room, or a batch that is not due
+yet) stays with it, unread as far as the pipeline is concerned.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import groupby
 from time import monotonic
 from typing import Any
 
 import apache_beam as beam
 from apache_beam import coders
-from confluent_kafka import (
-    TIMESTAMP_LOG_APPEND_TIME,
-    TIMESTAMP_NOT_AVAILABLE,
-    Consumer,
-    KafkaException,
-    Message,
-    TopicPartition,
-)
-from confluent_kafka import KafkaError as ErrorCode
 
 from transforms.coding import SizedPickleCoder
-from transforms.errors import KafkaError
-from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
+from transforms.errors import SinkError
 from transforms.lanes import Lanes
 from transforms.per_process import per_process
-from transforms.records import (
-    NO_TIMESTAMP,
-    Header,
-    LaneKey,
-    PartitionKey,
-    RecordChunk,
-    Records,
-    header_bytes,
-)
+from transforms.read.source import Fetched, Fetcher, Message, Source
+from transforms.records import LaneKey, PartitionKey, RecordChunk, Records
 
 _LOGGER = logging.getLogger(__name__)
 
-_POLL_RECORDS = 500
-_NO_NAME = "\ufffd"
 # Large, since what Beam does for an element costs as much as a hundred records do.
 _CHUNK_RECORDS = 10_000
-
-# Fetched ahead, for all partitions together. The backoff is what librdkafka waits after that
-# is full; its default of a second would leave a fast pipeline with nothing to do.
-_PREFETCH = {
-    "queued.max.messages.kbytes": 16_384,
-    "queued.min.messages": 50_000,
-    "fetch.queue.backoff.ms": 20,
-}
-
-_FATAL = {
-    ErrorCode.TOPIC_AUTHORIZATION_FAILED: "the credentials may not read it",
-    ErrorCode.UNKNOWN_TOPIC_OR_PART: "it is gone",
-    ErrorCode._UNKNOWN_TOPIC: "it is gone",
-    ErrorCode._UNKNOWN_PARTITION: "it is gone",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +36,14 @@ class ReadConfig:
     """How records are read.
 
     Attributes:
-        kafka: The cluster and the group.
+        source: What is read.
         batch_size: Records per batch: chunks are cut so that batches come out whole.
         batch_bytes: Bytes at which records are due without a full batch.
         batch_window_secs: How long a record may wait for its batch to fill.
         lanes: How a partition's records are divided; each lane's batches are to come out whole.
     """
 
-    kafka: KafkaConfig
+    source: Source
     batch_size: int = 100
     batch_bytes: int = 6_291_455
     batch_window_secs: float = 0.5
@@ -179,10 +142,11 @@ class _Partition:
     lanes: list[_Lane]
     next_offset: int
     at_end: bool = False
+    ended: bool = False
     paused: bool = False
     dropped: bool = False
     overtaken: bool = False
-    lost: KafkaError | None = None
+    lost: SinkError | None = None
     served: int = -1
 
     @property
@@ -205,20 +169,17 @@ class RoundReader:
     """Reads all partitions of a process and hands out chunks, round by round.
 
     Args:
-        config: The cluster and when records are due.
-        make: Makes the consumer; injected for tests.
+        config: What is read, and when records are due.
         timer: Monotonic seconds.
+
+    Attributes:
+        fetcher: Brings the records.
     """
 
-    def __init__(
-        self,
-        config: ReadConfig,
-        make: Callable[..., Consumer] = make_consumer,
-        timer: Callable[[], float] = monotonic,
-    ) -> None:
+    def __init__(self, config: ReadConfig, timer: Callable[[], float] = monotonic) -> None:
         self._config = config
         self._timer = timer
-        self.consumer = make(config.kafka, **_PREFETCH)
+        self.fetcher: Fetcher = config.source.fetcher()
         self._partitions: dict[PartitionKey, _Partition] = {}
         self._round = _NOTHING
         self._served = -1
@@ -235,21 +196,21 @@ class RoundReader:
             lanes = [_Lane(number, offset) for number, offset in enumerate(offsets)]
             place = len(self._partitions)
             self._partitions[key] = _Partition(key, place, lanes, min(offsets))
-        self.consumer.incremental_assign(
-            [TopicPartition(*key, min(offsets)) for key, offsets in marks.items()]
-        )
+        self.fetcher.assign({key: min(offsets) for key, offsets in marks.items()})
 
     def position(self, key: PartitionKey) -> int:
         """Everything below it was handed out."""
         return self._partitions[key].start
 
-    def end(self, key: PartitionKey) -> int | None:
-        """The partition's end as the last fetch saw it; None before the first one."""
-        try:
-            _, high = self.consumer.get_watermark_offsets(TopicPartition(*key), cached=True)
-        except KafkaException:
-            return None
-        return high if high >= 0 else None
+    def behind(self, key: PartitionKey, position: int) -> int | None:
+        """How far a partition's end is from a position, as the last fetch saw it; None if that is
+        not known."""
+        return self.fetcher.behind(key, position)
+
+    def has_ended(self, key: PartitionKey) -> bool:
+        """Whether a partition was handed out up to where it ends for good."""
+        partition = self._partitions[key]
+        return partition.ended and partition.start == partition.next_offset
 
     def ready(self, key: PartitionKey, flush: bool, busy: frozenset[int] = frozenset()) -> bool:
         """Whether a round would get something of this partition now.
@@ -263,7 +224,7 @@ class RoundReader:
         if not partition.waiting:
             # A tail of offsets without records still has to be committed.
             return partition.start < partition.next_offset
-        flush = flush and partition.at_end
+        flush = (flush and partition.at_end) or partition.ended
         return any(self._due(lane, flush, lane.number in busy) for lane in partition.lanes)
 
     @property
@@ -288,7 +249,7 @@ class RoundReader:
             lanes = [_Lane(number, offset) for number, offset in enumerate(offsets)]
             place = self._partitions[key].place
             self._partitions[key] = _Partition(key, place, lanes, min(offsets))
-            self._assign_again(key, min(offsets))
+            self.fetcher.assign_again(key, min(offsets))
 
     def go_on_at(self, key: PartitionKey, offset: int) -> None:
         """Fetch a partition from this offset on, or from where it stands if that is behind it; what
@@ -296,11 +257,7 @@ class RoundReader:
         partition = self._partitions[key]
         partition.next_offset = max(partition.next_offset, offset)
         partition.overtaken = partition.paused = False
-        self._assign_again(key, partition.next_offset)
-
-    def _assign_again(self, key: PartitionKey, offset: int) -> None:
-        self.consumer.incremental_unassign([TopicPartition(*key)])
-        self.consumer.incremental_assign([TopicPartition(*key, offset)])
+        self.fetcher.assign_again(key, partition.next_offset)
 
     @property
     def overtaken(self) -> dict[PartitionKey, int]:
@@ -309,14 +266,13 @@ class RoundReader:
         return {p.key: p.next_offset for p in self._partitions.values() if p.overtaken}
 
     @property
-    def lost(self) -> dict[PartitionKey, KafkaError]:
+    def lost(self) -> dict[PartitionKey, SinkError]:
         """Partitions of which nothing can be read for now, and why; those left out of which records
         are left that were read before."""
         return {p.key: p.lost for p in self._partitions.values() if p.lost and not p.waiting}
 
-    def lose(self, key: PartitionKey) -> None:
-        """Say that a partition is not there any more."""
-        error = PartitionError(f"topic {key[0]} cannot be read: it is gone")
+    def lose(self, key: PartitionKey, error: SinkError) -> None:
+        """Say that a partition is not there any more, and how that is said."""
         self._trouble(self._partitions[key], error)
 
     def find(self, key: PartitionKey) -> None:
@@ -363,41 +319,26 @@ class RoundReader:
         pause = [p for p in self._partitions.values() if not p.paused and p.key not in wanted]
         resume = [p for p in self._partitions.values() if p.paused and p.key in wanted]
         if pause:
-            self.consumer.pause([TopicPartition(*p.key) for p in pause])
+            self.fetcher.pause([p.key for p in pause])
         if resume:
-            self.consumer.resume([TopicPartition(*p.key) for p in resume])
+            self.fetcher.resume([p.key for p in resume])
         for partition in pause + resume:
             partition.paused = not partition.paused
 
     def fill(self, timeout_secs: float) -> int:
-        """Take in what has been fetched; waits for the first of it. Returns how many records.
+        """Take in what has been fetched; waits for the first of it. Returns how much it was.
 
         Raises:
-            KafkaError: Nothing can be read any more.
+            SinkError: Nothing can be read any more.
         """
-        try:
-            # `consume` waits for the whole time unless it gets as many as it is asked for.
-            first = self.consumer.poll(timeout_secs)
-            if first is None:
-                return 0
-            messages = [first, *self.consumer.consume(_POLL_RECORDS - 1, 0)]
-        except KafkaException as error:
-            raise KafkaError(f"{describe(self._config.kafka)}: {reason(error)}") from None
-        low = 0
-        if any(map(Message.error, messages)):
-            # In its place among the records: an end that was believed before the records that
-            # come ahead of it would make them look as if they had been read.
-            for high, message in enumerate(messages):
-                if message.error():
-                    self._take_in_all(messages[low:high])
-                    self._event(message)
-                    low = high + 1
-        self._take_in_all(messages[low:] if low else messages)
-        return len(messages)
+        count, fetched = self.fetcher.fetch(timeout_secs)
+        for each in fetched:
+            self._take_in(each)
+        return count
 
     def close(self) -> None:
-        """Leave Kafka."""
-        self.consumer.close()
+        """Leave the source."""
+        self.fetcher.close()
 
     # -- what a round needs ----------------------------------------------------------------
 
@@ -412,7 +353,7 @@ class RoundReader:
         room_for = min(round.records, sum(room.records for room in round.rooms))
         # On with what has been fetched meanwhile; what is still to come must not be waited for.
         while sum(partition.waiting for partition in partitions) < room_for:
-            if self.fill(0) < _POLL_RECORDS:
+            if self.fill(0) < self.fetcher.most:
                 break
         records, size = round.records, round.bytes
         begun: set[LaneKey] = set()
@@ -422,7 +363,7 @@ class RoundReader:
         for turn in turns(places, self._served):
             room, partition = rooms[turn], self._partitions[rooms[turn].key]
             room_records, room_bytes = room.records, room.bytes
-            flush = room.flush or (round.flush and partition.at_end)
+            flush = room.flush or partition.ended or (round.flush and partition.at_end)
             for number in turns(range(len(partition.lanes)), partition.served):
                 lane = partition.lanes[number]
                 limit = min(records, room_records), min(size, room_bytes)
@@ -455,10 +396,10 @@ class RoundReader:
             messages = lane.messages[taken:high]
             if len(lane.messages) - high < len(messages):
                 # The mostly few that stay tell what the many hold.
-                total = lane.bytes - taken_bytes - bytes_of(lane.messages[high:])
+                total = lane.bytes - taken_bytes - self.fetcher.bytes(lane.messages[high:])
             else:
-                total = bytes_of(messages)
-            count, chunk_bytes = _within(messages, total, size - taken_bytes, config.batch_size)
+                total = self.fetcher.bytes(messages)
+            count, chunk_bytes = self._within(messages, total, size - taken_bytes)
             cut_short = count < len(messages)
             if cut_short and taken and count < config.batch_size:
                 break
@@ -473,26 +414,57 @@ class RoundReader:
             lane.bytes -= taken_bytes
             lane.since = self._timer()
 
+    def _within(self, messages: list[Any], total: int, limit_bytes: int) -> tuple[int, int]:
+        """How many records of so many bytes fit into a limit, at least one, and their bytes.
+
+        In whole batches, if there is one.
+        """
+        if total <= limit_bytes:
+            return len(messages), total
+        count = total = 0
+        for message in messages:
+            size = self.fetcher.bytes([message])
+            if count and total + size > limit_bytes:
+                break
+            count, total = count + 1, total + size
+        batch_size = self._config.batch_size
+        if count > batch_size and count % batch_size:
+            count -= count % batch_size
+            total = self.fetcher.bytes(messages[:count])
+        return count, total
+
     def _chunk(
-        self, partition: _Partition, lane: _Lane, next_offset: int, messages: list[Message]
+        self, partition: _Partition, lane: _Lane, next_offset: int, messages: list[Any]
     ) -> RecordChunk:
         start, lane.start = lane.start, next_offset
-        records = to_records(messages)
+        records = self.fetcher.records(messages) if messages else Records()
         return RecordChunk(*partition.key, start, next_offset, records, lane=lane.number)
 
     def _due(self, lane: _Lane, flush: bool, busy: bool) -> int:
         waited_secs = self._timer() - lane.since
         return releasable(len(lane.messages), lane.bytes, waited_secs, flush, busy, self._config)
 
-    # -- what the consumer says ------------------------------------------------------------
+    # -- what the fetcher brings -----------------------------------------------------------
 
-    def _take_in_all(self, messages: list[Message]) -> None:
-        for key, run in _by_partition(messages):
-            self._take_in(self._partitions[key], run)
-
-    def _take_in(self, partition: _Partition, messages: list[Message]) -> None:
-        if partition.dropped:
+    def _take_in(self, fetched: Fetched) -> None:
+        partition = self._partitions.get(fetched.key)
+        if partition is None or partition.dropped:
             return
+        if fetched.messages:
+            self._take_in_all(partition, fetched.messages)
+        if fetched.problem:
+            if fetched.overtaken:
+                partition.overtaken = True
+            else:
+                self._trouble(partition, fetched.problem)
+        if fetched.end is not None:
+            partition.lost = None
+            if fetched.end >= partition.next_offset:
+                partition.next_offset = fetched.end
+                partition.at_end = True
+                partition.ended = fetched.ended
+
+    def _take_in_all(self, partition: _Partition, messages: Sequence[Any]) -> None:
         # A resumed partition may repeat what was fetched before it was paused.
         first = messages[0].offset()
         if first < partition.next_offset:
@@ -506,167 +478,29 @@ class RoundReader:
             if own and not lane.messages:
                 lane.since = self._timer()
             lane.messages += own
-            lane.bytes += bytes_of(own)
+            lane.bytes += self.fetcher.bytes(own)
         partition.next_offset = messages[-1].offset() + 1
         partition.at_end = False
         partition.lost = None
 
-    def _divide(self, messages: list[Message]) -> list[list[Message]]:
+    def _divide(self, messages: Sequence[Any]) -> list[list[Any]]:
         """By lane."""
         lanes = self._config.lanes
         if lanes.count == 1:
-            return [messages]
-        divided: list[list[Message]] = [[] for _ in range(lanes.count)]
+            return [list(messages)]
+        divided: list[list[Any]] = [[] for _ in range(lanes.count)]
         add = [own.append for own in divided]
-        keys, offsets = map(Message.key, messages), map(Message.offset, messages)
+        keys, offsets = self.fetcher.keys(messages), self.fetcher.offsets(messages)
         for message, lane in zip(messages, lanes.of(keys, offsets)):
             add[lane](message)
         return divided
 
-    def _event(self, message: Message) -> None:
-        topic, number = message.topic(), message.partition()
-        try:
-            end = end_of_partition(message, self._config.kafka)
-        except PartitionError as error:
-            for key, each in self._partitions.items():
-                # What is wrong with a topic may come without a partition.
-                if key == (topic, number) or (number is None and key[0] == topic):
-                    self._trouble(each, error)
-            return
-        partition = self._partitions.get((topic, number))
-        if partition is None or partition.dropped or end is None:
-            return
-        partition.lost = None
-        if end >= partition.next_offset:
-            partition.next_offset = end
-            partition.at_end = True
-
-    def _trouble(self, partition: _Partition, error: PartitionError) -> None:
+    def _trouble(self, partition: _Partition, error: SinkError) -> None:
         if partition.dropped:
-            return
-        if isinstance(error, OffsetGoneError):
-            partition.overtaken = True
             return
         if partition.lost is None:
             _LOGGER.warning("%s-%d: %s; the others go on", *partition.key, error)
         partition.lost = error
-
-
-class PartitionError(KafkaError):
-    """One partition cannot be read; the others may."""
-
-
-class OffsetGoneError(PartitionError):
-    """A partition cannot be read at the offset it had reached."""
-
-
-def end_of_partition(message: Message, kafka: KafkaConfig) -> int | None:
-    """What a message that is no record says: where the partition ends for now, or nothing.
-
-    Raises:
-        PartitionError: The partition cannot be read any more.
-        KafkaError: Nothing can be read any more.
-    """
-    error = message.error()
-    name = f"{message.topic()}-{message.partition()}"
-    if error.code() == ErrorCode._PARTITION_EOF:
-        return int(message.offset())
-    if error.code() in (ErrorCode._AUTO_OFFSET_RESET, ErrorCode.OFFSET_OUT_OF_RANGE):
-        raise OffsetGoneError(
-            f"{name} cannot be read at the offset it had reached: {error.str()}; "
-            f"the topic's retention is shorter than the pipeline's lag, or it was deleted. "
-            f"Run again to go on at the first offset that still exists"
-        )
-    if error.code() in _FATAL:
-        what = _FATAL[error.code()]
-        raise PartitionError(f"topic {message.topic()} cannot be read: {what} ({error.str()})")
-    if error.fatal():
-        raise KafkaError(f"{describe(kafka)}: {error.str()}")
-    _LOGGER.warning("%s: %s", describe(kafka), error.str())
-    return None
-
-
-def to_records(messages: list[Message]) -> Records:
-    """Messages as columns; each column is one pass in C."""
-    stamps = list(map(Message.timestamp, messages))
-    kinds = {kind for kind, _ in stamps}
-    timestamps = [ms for _, ms in stamps]
-    if TIMESTAMP_NOT_AVAILABLE in kinds:
-        timestamps = [ms if kind else NO_TIMESTAMP for kind, ms in stamps]
-    by_broker: list[bool] = []
-    if TIMESTAMP_LOG_APPEND_TIME in kinds:
-        by_broker = [kind == TIMESTAMP_LOG_APPEND_TIME for kind, _ in stamps]
-    return Records(
-        list(map(Message.offset, messages)),
-        timestamps,
-        list(map(Message.key, messages)),
-        list(map(Message.value, messages)),
-        headers_of(messages),
-        log_append=by_broker,
-    )
-
-
-def bytes_of(messages: list[Message]) -> int:
-    """About what records hold, in bytes: values, keys and headers."""
-    size = sum(map(len, messages)) + sum(map(len, filter(None, map(Message.key, messages))))
-    return size + sum(map(header_bytes, filter(None, headers_of(messages))))
-
-
-def headers_of(messages: list[Message]) -> list[list[Header] | None]:
-    """The headers of each; a name that is no UTF-8 text is U+FFFD.
-
-    Kafka takes names of any bytes, and one record must not stop those around it.
-    """
-    try:
-        return list(map(Message.headers, messages))
-    except (SystemError, UnicodeDecodeError):
-        return [_mended_headers(message) for message in messages]
-
-
-def _mended_headers(message: Message) -> list[Header] | None:
-    # Not called by name: where the interpreter has learned such a call it does not look for errors.
-    ask = partial(map, Message.headers, [message])
-    try:
-        (headers,) = ask()
-    except (SystemError, UnicodeDecodeError):
-        # The client fails the first time only. The second time it hands out what it came to: pairs
-        # that hold a value and no name, which must not be looked at as pairs.
-        (headers,) = ask()
-    if not headers:
-        return None
-    mended = [
-        pair if len(held := gc.get_referents(pair)) > 1 else (_NO_NAME, held[0]) for pair in headers
-    ]
-    message.set_headers(mended)
-    return mended
-
-
-def _within(
-    messages: list[Message], total: int, limit_bytes: int, batch_size: int
-) -> tuple[int, int]:
-    """How many records of so many bytes fit into a limit, at least one, and their bytes.
-
-    In whole batches, if there is one.
-    """
-    if total <= limit_bytes:
-        return len(messages), total
-    count = total = 0
-    for message in messages:
-        size = bytes_of([message])
-        if count and total + size > limit_bytes:
-            break
-        count, total = count + 1, total + size
-    if count > batch_size and count % batch_size:
-        count -= count % batch_size
-        total = bytes_of(messages[:count])
-    return count, total
-
-
-def _by_partition(messages: list[Message]) -> Iterator[tuple[PartitionKey, list[Message]]]:
-    """Runs of messages from the same partition, in order."""
-    for partition, run in groupby(messages, Message.partition):
-        for topic, part in groupby(run, Message.topic):
-            yield (topic, partition), list(part)
 
 
 def _with_last(chunks: Iterator[tuple[RecordChunk, int]]) -> Iterator[tuple[RecordChunk, int]]:
@@ -702,7 +536,7 @@ class ReadRound(beam.PTransform):
     The round is not part of the graph, so that one graph serves all rounds of a run.
 
     Args:
-        config: The cluster and when records are due.
+        config: What is read, and when records are due.
     """
 
     def __init__(self, config: ReadConfig) -> None:
@@ -717,7 +551,7 @@ class ReadRound(beam.PTransform):
         )
 
     def display_data(self) -> dict[str, Any]:
-        return {"bootstrap_servers": self._config.kafka.bootstrap_servers}
+        return self._config.source.label
 
 
 class _TakeFn(beam.DoFn):

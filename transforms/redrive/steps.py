@@ -14,9 +14,10 @@ from typing import Any
 
 import apache_beam as beam
 
-from transforms.commit.commit import REFRESH_SECS, CommitConfig, OffsetCommitter
+from transforms.commit.committer import REFRESH_SECS, CommitConfig, Committer
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig
+from transforms.kafka.offsets import SourceConfig
 from transforms.lanes import Lanes
 from transforms.per_process import per_process
 from transforms.records import PartitionKey, Progress, RecordChunk, Records
@@ -58,8 +59,9 @@ def shared_ledger(config: RedriveConfig) -> Ledger:
     return per_process(_make_ledger, config)
 
 
-def _make_committer(config: RedriveConfig) -> OffsetCommitter:
-    return OffsetCommitter(CommitConfig(config.kafka, refresh_secs=config.refresh_secs))
+def _make_committer(config: RedriveConfig) -> Committer:
+    source = SourceConfig(config.kafka, (config.error_topic,))
+    return Committer(CommitConfig(source, refresh_secs=config.refresh_secs))
 
 
 def marks(config: RedriveConfig) -> dict[PartitionKey, int]:
@@ -85,7 +87,7 @@ def commit(config: RedriveConfig) -> None:
 
 
 def refresh(config: RedriveConfig, now: bool = False) -> None:
-    """Commit again what was committed, if it is time to; see `OffsetCommitter.refresh`."""
+    """Commit again what was committed, if it is time to; see `Committer.refresh`."""
     per_process(_make_committer, config).refresh(now)
 
 

@@ -13,7 +13,13 @@ from typing import Any, TypeAlias
 
 import orjson
 
-from transforms.original import HEADER_PREFIX, ORIGINAL_HEADER, encode_originals
+from transforms.names import NUMBERS, Names
+from transforms.original import (
+    HEADER_PREFIX,
+    ORIGINAL_HEADER,
+    TEXT_ORIGINAL_HEADER,
+    encode_originals,
+)
 from transforms.records import NO_TIMESTAMP, Failure
 
 FORMATS = ("json", "json_schema", "string")
@@ -38,6 +44,9 @@ def _struct(fields: Sequence[dict[str, Any]]) -> bytes:
 _RESPONSE_KEY = _struct(
     [_field("topic", "string"), _field("partition", "int32"), _field("offset", "int64")]
 )
+_TEXT_RESPONSE_KEY = _struct(
+    [_field("topic", "string"), _field("partition", "int32"), _field("offset", "string")]
+)
 _RESPONSE_VALUE = orjson.dumps({"type": "string", "optional": False})
 _RANGE_KEY = _struct(
     [
@@ -45,6 +54,14 @@ _RANGE_KEY = _struct(
         _field("partition", "int32"),
         _field("startOffset", "int64"),
         _field("endOffset", "int64"),
+    ]
+)
+_TEXT_RANGE_KEY = _struct(
+    [
+        _field("topic", "string"),
+        _field("partition", "int32"),
+        _field("firstOffset", "string"),
+        _field("lastOffset", "string"),
     ]
 )
 _ERROR_VALUE = _struct(
@@ -79,14 +96,24 @@ def avro_schema(schema: bytes) -> str:
     return orjson.dumps({**record, "fields": fields}).decode()
 
 
-RESPONSE_SCHEMAS = avro_schema(_RESPONSE_KEY), avro_schema(_RESPONSE_VALUE)
-"""Avro schemas of a response record's key and value."""
+def response_schemas(ranges: bool, names: Names = NUMBERS) -> tuple[str, str]:
+    """Avro schemas of a response record's key and value.
 
-RANGE_RESPONSE_SCHEMAS = avro_schema(_RANGE_KEY), avro_schema(_RESPONSE_VALUE)
-"""The same where one response answers several records."""
+    Args:
+        ranges: Whether one response answers several records.
+        names: How records' numbers are written.
+    """
+    one = _TEXT_RESPONSE_KEY if names.texts else _RESPONSE_KEY
+    return avro_schema(_range_schema(names) if ranges else one), avro_schema(_RESPONSE_VALUE)
 
-ERROR_SCHEMAS = avro_schema(_RANGE_KEY), avro_schema(_ERROR_VALUE)
-"""The same of an error record."""
+
+def error_schemas(names: Names = NUMBERS) -> tuple[str, str]:
+    """The same of an error record."""
+    return avro_schema(_range_schema(names)), avro_schema(_ERROR_VALUE)
+
+
+def _range_schema(names: Names) -> bytes:
+    return _TEXT_RANGE_KEY if names.texts else _RANGE_KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +150,16 @@ class ErrorRecord:
 
 
 def response_keys(
-    topic: str, partition: int, offsets: Sequence[int], format: OutputFormat
+    topic: str,
+    partition: int,
+    offsets: Sequence[int],
+    format: OutputFormat,
+    names: Names = NUMBERS,
 ) -> list[bytes]:
     """Keys of response records: the coordinates of the record that is answered."""
     if isinstance(format, AvroEncoders):
         place = {"topic": topic, "partition": partition}
-        return [format.key({**place, "offset": offset}) for offset in offsets]
+        return [format.key({**place, "offset": each}) for each in names.numbers(offsets)]
     name = orjson.dumps(topic).replace(b"%", b"%%")
     if format == "string":
         template = b"Struct{topic=%b,partition=%d,offset=%%d}" % (
@@ -136,9 +167,11 @@ def response_keys(
             partition,
         )
     else:
-        template = b'{"topic":%b,"partition":%d,"offset":%%d}' % (name, partition)
+        template = b'{"topic":%b,"partition":%d,"offset":' % (name, partition)
+        template += b'"%d"}' if names.texts else b"%d}"
     if format == "json_schema":
-        template = b'{"schema":' + _RESPONSE_KEY + b',"payload":' + template + b"}"
+        schema = _TEXT_RESPONSE_KEY if names.texts else _RESPONSE_KEY
+        template = b'{"schema":' + schema + b',"payload":' + template + b"}"
     return [template % offset for offset in offsets]
 
 
@@ -153,18 +186,23 @@ def response_values(results: Sequence[bytes], format: OutputFormat) -> Sequence[
 
 
 def range_key(
-    topic: str, partition: int, start_offset: int, end_offset: int, format: OutputFormat
+    topic: str,
+    partition: int,
+    start_offset: int,
+    end_offset: int,
+    format: OutputFormat,
+    names: Names = NUMBERS,
 ) -> bytes:
-    """Key of what stands for several records: their range of offsets, its end exclusive."""
-    fields = {
-        "topic": topic,
-        "partition": partition,
-        "startOffset": start_offset,
-        "endOffset": end_offset,
-    }
+    """Key of what stands for several records: their range of offsets, its end exclusive; or the
+    first and the last one, where numbers are texts."""
+    fields: dict[str, Any] = {"topic": topic, "partition": partition}
+    if names.texts:
+        fields |= {"firstOffset": str(start_offset), "lastOffset": str(end_offset - 1)}
+    else:
+        fields |= {"startOffset": start_offset, "endOffset": end_offset}
     if isinstance(format, AvroEncoders):
         return format.key(fields)
-    return _encode(fields, _RANGE_KEY, format)
+    return _encode(fields, _range_schema(names), format)
 
 
 def error_value(
@@ -220,6 +258,7 @@ def error_records(
     function: str,
     format: OutputFormat,
     max_bytes: int,
+    names: Names = NUMBERS,
 ) -> Iterator[tuple[Failure, ErrorRecord]]:
     """Error records for one failure: one, or as many as it takes to stay below a size.
 
@@ -232,11 +271,12 @@ def error_records(
         max_bytes: Size above which a failure of several records is divided, and that of a
             single record goes without its `inputPayload` (its original is kept all the same)
             and with no more than the beginning of what the function returned.
+        names: How records' numbers are written.
 
     Yields:
         Each error record with the part of the failure that it holds.
     """
-    whole = _error_record(topic, partition, failure, function, format)
+    whole = _error_record(topic, partition, failure, function, format, names=names)
     if whole.size_bytes <= max_bytes:
         yield failure, whole
     elif len(failure) == 1:
@@ -244,7 +284,8 @@ def error_records(
         if failure.payload and len(failure.payload) > _SHORT_PAYLOAD:
             short = replace(failure, payload=failure.payload[:_SHORT_PAYLOAD])
             left_out.append(PAYLOAD_SHORTENED)
-        yield failure, _error_record(topic, partition, short, function, format, left_out)
+        bare = _error_record(topic, partition, short, function, format, left_out, names)
+        yield failure, bare
     else:
         middle = len(failure) // 2
         for low, high in ((0, middle), (middle, len(failure))):
@@ -253,7 +294,7 @@ def error_records(
                 records=failure.records.slice(low, high),
                 entries=failure.entries[low:high],
             )
-            yield from error_records(topic, partition, half, function, format, max_bytes)
+            yield from error_records(topic, partition, half, function, format, max_bytes, names)
 
 
 def least_error_record(
@@ -263,6 +304,7 @@ def least_error_record(
     function: str,
     format: OutputFormat,
     with_original: bool,
+    names: Names = NUMBERS,
 ) -> ErrorRecord:
     """The error record of a single record with what has to be in it only.
 
@@ -277,7 +319,7 @@ def least_error_record(
         ORIGINAL_OMITTED: not with_original,
     }
     left_out = [name for name, is_missing in missing.items() if is_missing]
-    return _error_record(topic, partition, bare, function, format, left_out)
+    return _error_record(topic, partition, bare, function, format, left_out, names)
 
 
 def _error_record(
@@ -287,17 +329,23 @@ def _error_record(
     function: str,
     format: OutputFormat,
     left_out: Sequence[str] = (),
+    names: Names = NUMBERS,
 ) -> ErrorRecord:
     offsets = failure.records.offsets
-    key = range_key(topic, partition, offsets[0], offsets[-1] + 1, format)
+    key = range_key(topic, partition, offsets[0], offsets[-1] + 1, format, names)
     with_input = INPUT_OMITTED not in left_out
     payload = failure.frame.join(failure.entries).decode() if with_input else None
-    headers = error_headers(topic, partition, failure, function, left_out)
+    headers = error_headers(topic, partition, failure, function, left_out, names)
     return ErrorRecord(key, error_value(failure, function, payload, format), headers)
 
 
 def error_headers(
-    topic: str, partition: int, failure: Failure, function: str, left_out: Sequence[str] = ()
+    topic: str,
+    partition: int,
+    failure: Failure,
+    function: str,
+    left_out: Sequence[str] = (),
+    names: Names = NUMBERS,
 ) -> list[tuple[str, bytes]]:
     """Headers of an error record: the facts, what it goes without, then the originals."""
     headers = [
@@ -307,8 +355,9 @@ def error_headers(
     headers += [(HEADER_PREFIX + name, b"true") for name in left_out]
     if ORIGINAL_OMITTED in left_out:
         return headers
-    originals = encode_originals(topic, partition, failure.records)
-    return headers + [(ORIGINAL_HEADER, original) for original in originals]
+    originals = encode_originals(topic, partition, failure.records, names)
+    header = TEXT_ORIGINAL_HEADER if names.texts else ORIGINAL_HEADER
+    return headers + [(header, original) for original in originals]
 
 
 def iso(ms: int) -> str:

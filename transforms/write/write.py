@@ -18,8 +18,8 @@ import orjson
 from apache_beam import coders
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka import KafkaError as ErrorCode
+from confluent_kafka import KafkaException, Producer
 
 from transforms.coding import SizedPickleCoder
 from transforms.conditions import RESPONSE_REFUSED
@@ -28,13 +28,12 @@ from transforms.errors import RegistryError, WriteError
 from transforms.kafka.client import (
     KafkaConfig,
     client_settings,
-    describe,
-    make_consumer,
     make_producer,
     reason,
 )
+from transforms.names import NUMBERS, Names
 from transforms.per_process import forget, per_process
-from transforms.read.rounds import to_records
+from transforms.read.source import Source
 from transforms.records import (
     NO_TIMESTAMP,
     Failure,
@@ -62,7 +61,6 @@ from transforms.write.formats import (
 _LOGGER = logging.getLogger(__name__)
 
 _FLUSH_SECS = 10.0
-_FETCH_SECS = 30.0
 _BY_KEY = -1  # librdkafka's number for: as the partitioner says
 
 
@@ -82,6 +80,8 @@ class WriteConfig:
         registry: Where the schemas of the format `AVRO` are; None if there is no registry.
         destination: How AWS's error records show where records are from; None for the
             connector's error records.
+        source: What the records are from, to ask it for one again. None if it cannot be asked.
+        names: How records' numbers are written.
     """
 
     kafka: KafkaConfig
@@ -94,6 +94,8 @@ class WriteConfig:
     max_error_bytes: int = 1_000_000
     registry: RegistryConfig | None = None
     destination: Envelope | None = None
+    source: Source | None = None
+    names: Names = NUMBERS
 
 
 # What Kafka says of a record, and not of itself: others may be written all the same.
@@ -352,7 +354,7 @@ def _make_response_format(which: tuple[WriteConfig, bool]) -> OutputFormat:
     if config.response_format != formats.AVRO or not config.response_topic:
         return config.response_format
     assert config.registry
-    schemas = formats.RANGE_RESPONSE_SCHEMAS if ranges else formats.RESPONSE_SCHEMAS
+    schemas = formats.response_schemas(ranges, config.names)
     return _avro_encoders(config.registry, config.response_topic, schemas)
 
 
@@ -360,7 +362,7 @@ def _make_error_format(config: WriteConfig) -> OutputFormat:
     if config.error_format != formats.AVRO or not config.error_topic:
         return config.error_format
     assert config.registry
-    return _avro_encoders(config.registry, config.error_topic, formats.ERROR_SCHEMAS)
+    return _avro_encoders(config.registry, config.error_topic, formats.error_schemas(config.names))
 
 
 def _avro_encoders(
@@ -543,7 +545,8 @@ class _ProduceFn(beam.DoFn):
                 self._stop_at(written, failure)
                 return
             if self._config.on_error == "log" and self._config.error_topic:
-                records = fetch_records(self._config.kafka, written.key, offsets)
+                source = self._config.source
+                records = source.fetch_again(written.key, offsets) if source else None
                 if records is None:
                     self._stop_at(written, failure)
                     return
@@ -579,15 +582,15 @@ class _ProduceFn(beam.DoFn):
         self._responses.inc(len(part))
         if not self._config.response_topic:
             return
-        topic, partition = written.key
+        topic, partition, names = *written.key, self._config.names
         offsets, ranges = part.offsets, part.results is None
         format = response_format(self._config, ranges)
         if part.results is not None:
-            keys = response_keys(topic, partition, offsets, format)
+            keys = response_keys(topic, partition, offsets, format, names)
             values = response_values(part.results, format)
             answered: Iterable[Sequence[int]] = ([offset] for offset in offsets)
         elif part.body is not None:
-            keys = [range_key(topic, partition, offsets[0], offsets[-1] + 1, format)]
+            keys = [range_key(topic, partition, offsets[0], offsets[-1] + 1, format, names)]
             values = response_values([part.body], format)
             answered = [offsets]
         else:
@@ -626,10 +629,13 @@ class _ProduceFn(beam.DoFn):
                 with_original,
             )
         elif owner.omitted <= 1:
-            parts = error_records(*key, failure, config.function, error_format(config), max_bytes)
+            format = error_format(config)
+            parts = error_records(*key, failure, config.function, format, max_bytes, config.names)
         else:
             format = error_format(config)
-            record = least_error_record(*key, failure, config.function, format, with_original)
+            record = least_error_record(
+                *key, failure, config.function, format, with_original, config.names
+            )
             parts = [(failure, record)]
         follows = None if config.destination else key[1]
         for part, record in parts:
@@ -685,38 +691,6 @@ def _response_refused(offsets: Sequence[int], config: WriteConfig, error: Any) -
         status_code=200,
         function_error=error.name(),
     )
-
-
-def _make_fetcher(kafka: KafkaConfig) -> Consumer:
-    return make_consumer(kafka)
-
-
-def fetch_records(kafka: KafkaConfig, key: PartitionKey, offsets: Sequence[int]) -> Records | None:
-    """Records as Kafka has them, read again; None if they are not all there any more.
-
-    A response holds no record that it answers: to keep each until it is acknowledged would cost
-    more memory than the few are worth whose response is refused.
-    """
-    consumer = per_process(_make_fetcher, kafka)
-    wanted = set(offsets)
-    found: list[Any] = []
-    deadline = time.monotonic() + _FETCH_SECS
-    consumer.assign([TopicPartition(*key, min(offsets))])
-    try:
-        while len(found) < len(wanted) and time.monotonic() < deadline:
-            for message in consumer.consume(500, 0.5):
-                if message.error():
-                    if message.error().code() == ErrorCode._PARTITION_EOF:
-                        return None
-                elif message.offset() in wanted:
-                    found.append(message)
-                elif message.offset() > offsets[-1]:
-                    deadline = 0
-    except KafkaException as error:
-        _LOGGER.warning("%s: %s", describe(kafka), reason(error))
-    finally:
-        consumer.unassign()
-    return to_records(found) if len(found) == len(wanted) else None
 
 
 coders.registry.register_coder(Progress, SizedPickleCoder)

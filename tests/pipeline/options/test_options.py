@@ -272,7 +272,7 @@ def test_the_function_s_name_is_in_error_records() -> None:
     """The write step knows the function and the cluster too."""
     config = _config(function="orders:live")
     assert config.write.function == "orders:live"
-    assert config.write.kafka == config.read.kafka == config.kafka
+    assert config.write.kafka == config.read.source.kafka == config.kafka
 
 
 # -- bounds -------------------------------------------------------------------------------

@@ -28,12 +28,8 @@ from tests import sink
 from tests.conftest import Names
 from transforms.aws.function import FunctionConfig
 from transforms.batch.batch import BatchByPartition, BatchConfig, _BufferFn
-from transforms.commit.commit import (
-    CommitConfig,
-    CommitOffsets,
-    OffsetCommitter,
-    _CommitPartitionFn,
-)
+from transforms.commit.commit import CommitOffsets, _CommitPartitionFn
+from transforms.commit.committer import CommitConfig, Committer
 from transforms.errors import FunctionConfigError, UsageError
 from transforms.invoke.handover import Handover
 from transforms.invoke.invoke import InvokeConfig, _PendingFn
@@ -333,12 +329,14 @@ def test_lanes_that_come_out_of_order_before_a_halt_are_not_committed_past(
     ]
     kafka = KafkaConfig(broker.bootstrap_servers, names.group())
     for count, (begin, done) in enumerate([(0, 200), (0, 0), (0, 0)]):
-        config = CommitConfig(replace(kafka, group=f"{kafka.group}-{count}"), lanes, None)
+        config = CommitConfig(
+            SourceConfig(replace(kafka, group=f"{kafka.group}-{count}"), (topic,)), lanes, None
+        )
         _commit(config, progress[: len(progress) - count], {0: begin})
-        assert broker.committed(config.kafka.group, topic) == {0: done}
-        found = SourceOffsets(
-            SourceConfig(config.kafka, (topic,)), make_consumer(config.kafka)
-        ).committed([(topic, 0)])
+        assert broker.committed(config.source.kafka.group, topic) == {0: done}
+        found = SourceOffsets(config.source, make_consumer(config.source.kafka)).committed(
+            [(topic, 0)]
+        )
         halted = read_halt(found[topic, 0][1])
         assert halted and halted.next_offset == 900
 
@@ -350,7 +348,9 @@ def test_a_partition_that_nothing_was_said_of_begins_with_the_first_range_to_com
     topic, group = names.topic(), names.group()
     broker.create_topic(topic, 2)
     broker.produce(topic, list(sink.numbered(2, 50)))
-    config = CommitConfig(KafkaConfig(broker.bootstrap_servers, group), refresh_secs=None)
+    config = CommitConfig(
+        SourceConfig(KafkaConfig(broker.bootstrap_servers, group), (topic,)), refresh_secs=None
+    )
     progress = [Progress(topic, 0, 20, 30), Progress(topic, 1, 20, 30)]
     _commit(config, progress, {0: 10}, frozenset([(topic, 0)]))
     assert broker.committed(group, topic) == {0: 10, 1: 30}
@@ -363,7 +363,7 @@ class _NotedCommits:
     """In place of a committer: notes what is to be committed."""
 
     def __init__(self, config: CommitConfig) -> None:
-        self._noted = _committed[config.kafka.group]
+        self._noted = _committed[config.source.kafka.group]
 
     def commit(self, offsets: dict[PartitionKey, int], notes: dict[PartitionKey, str]) -> None:
         if offsets:
@@ -383,7 +383,7 @@ def test_each_partition_is_committed_again_and_at_the_end(monkeypatch: pytest.Mo
     """One of which nothing came and one that is halted too; also at the end."""
     group = uuid.uuid4().hex
     noted = _committed[group] = []
-    config = CommitConfig(KafkaConfig("broker:9092", group), refresh_secs=60)
+    config = CommitConfig(SourceConfig(KafkaConfig("broker:9092", group), ("t",)), refresh_secs=60)
     monkeypatch.setattr("transforms.commit.commit.shared_committer", _NotedCommits)
     quiet, halted = ("t", 0), ("t", 1)
     stream = (
@@ -437,12 +437,14 @@ def test_the_native_reader_begins_where_the_group_stands(broker: KafkaBroker, na
     topic, group = names.topic(), names.group()
     broker.create_topic(topic, 1)
     broker.produce(topic, list(sink.numbered(1, 50)))
-    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group), refresh_secs=None)
+    commit = CommitConfig(
+        SourceConfig(KafkaConfig(broker.bootstrap_servers, group), (topic,)), refresh_secs=None
+    )
     ranges = [Progress(topic, 0, 20, 30), Progress(topic, 0, 0, 20), Progress(topic, 0, 31, 40)]
     _commit(commit, ranges, {0: 0})
     # What is behind the hole is not committed.
     assert broker.committed(group, topic) == {0: 30}
-    source = SourceConfig(commit.kafka, (topic,))
+    source = commit.source
     (chunk,) = _read(NativeReadConfig(KafkaStream(source, bounded=True)))[0]
     assert (chunk.start, chunk.next_offset, chunk.first) == (30, 50, True)
 
@@ -453,14 +455,13 @@ def test_a_run_that_ends_does_not_wait_for_what_is_behind_a_halt(
     topic, group = names.topic(), names.group()
     broker.create_topic(topic, 1)
     broker.produce(topic, list(sink.numbered(1, 5000)))
-    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group), refresh_secs=None)
-    source = SourceConfig(commit.kafka, (topic,))
-    config = NativeReadConfig(KafkaStream(source, bounded=True, ahead=ReadAhead(1500)))
+    commit = CommitConfig(
+        SourceConfig(KafkaConfig(broker.bootstrap_servers, group), (topic,)), refresh_secs=None
+    )
+    config = NativeReadConfig(KafkaStream(commit.source, bounded=True, ahead=ReadAhead(1500)))
     stuck = threading.Timer(
         3,
-        lambda: OffsetCommitter(commit).commit(
-            {(topic, 0): 7}, {(topic, 0): f"halted {topic}|0|7|A|B"}
-        ),
+        lambda: Committer(commit).commit({(topic, 0): 7}, {(topic, 0): f"halted {topic}|0|7|A|B"}),
     )
     stuck.start()
     chunks = _read(config)[0]

@@ -12,14 +12,12 @@ from confluent_kafka import KafkaException, TopicPartition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.commit.commit import (
-    CommitConfig,
-    ContiguousOffsets,
-    OffsetCommitter,
-    final_problem,
-)
+from transforms.commit.committer import CommitConfig, Committer
+from transforms.commit.contiguous import ContiguousOffsets
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig
+from transforms.kafka.committer import GroupOffsets, final_problem
+from transforms.kafka.offsets import SourceConfig
 from transforms.records import HALT_NOTE, Failure, Finished, Progress, Records, halt_name, read_halt
 
 
@@ -264,7 +262,7 @@ class _Clock:
         self.pauses += 1
 
 
-def _committer(monkeypatch, clock: _Clock, failures: Iterator[int]) -> OffsetCommitter:
+def _committer(monkeypatch, clock: _Clock, failures: Iterator[int]) -> Committer:
     """A committer whose broker answers so, one after the other, and then takes the commit.
 
     What a broker that is away and comes back does to whole runs is in tests/runs.
@@ -276,10 +274,11 @@ def _committer(monkeypatch, clock: _Clock, failures: Iterator[int]) -> OffsetCom
             raise KafkaException(ErrorCode(code))
         return offsets
 
-    monkeypatch.setattr("transforms.commit.commit.time.sleep", clock.sleep)
+    monkeypatch.setattr("transforms.commit.committer.time.sleep", clock.sleep)
     # Never connected to anything: nothing listens there.
-    made = OffsetCommitter(CommitConfig(KafkaConfig("127.0.0.1:1", "group")), clock)
-    made._consumer = SimpleNamespace(commit=commit)
+    made = Committer(CommitConfig(SourceConfig(KafkaConfig("127.0.0.1:1", "group"), ())), clock)
+    assert isinstance(made._store, GroupOffsets)
+    made._store._consumer = SimpleNamespace(commit=commit)
     return made
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.commit.commit import ContiguousOffsets
+from transforms.commit.contiguous import ContiguousOffsets
 from transforms.invoke.breaker import BreakerPolicy
 from transforms.invoke.invoker import Invoker, QueueView
 from transforms.invoke.outcome import Kind, Outcome

@@ -12,7 +12,7 @@ from pipeline.local.broker import KafkaBroker
 from pipeline.local.processes import wait_until
 from tests import sink
 from tests.conftest import Names
-from transforms.commit.commit import CommitConfig, OffsetCommitter
+from transforms.commit.committer import CommitConfig, Committer
 from transforms.kafka import streaming
 from transforms.kafka.client import KafkaConfig
 from transforms.kafka.offsets import LATEST, SourceConfig
@@ -27,8 +27,9 @@ def test_a_partition_is_not_read_far_ahead_of_what_is_committed(
     topic, group = names.topic(), names.group()
     broker.create_topic(topic, 1)
     broker.produce(topic, list(sink.numbered(1, 5000)))
-    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, group), refresh_secs=None)
-    reader = PartitionReader(commit.kafka, (topic, 0), ReadAhead(records=1500))
+    source = SourceConfig(KafkaConfig(broker.bootstrap_servers, group), (topic,))
+    commit = CommitConfig(source, refresh_secs=None)
+    reader = PartitionReader(source.kafka, (topic, 0), ReadAhead(records=1500))
     reader.go_to(0)
     position = 0
 
@@ -40,7 +41,7 @@ def test_a_partition_is_not_read_far_ahead_of_what_is_committed(
 
     wait_until(stuck, "nothing is read")
     assert 1500 <= position <= 2500
-    OffsetCommitter(commit).commit({(topic, 0): position - 100})
+    Committer(commit).commit({(topic, 0): position - 100})
     wait_until(lambda: reader.may_read(), "a commit gives no room")
     reader.close()
 
@@ -51,8 +52,9 @@ def _reader(
     topic = names.topic()
     broker.create_topic(topic, 1)
     broker.produce(topic, list(sink.numbered(1, produced)))
-    commit = CommitConfig(KafkaConfig(broker.bootstrap_servers, names.group()), refresh_secs=None)
-    reader = PartitionReader(commit.kafka, (topic, 0), ReadAhead(**limits))
+    source = SourceConfig(KafkaConfig(broker.bootstrap_servers, names.group()), (topic,))
+    commit = CommitConfig(source, refresh_secs=None)
+    reader = PartitionReader(source.kafka, (topic, 0), ReadAhead(**limits))
     return reader, commit, (topic, 0)
 
 
@@ -105,7 +107,7 @@ def test_a_group_that_is_ahead_of_a_savepoint_gives_no_room(
     broker: KafkaBroker, names: Names
 ) -> None:
     reader, commit, key = _reader(broker, names, 5000, records=1500)
-    committer = OffsetCommitter(commit)
+    committer = Committer(commit)
     committer.commit({key: 5000})
     reader.go_to(0)
     assert 1500 <= _read_all(reader, 5000) < 5000
@@ -117,7 +119,7 @@ def test_a_group_that_is_ahead_of_a_savepoint_gives_no_room(
 
 def test_restarts_give_no_more_room(broker: KafkaBroker, names: Names) -> None:
     reader, commit, key = _reader(broker, names, 5000, records=1500)
-    committer = OffsetCommitter(commit)
+    committer = Committer(commit)
     committer.commit({key: 0})
     reader.go_to(0)
     position = _read_all(reader, 5000)

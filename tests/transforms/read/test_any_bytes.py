@@ -13,6 +13,7 @@ from tests.conftest import Names
 from tests.examples import examples
 from tests.raw_records import RawRecord, send
 from transforms.kafka.client import KafkaConfig
+from transforms.kafka.offsets import SourceConfig
 from transforms.read.rounds import ReadConfig, Room, Round, RoundReader
 from transforms.records import RecordChunk
 
@@ -39,7 +40,7 @@ def _name(raw: bytes) -> str:
 
 def _reader(broker: KafkaBroker, topic: str) -> RoundReader:
     kafka = KafkaConfig(broker.bootstrap_servers, "group-of-nobody")
-    reader = RoundReader(ReadConfig(kafka, batch_size=1))
+    reader = RoundReader(ReadConfig(SourceConfig(kafka, (topic,)), batch_size=1))
     reader.assign({(topic, 0): [0]})
     return reader
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -15,20 +16,16 @@ from tests.examples import examples
 from transforms.errors import KafkaError
 from transforms.kafka.beam_reader import to_columns
 from transforms.kafka.client import KafkaConfig
+from transforms.kafka.fetch import KafkaFetcher
+from transforms.kafka.messages import to_records
+from transforms.kafka.offsets import SourceConfig
 from transforms.lanes import Lanes
 from transforms.read import rounds as module
-from transforms.read.rounds import (
-    ReadConfig,
-    Room,
-    Round,
-    RoundReader,
-    releasable,
-    to_records,
-    turns,
-)
+from transforms.read.rounds import ReadConfig, Room, Round, RoundReader, releasable, turns
 from transforms.records import NO_TIMESTAMP, Records
 
 KAFKA = KafkaConfig("broker:9092", "g")
+SOURCE = SourceConfig(KAFKA, ("t",))
 KEY = ("t", 0)
 PLENTY = 10**9
 
@@ -92,6 +89,14 @@ class FakeConsumer:
         self.closed = True
 
 
+class FakeSource(SourceConfig):
+    """A source that is read by what it is given."""
+
+    def __init__(self, fetcher: Callable[[], KafkaFetcher]) -> None:
+        super().__init__(KAFKA, ("t",))
+        object.__setattr__(self, "fetcher", fetcher)
+
+
 class Timer:
     """Moves when it is told to."""
 
@@ -112,7 +117,8 @@ class Reading:
         self.timer = Timer()
         self.settings: dict = {}
         config = {"batch_size": 10, "batch_window_secs": 1.0} | config
-        self.reader = RoundReader(ReadConfig(KAFKA, **config), self._make, self.timer)
+        source = FakeSource(lambda: KafkaFetcher(KAFKA, self._make))
+        self.reader = RoundReader(ReadConfig(source, **config), self.timer)
         self.starts = starts or {0: 0}
         count = config.get("lanes", Lanes()).count
         marks = {("t", p): ahead or [at] * count for p, at in self.starts.items()}
@@ -179,13 +185,13 @@ def _offsets(chunks: list, partition: int = 0) -> list[int]:
 )
 def test_what_may_be_batched_now(records, size, waited, ended, busy, expected) -> None:
     """Whole batches always; the rest at the window's end, at enough bytes, or at the end."""
-    config = ReadConfig(KAFKA, batch_size=10, batch_bytes=1000, batch_window_secs=1.0)
+    config = ReadConfig(SOURCE, batch_size=10, batch_bytes=1000, batch_window_secs=1.0)
     assert releasable(records, size, waited, ended, busy, config) == expected
 
 
 def test_a_window_of_0_waits_for_nothing() -> None:
     """With no window what is there is due."""
-    config = ReadConfig(KAFKA, batch_size=10, batch_window_secs=0)
+    config = ReadConfig(SOURCE, batch_size=10, batch_window_secs=0)
     assert releasable(1, 0, 0.0, False, False, config) == 1
 
 
@@ -369,7 +375,7 @@ def test_the_end_of_a_partition_as_far_as_it_is_known(high: int, expected: int |
     """Before the first fetch nobody knows it."""
     reading = Reading()
     reading.consumer.highs[KEY] = high
-    assert reading.reader.end(KEY) == expected
+    assert reading.reader.behind(KEY, 0) == expected
 
 
 @pytest.mark.parametrize("number", [0, -1], ids=["of the partition", "of the topic"])

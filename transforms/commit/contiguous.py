@@ -1,0 +1,47 @@
+"""Contiguous: how far a partition is finished without a gap, in each of its lanes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transforms.records import LaneKey, PartitionKey, Progress
+
+
+class ContiguousOffsets:
+    """The offset of a partition below which everything is done, in all of its lanes. Pure.
+
+    Ranges may arrive in any order; one whose predecessor in its lane is missing is held back, so
+    the mark never passes unfinished records. So are all ranges of a partition of which is not known
+    yet where it begins.
+    """
+
+    def __init__(self) -> None:
+        self._marks: dict[PartitionKey, list[int]] = {}
+        self._held: dict[LaneKey, dict[int, int]] = {}
+
+    def begin(self, key: PartitionKey, marks: Sequence[int]) -> None:
+        """Say where each lane of a partition begins."""
+        self._marks[key] = list(marks)
+        for lane in range(len(marks)):
+            self._advance(key, lane)
+
+    def marks(self, key: PartitionKey) -> Sequence[int]:
+        """How far each lane of a partition is done; empty until `begin`."""
+        return self._marks.get(key, ())
+
+    def add(self, progress: Progress) -> int | None:
+        """Take in a finished range; returns the partition's mark if it moved."""
+        key, lane = (progress.topic, progress.partition), progress.lane
+        held = self._held.setdefault((*key, lane), {})
+        held[progress.start] = max(progress.next_offset, held.get(progress.start, 0))
+        if not (marks := self._marks.get(key)):
+            return None
+        before = min(marks)
+        self._advance(key, lane)
+        return after if (after := min(marks)) > before else None
+
+    def _advance(self, key: PartitionKey, lane: int) -> None:
+        held, marks = self._held.get((*key, lane), {}), self._marks[key]
+        while ready := [start for start in held if start <= marks[lane]]:
+            for start in ready:
+                marks[lane] = max(marks[lane], held.pop(start))
