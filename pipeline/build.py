@@ -7,7 +7,7 @@ from typing import Any
 
 import apache_beam as beam
 
-from pipeline.options.declare import Config
+from pipeline.options.config import Config
 from transforms.batch.batch import BatchByPartition
 from transforms.batch.key import KeyByLane
 from transforms.commit.commit import CommitOffsets

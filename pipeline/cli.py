@@ -20,7 +20,7 @@ from pipeline.signals import DONE, HALTED, stop_on_signals, tune_interpreter
 from pipeline.watch import logs
 
 if TYPE_CHECKING:
-    from pipeline.options.declare import Resolved
+    from pipeline.options.resolve import Resolved
     from pipeline.run.rounds import Rounds
     from pipeline.run.workers import Workers
     from pipeline.submit.streaming import StreamRun
@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wants_json = "--log_format=json" in arguments or ("--log_format", "json") in pairwise(arguments)
     logs.configure("json" if wants_json else "text")
     with _importing():
-        from pipeline.options.declare import format_help, resolve
         from pipeline.options.explain import explain
+        from pipeline.options.help import format_help
+        from pipeline.options.resolve import resolve
         from transforms.errors import SinkError, UsageError
 
     wants_help = "--help" in arguments or "-h" in arguments

@@ -24,9 +24,10 @@ from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 from pipeline.build import build
 from pipeline.migrate import connector, mapping
 from pipeline.migrate.carried import Row
-from pipeline.options.declare import GROUPS, Option, resolve
+from pipeline.options.declare import GROUPS, Option
 from pipeline.options.declare import OPTIONS as DECLARED
 from pipeline.options.explain import explain
+from pipeline.options.resolve import resolve
 from pipeline.redrive import command as redrive
 from pipeline.submit import flex_template
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 
 from pipeline.migrate.carried import OWN, Note
-from pipeline.options.declare import COMMAND_LINE, GROUPS, Option, Resolved
+from pipeline.options.declare import GROUPS, Option
+from pipeline.options.resolve import COMMAND_LINE, Resolved
 
 _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _HIDDEN = "***"

@@ -9,19 +9,13 @@ from typing import Any
 
 import orjson
 
-from pipeline.options.declare import (
-    DIRECT_RUNNERS,
-    Config,
-    Group,
-    Option,
-    Parser,
-    format_group,
-    format_help,
-    parse_timestamp,
-    parse_value,
-)
-from pipeline.options.declare import resolve as resolve_options
+from pipeline.options.checks import parse_timestamp, parse_value
+from pipeline.options.config import Config
+from pipeline.options.declare import DIRECT_RUNNERS, Group, Option
 from pipeline.options.explain import explain
+from pipeline.options.help import format_group, format_help
+from pipeline.options.resolve import Parser
+from pipeline.options.resolve import resolve as resolve_options
 from pipeline.redrive.run import Redrive
 from pipeline.run.rounds import Status
 from pipeline.signals import DONE, HALTED, stop_on_signals, tune_interpreter

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from pipeline.build import build
-from pipeline.options.declare import Config
+from pipeline.options.config import Config
 from pipeline.redrive.counts import Counts
 from pipeline.run.graph import Graph
 from pipeline.run.preflight import check_outputs

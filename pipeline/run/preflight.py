@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from pipeline.options.declare import Config
+from pipeline.options.config import Config
 from transforms.errors import KafkaError
 from transforms.invoke.invoke import shared_function
 from transforms.read.source import Partitions

@@ -17,7 +17,7 @@ from time import monotonic, thread_time, time
 from zlib import crc32
 
 from pipeline.build import build
-from pipeline.options.declare import Config
+from pipeline.options.config import Config
 from pipeline.run.graph import Graph
 from pipeline.run.preflight import preflight
 from transforms.commit.committer import shared_committer

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from time import monotonic
 from typing import Any
 
-from pipeline.options.declare import Config
+from pipeline.options.config import Config
 from pipeline.run.rounds import Rounds, Share, Status, Totals
 from transforms.errors import SinkError, WorkerError
 from transforms.invoke.failures import Trouble

@@ -19,7 +19,9 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.build import build
-from pipeline.options.declare import FLINK_RUNNERS, Config, parse_beam
+from pipeline.options.config import Config
+from pipeline.options.declare import DATAFLOW_RUNNER, FLINK_RUNNERS
+from pipeline.options.resolve import parse_beam
 from pipeline.run.preflight import preflight
 from pipeline.run.rounds import Status, Totals
 from pipeline.submit import dataflow
@@ -64,7 +66,7 @@ def runner_options(
         if bounded:
             # A job with checkpoints would else stay, with nothing left to do.
             wanted.append("--shutdown_sources_after_idle_ms=1000")
-    elif runner == dataflow.RUNNER and (beam_options := parse_beam(arguments)[0]):
+    elif runner == DATAFLOW_RUNNER and (beam_options := parse_beam(arguments)[0]):
         return [*arguments, "--streaming", *dataflow.added_options(beam_options, group)]
     return [*arguments, *(option for option in wanted if option.split("=", 1)[0] not in given)]
 
@@ -153,7 +155,7 @@ class StreamRun:
                 )
                 break
         if self._error:
-            on_dataflow = self._runner == dataflow.RUNNER
+            on_dataflow = self._runner == DATAFLOW_RUNNER
             error = self._error
             raise dataflow.failure(error, self._name) if on_dataflow else from_runner(error)
         return self.status()
@@ -162,7 +164,7 @@ class StreamRun:
         """Build the pipeline and hand it to the runner."""
         bounded = config.run.until == "caught_up"
         arguments = runner_options(self._runner, self._arguments, bounded, config.kafka.group)
-        on_dataflow = self._runner == dataflow.RUNNER
+        on_dataflow = self._runner == DATAFLOW_RUNNER
         submission = dataflow.submission if on_dataflow else nullcontext
         with submission():
             options = PipelineOptions(arguments)
@@ -241,7 +243,7 @@ class StreamRun:
             self._result.wait_until_finish()
         except BaseException as raised:
             error = raised
-        if self._runner == dataflow.RUNNER and dataflow.ended_on_purpose(self._result):
+        if self._runner == DATAFLOW_RUNNER and dataflow.ended_on_purpose(self._result):
             _LOGGER.info("the job %s was ended: %s", self._name, self._result.state)
         else:
             self._error = error

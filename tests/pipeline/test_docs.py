@@ -18,7 +18,8 @@ import pytest
 import transforms
 from pipeline import docs
 from pipeline.local.lambda_server import ClientContext, LambdaContext
-from pipeline.options.declare import _FLINK_OPTIONS, OPTIONS, _beam_parser, parse_arguments
+from pipeline.options.declare import OPTIONS
+from pipeline.options.resolve import _FLINK_OPTIONS, _beam_parser, parse_arguments
 from pipeline.redrive.command import GROUP as REDRIVE_OPTIONS
 from tests import ROOT
 from transforms.batch.payload import PayloadFormat, encode_records

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.options.declare import parse_arguments
+from pipeline.options.resolve import parse_arguments
 from tests import ROOT
 from transforms.kafka.client import KafkaConfig, client_settings, make_consumer, make_producer
 from transforms.properties import parse_properties

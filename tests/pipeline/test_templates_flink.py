@@ -26,7 +26,7 @@ from apache_beam.transforms.environments import python_sdk_dependencies
 from pipeline.local import flink
 from pipeline.local.flink import FlinkRest
 from pipeline.local.jars import cache_folder, fetch_with_maven
-from pipeline.options.declare import Resolved, resolve
+from pipeline.options.resolve import Resolved, resolve
 from pipeline.submit.streaming import runner_options
 from tests import ROOT, dockerfile
 from tests.pipeline.test_docs import blocks, codes, rows

@@ -10,7 +10,7 @@ import pytest
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.faults import Fault
 from pipeline.local.processes import wait_until
-from pipeline.options.declare import parse_arguments
+from pipeline.options.resolve import parse_arguments
 from pipeline.run.rounds import RoundLimits, Rounds
 from tests.conftest import Names
 from tests.sink import answer, arguments, environment, of_partition, serve

@@ -18,7 +18,8 @@ import pytest
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.lambda_server import LambdaContext, LambdaServer
 from pipeline.local.processes import wait_until
-from pipeline.options.declare import Config, parse_arguments
+from pipeline.options.config import Config
+from pipeline.options.resolve import parse_arguments
 from pipeline.run.rounds import Rounds, Status
 from pipeline.watch.logs import _JsonFormatter
 from pipeline.watch.progress import summary

@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.migrate import config_file
-from pipeline.options.declare import OPTIONS, Config, resolve
+from pipeline.options.config import Config
+from pipeline.options.declare import OPTIONS
+from pipeline.options.resolve import resolve
 from tests.examples import examples
 from transforms.errors import SinkError, UsageError
 from transforms.filter.filter import FilterConfig, RecordFilter, load_criteria
-from transforms.kafka.client import parse_properties
 from transforms.plain_text import NotYaml, parse_yaml
+from transforms.properties import parse_properties
 from transforms.records import NO_TIMESTAMP, Records
 
 _SCALARS = st.one_of(

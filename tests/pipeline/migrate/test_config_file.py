@@ -17,8 +17,9 @@ from pipeline.cli import main
 from pipeline.migrate import connector, mapping
 from pipeline.migrate.carried import Carried, Row, find_row
 from pipeline.migrate.config_file import carry, load, parse
-from pipeline.options.declare import OPTIONS, Resolved, parse_arguments, resolve
+from pipeline.options.declare import OPTIONS
 from pipeline.options.explain import explain
+from pipeline.options.resolve import Resolved, parse_arguments, resolve
 from transforms.errors import UsageError
 
 CLASS = "io.confluent.connect.aws.lambda.AwsLambdaSinkConnector"

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.options.declare import OPTIONS
 from pipeline.redrive.command import GROUP, make_config, parse
-from tests.pipeline.options.test_options import _config
+from tests.pipeline.options.given import config_of
 from transforms.redrive.selection import (
     Selection,
 )
@@ -45,7 +45,7 @@ def test_what_does_not_fit(argument: str, part: str) -> None:
 
 def test_what_the_options_become() -> None:
     """The group is one of its own, so that the main run's offsets are left alone."""
-    config = _config(error_topic="errors", on_error="log", parallelization_factor="2")
+    config = config_of(error_topic="errors", on_error="log", parallelization_factor="2")
     values = parse(["--since=2026-11-01", "--condition=a", "--limit=3"])[0]
     made = make_config(config, values)
     assert made.kafka.group == "g-redrive" and made.kafka.bootstrap_servers == "broker:9092"

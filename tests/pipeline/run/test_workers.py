@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.options.declare import Config
+from pipeline.options.config import Config
 from pipeline.run.rounds import Share, Status, Totals
 from pipeline.run.workers import merge, share_of
 from transforms.records import Failure, Finished, PartitionKey, Records

@@ -1,6 +1,7 @@
-"""Dataflow: what is checked before a job is submitted, what is added, and what is made of errors.
+"""Dataflow: what is added to a job's options, and what is made of errors.
 
-Jobs as they are submitted: test_dataflow_job.py; the template: test_flex_template.py.
+What is checked before: tests/pipeline/options/test_checks_dataflow.py. Jobs as they are submitted:
+test_dataflow_job.py; the template: test_flex_template.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import apache_beam as beam
 import pytest
@@ -22,9 +22,10 @@ from google.api_core.exceptions import PermissionDenied
 from google.auth.exceptions import DefaultCredentialsError
 
 from pipeline.build import build
-from pipeline.options.declare import parse_arguments, parse_beam, resolve
+from pipeline.options.resolve import parse_arguments, resolve
 from pipeline.submit import dataflow
 from pipeline.submit.streaming import runner_options
+from tests.pipeline.options.given import IMAGE, JOB, job_problems_of
 from tests.servers.dataflow_service import ROOT, DataflowService, job_arguments
 from transforms.errors import FunctionConfigError, JobError, UsageError
 from transforms.read.streaming import (
@@ -33,103 +34,6 @@ from transforms.read.streaming import (
     _FindProvider,
     _ReadProvider,
 )
-
-IMAGE = "europe-west1-docker.pkg.dev/demo-project/beam/beam-lambda-sink:0.1.0"
-GIVEN = {
-    "project": "demo-project",
-    "region": "europe-west1",
-    "temp_location": "gs://bucket/dataflow",
-    "sdk_container_image": IMAGE,
-}
-
-
-def _beam(**given: str | None) -> Any:
-    arguments = [f"--{name}={value}" for name, value in (GIVEN | given).items() if value]
-    parsed, problems = parse_beam(arguments)
-    assert not problems
-    return parsed
-
-
-def _problems(config_file: str | None = None, **given: str | None) -> list[str]:
-    return dataflow.problems(_beam(**given), config_file, lambda: True, lambda: None)
-
-
-# -- checks ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {},
-        {"project": "example.com:my-project"},
-        {"region": "northamerica-northeast1"},
-        {"temp_location": None, "staging_location": "gs://b-1.example.com/"},
-        {"job_name": "a", "staging_location": "gs://bucket/x/y"},
-        {"job_name": "a" * 63},
-        {"sdk_container_image": None, "setup_file": str(ROOT / "pyproject.toml")},
-        {"sdk_container_image": None, "extra_package": "dist/x.whl"},
-    ],
-)
-def test_what_a_job_can_be_made_of(given: dict[str, str | None]) -> None:
-    assert _problems(**given) == []
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"project": None}, "--project is missing; for example --project=my-project"),
-        ({"project": "123456"}, "--project=123456 is a project's number; give its ID"),
-        ({"project": "My Project"}, "--project=My Project is not the ID of a project"),
-        ({"region": None}, "--region is missing; for example --region=europe-west1"),
-        ({"region": "us-central1-a"}, "--region=us-central1-a is not a region, such as"),
-        ({"temp_location": None}, "--temp_location is missing; for example"),
-        ({"temp_location": "bucket/x"}, "--temp_location=bucket/x is not a folder such as gs://"),
-        ({"temp_location": "gs://bucket"}, "--temp_location=gs://bucket is not a folder"),
-        ({"staging_location": "gs://B/x"}, "--staging_location=gs://B/x is not a folder"),
-        (
-            {"temp_location": "/no/such/folder", "dataflow_endpoint": "http://localhost:1"},
-            "--temp_location=/no/such/folder is not there; create it first",
-        ),
-        ({"job_name": "Orders"}, "--job_name=Orders is not the name of a job"),
-        ({"job_name": "orders-"}, "--job_name=orders- is not the name of a job"),
-        ({"job_name": "a" * 64}, "is not the name of a job: up to 63"),
-        ({"sdk_container_image": None}, "--sdk_container_image is missing: the image that"),
-        (
-            {"sdk_container_image": None, "setup_file": "/no/pyproject.toml"},
-            "--setup_file=/no/pyproject.toml is not there",
-        ),
-    ],
-)
-def test_what_keeps_a_job_from_being_submitted(given: dict[str, str | None], said: str) -> None:
-    (problem,) = _problems(**given)
-    assert said in problem
-    assert "\n" not in problem
-
-
-def test_a_setup_file_without_its_folder_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beam fails over it with a message about a file without a name."""
-    monkeypatch.chdir(ROOT)
-    (problem,) = _problems(sdk_container_image=None, setup_file="pyproject.toml")
-    assert problem == "--setup_file=pyproject.toml needs its folder: --setup_file=./pyproject.toml"
-
-
-@pytest.mark.parametrize("path", ["gs://bucket/kafka.properties", "secretmanager://p/kafka"])
-def test_the_workers_can_read_what_is_in_the_cloud(path: str) -> None:
-    assert _problems(path, sdk_container_image=None, extra_package="x.whl") == []
-
-
-def test_a_file_of_this_machine_is_for_an_image_only() -> None:
-    assert _problems("/etc/kafka.properties") == []
-    (problem,) = _problems("kafka.properties", sdk_container_image=None, extra_package="x.whl")
-    assert problem.startswith("--kafka_config_file=kafka.properties is a file of this machine")
-    assert "secretmanager://" in problem and "gs://" in problem
-
-
-def test_without_google_s_libraries_it_is_said_how_to_get_them() -> None:
-    (problem,) = dataflow.problems(_beam(), None, lambda: False, lambda: None)
-    assert problem == (
-        "--runner=DataflowRunner needs Google's libraries: pip install 'beam-lambda-sink[gcp]'"
-    )
 
 
 def test_the_program_without_google_s_libraries() -> None:
@@ -144,7 +48,7 @@ def test_the_program_without_google_s_libraries() -> None:
         text=True,
     )
     assert direct.returncode == 0, direct.stderr
-    given = [f"--{name}={value}" for name, value in GIVEN.items()]
+    given = [f"--{name}={value}" for name, value in JOB.items()]
     program = subprocess.run(
         [sys.executable, "-c", hidden + call, *arguments, *given, "--runner=DataflowRunner"],
         cwd=ROOT,
@@ -177,7 +81,7 @@ def test_all_problems_are_told_at_once() -> None:
 def test_what_a_template_s_launcher_adds_is_none_of_the_user_s_doing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    arguments = [f"--{name}={value}" for name, value in GIVEN.items()]
+    arguments = [f"--{name}={value}" for name, value in JOB.items()]
     arguments += ["--kafka_bootstrap_servers=b:1", "--topics=t", "--consumer_group=g"]
     arguments += ["--function=f", "--runner=DataflowRunner", "--something_new=1"]
     with pytest.raises(UsageError, match="--something_new is not an option"):
@@ -190,7 +94,7 @@ def test_what_a_template_s_launcher_adds_is_none_of_the_user_s_doing(
 
 
 def _added(**given: str | None) -> list[str]:
-    arguments = [f"--{name}={value}" for name, value in (GIVEN | given).items() if value]
+    arguments = [f"--{name}={value}" for name, value in (JOB | given).items() if value]
     made = runner_options("DataflowRunner", arguments, bounded=False, group="orders")
     assert made[: len(arguments)] == arguments
     return made[len(arguments) :]
@@ -261,12 +165,12 @@ def test_a_job_is_called_after_its_group(group: str, name: str) -> None:
     # A: a checksum, where the name alone could be another group's too.
     name = name.replace("-A", "-" + hashlib.sha256(group.encode()).hexdigest()[:8])
     assert dataflow.job_name(group) == name
-    assert _problems(job_name=name) == []
+    assert job_problems_of(job_name=name) == []
 
 
 def test_beam_s_own_checks_for_the_service_pass() -> None:
     """All of them, which an endpoint on this machine is spared; nothing is staged or sent."""
-    arguments = [f"--{name}={value}" for name, value in GIVEN.items()]
+    arguments = [f"--{name}={value}" for name, value in JOB.items()]
     arguments += ["--runner=DataflowRunner", "--dry_run=true"]
     options = PipelineOptions(runner_options("DataflowRunner", arguments, False, "orders"))
     pipeline = beam.Pipeline(options=options)
@@ -335,7 +239,7 @@ def _program(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

@@ -23,7 +23,8 @@ from google.cloud import dataflow
 from google.protobuf.json_format import ParseError
 from packaging.specifiers import SpecifierSet
 
-from pipeline.options.declare import OPTIONS, parse_arguments
+from pipeline.options.declare import OPTIONS
+from pipeline.options.resolve import parse_arguments
 from pipeline.submit import flex_template
 from tests.docker_image import Dockerfile
 from tests.servers.dataflow_launcher import (

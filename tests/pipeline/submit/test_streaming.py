@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.local.broker import KafkaBroker
-from pipeline.options.declare import Config, parse_arguments
+from pipeline.options.config import Config
+from pipeline.options.resolve import parse_arguments
 from pipeline.submit.streaming import runner_options
 from tests import sink
 from tests.conftest import Names

@@ -15,7 +15,7 @@ from apache_beam.testing.util import assert_that, equal_to
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.options.declare import parse_arguments
+from pipeline.options.resolve import parse_arguments
 from transforms.errors import UsageError
 from transforms.filter.filter import (
     FilterConfig,

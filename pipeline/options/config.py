@@ -1,0 +1,265 @@
+"""Config: everything a run needs, one frozen value per step, made from the options' texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from pipeline.options.checks import (
+    check_beam_reader,
+    check_together,
+    parse_timestamp,
+    parse_value,
+    warnings_of,
+)
+from pipeline.options.declare import FLINK_RUNNERS, NO_ATTRIBUTE, OPTIONS, STREAM_RUNNERS
+from transforms import envelope
+from transforms.aws.function import MAX_ASYNC_BYTES, MAX_SYNC_BYTES, FunctionConfig
+from transforms.batch.batch import BatchConfig
+from transforms.batch.payload import PayloadFormat
+from transforms.commit.committer import CommitConfig
+from transforms.decode.decode import DecodeConfig
+from transforms.envelope import Envelope
+from transforms.errors import UsageError
+from transforms.filter.filter import FilterConfig, load_criteria
+from transforms.invoke import reply
+from transforms.invoke.breaker import BreakerPolicy
+from transforms.invoke.invoke import InvokeConfig
+from transforms.invoke.retry import RetryPolicy
+from transforms.kafka.beam_reader import BeamReadConfig
+from transforms.kafka.client import KafkaConfig
+from transforms.kafka.offsets import SourceConfig
+from transforms.kafka.streaming import KafkaStream
+from transforms.lanes import Lanes
+from transforms.properties import load_properties
+from transforms.read.rounds import ReadConfig
+from transforms.read.streaming import NativeReadConfig
+from transforms.schemas.registry import RegistryConfig, check_settings
+from transforms.schemas.schema import CONNECT, STANDARD
+from transforms.write import destination
+from transforms.write.write import WriteConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """How the rounds run.
+
+    Attributes:
+        preflight: Whether to check topics and function first.
+        until: ``forever`` or ``caught_up``.
+        summary: ``text``, ``json`` or ``none``.
+        log_format: ``text`` or ``json``.
+        workers: Processes of the DirectRunner.
+    """
+
+    preflight: bool
+    until: str
+    summary: str
+    log_format: str
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything the pipeline needs, one frozen value per step.
+
+    `stream` says how a streaming run reads; it is None on the DirectRunner, which has `read`.
+    `warnings` is what can be meant, but hardly is, one line each.
+    """
+
+    kafka: KafkaConfig
+    source: SourceConfig
+    read: ReadConfig
+    stream: NativeReadConfig | BeamReadConfig | None
+    filter: FilterConfig | None
+    lanes: Lanes
+    decode: DecodeConfig | None
+    batch: BatchConfig
+    invoke: InvokeConfig
+    write: WriteConfig
+    commit: CommitConfig
+    run: RunConfig
+    warnings: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_options(
+        given: dict[str, str | None], now: datetime | None = None, runner: str = "DirectRunner"
+    ) -> Config:
+        """Check all options together and make the steps' values of them.
+
+        Args:
+            given: By name, the text given, None where nothing was.
+            now: The time, for the check of --starting_timestamp.
+            runner: Who runs it.
+
+        Raises:
+            UsageError: With every problem found.
+        """
+        problems: list[str] = []
+        values = {
+            name: parse_value(option, given.get(name), problems) for name, option in OPTIONS.items()
+        }
+        settings: dict[str, str] = {}
+        refused: tuple[str, ...] = ()
+        if values["kafka_config_file"]:
+            try:
+                settings = load_properties(values["kafka_config_file"])
+            except UsageError as error:
+                refused = error.problems
+        check_together(values, given, settings, now or datetime.now(timezone.utc), problems)
+        problems += refused
+        patterns: tuple[str, ...] = ()
+        if values["filter_criteria"]:
+            try:
+                patterns = load_criteria(values["filter_criteria"])
+            except UsageError as error:
+                problems += error.problems
+        if runner in STREAM_RUNNERS and given.get("workers") is not None:
+            problems.append(
+                "--workers goes with the DirectRunner only; with Flink give --parallelism and "
+                "--sdk_worker_parallelism, with Dataflow --max_num_workers"
+            )
+        if runner in STREAM_RUNNERS and values["kafka_reader"] == "beam":
+            check_beam_reader(values, settings, problems)
+        registry = values["schema_registry_url"]
+        if registry and not problems:
+            try:
+                check_settings(RegistryConfig(registry, values["kafka_config_file"]))
+            except UsageError as error:
+                problems += error.problems
+        if problems:
+            raise UsageError(problems)
+        return _make_config(values, settings, runner, patterns)
+
+
+def _reply(values: dict[str, Any]) -> str:
+    """What replies are, given or by the other options."""
+    if values["reply"]:
+        return str(values["reply"])
+    if not values["response_topic"] or values["invocation_type"] == "async":
+        return reply.NONE
+    return reply.CONFLUENT if values["envelope"] == envelope.CONFLUENT else reply.ANY
+
+
+def _make_config(
+    values: dict[str, Any], settings: dict[str, str], runner: str, patterns: tuple[str, ...]
+) -> Config:
+    streaming = runner in STREAM_RUNNERS
+    sync = values["invocation_type"] == "sync"
+    batch_bytes = values["batch_bytes"] or (MAX_SYNC_BYTES if sync else MAX_ASYNC_BYTES)
+    kafka = KafkaConfig(
+        values["kafka_bootstrap_servers"], values["consumer_group"], values["kafka_config_file"]
+    )
+    wrapping = Envelope(
+        values["envelope"],
+        values["kafka_bootstrap_servers"],
+        values["event_source_arn"],
+        values["event_record_format"] == "SOURCE",
+    )
+    url = values["schema_registry_url"]
+    registry = RegistryConfig(url, values["kafka_config_file"]) if url else None
+    attributes = tuple(a for a in values["schema_validation"] if a != NO_ATTRIBUTE)
+    style = CONNECT if wrapping.name == envelope.CONFLUENT else STANDARD
+    # What the reader counts is bytes as Kafka has them; base64 makes four of three.
+    due_bytes = batch_bytes if wrapping.name == envelope.CONFLUENT else batch_bytes * 3 // 4
+    aws_errors = values["error_record"] == destination.AWS
+    start = values["starting_timestamp"]
+    moment = parse_timestamp(start) if start else None
+    limit = settings.get("error.message.max.bytes", settings.get("message.max.bytes", ""))
+    max_error_bytes = int(limit) if limit.isdecimal() else 1_000_000
+    lanes = Lanes(values["parallelization_factor"], run=values["batch_size"])
+    source = SourceConfig(
+        kafka,
+        topics=values["topics"] or (),
+        topics_regex=values["topics_regex"],
+        starting_position=values["starting_position"],
+        # Below 0 are numbers that mean something else to Kafka.
+        starting_timestamp_ms=max(0, int(moment.timestamp() * 1000)) if moment else None,
+    )
+    stream: NativeReadConfig | BeamReadConfig | None = None
+    if streaming and values["kafka_reader"] == "beam":
+        service, in_flink = values["expansion_service"], runner in FLINK_RUNNERS
+        stream = BeamReadConfig(kafka, source.topics, service, in_flink)
+    elif streaming:
+        stream = NativeReadConfig(
+            KafkaStream(source, bounded=values["until"] == "caught_up"),
+            drain_by_haste=runner in FLINK_RUNNERS,
+        )
+    return Config(
+        kafka=kafka,
+        source=source,
+        read=ReadConfig(
+            source, values["batch_size"], due_bytes, values["batch_window_secs"], lanes
+        ),
+        stream=stream,
+        filter=FilterConfig(patterns, values["filter_unparsable"]) if patterns else None,
+        lanes=lanes,
+        decode=DecodeConfig(registry, attributes, style) if registry and attributes else None,
+        batch=BatchConfig(
+            values["batch_size"],
+            batch_bytes,
+            PayloadFormat(
+                values["key_format"], values["value_format"], values["include_headers"], wrapping
+            ),
+            window_secs=values["batch_window_secs"] if streaming else None,
+        ),
+        invoke=InvokeConfig(
+            FunctionConfig(
+                function=values["function"],
+                invocation_type=values["invocation_type"],
+                region=values["aws_region"],
+                role_arn=values["aws_role_arn"],
+                web_identity=values["aws_web_identity"],
+                token_audience=values["aws_web_identity_audience"],
+                endpoint_url=values["lambda_endpoint_url"],
+                timeout_secs=values["function_timeout_secs"],
+                max_concurrency=values["max_concurrency"],
+                log_tail=sync and values["on_error"] == "log" and bool(values["error_topic"]),
+            ),
+            RetryPolicy(
+                max_retries=values["max_retries"],
+                max_transient_retries=values["max_transient_retries"],
+                max_record_age_secs=values["max_record_age_secs"],
+                bisect=values["bisect_on_error"],
+                named=values["partial_failure"] == "named",
+                halt=values["on_error"] == "fail",
+            ),
+            reply=_reply(values),
+            streaming=streaming,
+            client_context=sync and values["client_context"],
+            min_concurrency=values["min_concurrency"],
+            breaker=BreakerPolicy(
+                failure_rate=values["breaker_failure_rate"],
+                invocations=values["breaker_invocations"],
+                wait_secs=values["breaker_wait_secs"],
+            ),
+        ),
+        write=WriteConfig(
+            kafka=kafka,
+            function=values["function"],
+            response_topic=values["response_topic"],
+            error_topic=values["error_topic"],
+            on_error=values["on_error"],
+            response_format=values["response_format"],
+            error_format=values["error_format"],
+            max_error_bytes=max_error_bytes,
+            registry=registry,
+            destination=replace(wrapping, name=envelope.KAFKA_EVENT) if aws_errors else None,
+            source=source,
+        ),
+        commit=CommitConfig(
+            source,
+            lanes,
+            None if stream and values["until"] == "caught_up" else values["commit_refresh_secs"],
+            values["commit_interval_secs"],
+        ),
+        run=RunConfig(
+            preflight=values["preflight"],
+            until=values["until"],
+            summary=values["summary"],
+            log_format=values["log_format"],
+            workers=values["workers"],
+        ),
+        warnings=tuple(warnings_of(values, settings)),
+    )
