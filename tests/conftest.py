@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.flink import FlinkCluster
@@ -20,6 +21,10 @@ _SUSPECT: set[FlinkCluster] = set()
 
 # Measurements, not tests; `./run.sh bench` runs them.
 collect_ignore = ["bench"]
+
+# On a busy machine an input may take any time.
+settings.register_profile("any time", deadline=None)
+settings.load_profile("any time")
 
 
 class Names:
