@@ -7,8 +7,8 @@ import time
 from pipeline.options.config import Config
 from transforms.errors import KafkaError
 from transforms.invoke.invoke import shared_function
-from transforms.read.source import Partitions
 from transforms.schemas.registry import shared_registry
+from transforms.source import Partitions
 from transforms.write.write import (
     TopicWriter,
     error_format,

@@ -27,9 +27,9 @@ from transforms.invoke.invoke import InvokeConfig, shared_invoker, why_broken
 from transforms.invoke.invoker import Invoker, QueueView
 from transforms.names import NUMBERS, Names
 from transforms.read.rounds import Room, Round, shared_reader
-from transforms.read.source import Found, held_up, startable
 from transforms.records import CallStats, Finished, PartitionKey
 from transforms.schemas.registry import shared_registry
+from transforms.source import Found, held_up, startable
 
 _LOGGER = logging.getLogger(__name__)
 

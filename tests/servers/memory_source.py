@@ -13,8 +13,8 @@ from operator import attrgetter
 
 from transforms.errors import SinkError
 from transforms.names import Names
-from transforms.read.source import Detour, Fetched, Fetcher, Found, Start
 from transforms.records import PartitionKey, Records
+from transforms.source import Detour, Fetched, Fetcher, Found, Start
 
 ENDED = 10**129
 """Above any number: the position behind a shard that has ended and is done."""

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from transforms.commit.contiguous import ContiguousOffsets
 from transforms.lanes import Lanes
 from transforms.per_process import per_process
-from transforms.read.source import Source
 from transforms.records import PartitionKey
+from transforms.source import Source
 
 _LOGGER = logging.getLogger(__name__)
 

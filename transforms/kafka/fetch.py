@@ -21,8 +21,8 @@ from transforms.kafka.messages import (
     to_records,
 )
 from transforms.per_process import per_process
-from transforms.read.source import Fetched
 from transforms.records import PartitionKey, Records
+from transforms.source import Fetched
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from transforms.kafka.committer import GroupOffsets
 from transforms.kafka.fetch import KafkaFetcher, fetch_again
 from transforms.kafka.messages import PartitionError
 from transforms.names import NUMBERS, Names
-from transforms.read.source import Detour, Fetcher, Found, Start
 from transforms.records import PartitionKey, Records
+from transforms.source import Detour, Fetcher, Found, Start
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from transforms.coding import SizedPickleCoder
 from transforms.errors import SinkError
 from transforms.lanes import Lanes
 from transforms.per_process import per_process
-from transforms.read.source import Fetched, Fetcher, Message, Source
 from transforms.records import LaneKey, PartitionKey, RecordChunk, Records
+from transforms.source import Fetched, Fetcher, Message, Source
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -33,7 +33,6 @@ from transforms.kafka.client import (
 )
 from transforms.names import NUMBERS, Names
 from transforms.per_process import forget, per_process
-from transforms.read.source import Source
 from transforms.records import (
     NO_TIMESTAMP,
     Failure,
@@ -46,6 +45,7 @@ from transforms.records import (
 )
 from transforms.schemas.registry import RegistryConfig, shared_registry
 from transforms.schemas.schema import DecodeError
+from transforms.source import Source
 from transforms.write import formats
 from transforms.write.destination import destination_records
 from transforms.write.formats import (
