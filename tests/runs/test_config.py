@@ -131,7 +131,8 @@ def test_a_mapping_s_file_is_a_run(broker: KafkaBroker, names: Names, tmp_path: 
     offsets = [[record["offset"] for record in event["records"][f"{topic}-0"]] for event in events]
     assert [offset for sent in offsets if sent != [7] for offset in sent] == list(range(5, 30))
     assert max(map(len, offsets)) <= 20
-    assert offsets.count([7]) == 2
+    # Progress starts the count afresh: one call of what remains, and two retries.
+    assert offsets.count([7]) == 3
     assert events[0]["eventSource"] == "SelfManagedKafka"
     assert events[0]["bootstrapServers"] == broker.bootstrap_servers
     (written,) = broker.read_all(errors)

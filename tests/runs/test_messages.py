@@ -216,13 +216,10 @@ class Case:
     env: Mapping[str, str | None] = field(default_factory=dict)
 
 
-def _closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-PORT = _closed_port()
+# Bound for as long as the tests run, so that no other server gets the port, and nobody listens.
+_BOUND = socket.socket()
+_BOUND.bind(("127.0.0.1", 0))
+PORT = _BOUND.getsockname()[1]
 CASES = {
     "no such function": Case(
         {"function": "no-such-function"},
