@@ -105,6 +105,8 @@ class Invocation(NamedTuple):
     ended: float
     answered: bool
     """Whether the caller got a reply, and no function error."""
+    function_error: bool
+    """Whether the caller got a function error."""
     entries: list[dict[str, Any]]
     """The records as the function saw them."""
 
@@ -137,6 +139,7 @@ def invocations(server: LambdaServer) -> list[Invocation]:
                 call.started,
                 call.ended,
                 200 <= call.status < 300 and call.function_error is None,
+                call.status == 200 and call.function_error is not None,
                 entries,
             )
         )
