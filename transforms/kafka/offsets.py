@@ -121,6 +121,12 @@ def choose_start(
     return Start(committed, resolved=False), None
 
 
+def _is_unknown(error: KafkaException | TimeoutError) -> bool:
+    """Whether the client knows no such partition, or no leader of any, by itself."""
+    code = error.args[0].code() if isinstance(error, KafkaException) else None
+    return code in (ErrorCode._UNKNOWN_PARTITION, ErrorCode._NOENT)
+
+
 def partly_known(
     keys: Iterable[PartitionKey], known: Container[PartitionKey]
 ) -> dict[str, tuple[list[int], int]]:
@@ -385,23 +391,29 @@ class SourceOffsets:
     ) -> dict[PartitionKey, int]:
         if not keys:
             return {}
-        admin = self._get_admin()
-        what = "offsets"
-        try:
-            asked = admin.list_offsets(
-                {TopicPartition(*key): which for key in keys},
-                isolation_level=isolation,
-                request_timeout=timeout_secs,
-            )
-            found = {}
-            for each, future in asked.items():
-                what = f"offsets of {each.topic}-{each.partition}"
-                found[each.topic, each.partition] = int(future.result(timeout_secs + 1).offset)
-        except (KafkaException, TimeoutError) as error:
-            raise self._failed(what, error) from None
-        finally:
-            admin.poll(0)
-        return found
+        again = False
+        while True:
+            admin = self._get_admin()
+            what = "offsets"
+            try:
+                asked = admin.list_offsets(
+                    {TopicPartition(*key): which for key in keys},
+                    isolation_level=isolation,
+                    request_timeout=timeout_secs,
+                )
+                found = {}
+                for each, future in asked.items():
+                    what = f"offsets of {each.topic}-{each.partition}"
+                    found[each.topic, each.partition] = int(future.result(timeout_secs + 1).offset)
+                return found
+            except (KafkaException, TimeoutError) as error:
+                if again or not _is_unknown(error):
+                    raise self._failed(what, error) from None
+                # The client keeps what it knows of a topic for minutes, and so takes partitions
+                # that were added meanwhile for none. A new client asks.
+                again, self._admin = True, None
+            finally:
+                admin.poll(0)
 
     def _isolation(self) -> IsolationLevel:
         level = client_settings(self._kafka).get("isolation.level")

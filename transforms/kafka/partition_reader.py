@@ -103,6 +103,9 @@ class PartitionReader:
         # What was read and not committed yet: where each chunk ended, and its bytes.
         self._ahead: deque[tuple[int, int]] = deque()
         self._ahead_bytes = 0
+        # Records that were read before a restart and are not committed yet; their bytes are taken
+        # for those of the first to be read behind them.
+        self._unmeasured = 0
 
     def go_to(self, offset: int) -> bool:
         """Read on from this offset; what was fetched ahead serves if it is where it stands.
@@ -119,10 +122,9 @@ class PartitionReader:
         self._ahead.clear()
         self._ahead_bytes = 0
         self._ask_committed()
-        if self._committed is not None and self._committed < offset:
-            # What was read before a restart: its bytes are not known, so it has to be done with.
-            self._ahead.append((offset, self._limits.bytes))
-            self._ahead_bytes = self._limits.bytes
+        # An open batch of them may wait for more to come, so they cannot keep all else away.
+        done = offset if self._committed is None else self._committed
+        self._unmeasured = max(0, offset - done)
         return True
 
     def read(self, timeout_secs: float) -> tuple[Records, int]:
@@ -150,6 +152,11 @@ class PartitionReader:
                 records.append(message)
                 position = message.offset() + 1
         size = bytes_of(records)
+        if records and self._unmeasured:
+            before = self._unmeasured * size // len(records)
+            self._ahead.appendleft((self._begun, before))
+            self._ahead_bytes += before
+            self._unmeasured = 0
         if position > self._position:
             self._ahead.append((position, size))
             self._ahead_bytes += size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pipeline.local.processes import wait_until
 from tests import sink
 from tests.conftest import Names
 from transforms.commit.committer import CommitConfig, Committer
+from transforms.errors import KafkaError
 from transforms.kafka import streaming
 from transforms.kafka.client import KafkaConfig
 from transforms.kafka.offsets import LATEST, SourceConfig
@@ -130,6 +132,51 @@ def test_restarts_give_no_more_room(broker: KafkaBroker, names: Names) -> None:
     committer.commit({key: position})
     wait_until(lambda: reader.may_read(), "a commit gives no room")
     reader.close()
+
+
+def test_a_restart_reads_on_for_an_open_batch(broker: KafkaBroker, names: Names) -> None:
+    """What was read before it and is not committed may be a batch that waits for what comes."""
+    reader, commit, key = _reader(broker, names, 600)
+    Committer(commit).commit({key: 300})
+    reader.go_to(500)
+    assert _read_all(reader, 600) == 600
+    assert reader.may_read()
+    reader.close()
+
+
+def test_a_restart_takes_what_was_read_before_for_as_large(
+    broker: KafkaBroker, names: Names
+) -> None:
+    reader, commit, key = _reader(broker, names, 5000, bytes=20_000)
+    committer = Committer(commit)
+    committer.commit({key: 0})
+    reader.go_to(3000)
+    assert 3000 < _read_all(reader, 5000) < 5000
+    assert not reader.may_read()
+    committer.commit({key: 3000})
+    wait_until(lambda: reader.may_read(), "a commit gives no room")
+    reader.close()
+
+
+def test_partitions_that_were_added_are_found(broker: KafkaBroker, names: Names) -> None:
+    topic = names.topic()
+    broker.create_topic(topic, 1)
+    finder = PartitionFinder(
+        SourceConfig(KafkaConfig(broker.bootstrap_servers, names.group()), (topic,))
+    )
+    known = finder.look(None)
+    assert known == {(topic, 0): (0, 0)}
+    broker.add_partitions(topic, 3)
+    found: dict[PartitionKey, tuple[int, int]] = {}
+
+    def all_found() -> bool:
+        # They may have no leader yet; a run asks again, too.
+        with suppress(KafkaError):
+            found.update(finder.look(frozenset(known | found)))
+        return len(found) == 2
+
+    wait_until(all_found, "the new partitions are not found")
+    assert found == {(topic, 1): (0, 0), (topic, 2): (0, 0)}
 
 
 def test_with_latest_a_topic_that_comes_later_begins_at_its_first_record(
