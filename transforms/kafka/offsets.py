@@ -177,6 +177,8 @@ class SourceOffsets:
         self._admin: AdminClient | None = None
         self._pattern = re.compile(config.topics_regex) if config.topics_regex else None
         self._topic_ids: dict[str, str] = {}
+        # Who describes topics: a cluster may be without one for a while, or for good.
+        self._has_controller = False
         # Where the partitions ended when they were begun.
         self._targets: dict[PartitionKey, int] = {}
 
@@ -211,7 +213,7 @@ class SourceOffsets:
             KafkaError: They cannot be read.
         """
         topics = {topic for topic, _ in keys}
-        if not topics:
+        if not topics or not self._has_controller:
             return set()
         ids = self.topic_ids(topics, LOOK_SECS if quick else _TIMEOUT_SECS)
         anew = {topic for topic, id in ids.items() if self._topic_ids.get(topic, id) != id}
@@ -263,6 +265,7 @@ class SourceOffsets:
                 f"{describe(self._kafka)} cannot be reached: {ErrorLog.last or reason(error)}; "
                 f"check --kafka_bootstrap_servers and --kafka_config_file"
             ) from None
+        self._has_controller = metadata.controller_id in metadata.brokers
         topics: Iterable[str] = self._config.topics
         if self._pattern:
             topics = sorted(

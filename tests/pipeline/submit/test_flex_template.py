@@ -312,6 +312,8 @@ def test_what_only_the_program_can_find_fails_the_launch(
 ALL = {
     **GIVEN,
     "kafka_config_file": "gs://my-bucket/kafka.properties",
+    "commit_refresh_secs": "1800",
+    "commit_interval_secs": "0.5",
     "starting_position": "AT_TIMESTAMP",
     "starting_timestamp": "2026-01-01T00:00:00Z",
     "kafka_reader": "native",
