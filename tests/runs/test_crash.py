@@ -170,6 +170,7 @@ def test_answers_kafka_does_not_take_are_never_committed(broker: KafkaBroker, na
         ended = run(broker, server, code=3, **options)
 
         assert f"topic {responses} refuses the response" in ended.stderr
+        assert ended.summary["responses"] == len(broker.read_all(responses))
         assert "Traceback" not in ended.stderr
         committed = broker.committed(group, topic)[0]
         assert committed == 250

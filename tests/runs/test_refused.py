@@ -87,6 +87,7 @@ def test_a_response_that_is_too_large_halts_its_partition_only(
     assert broker.committed(topics.group, topics.source) == {0: 7, 1: COUNT}
     (halted,) = ended.summary["halted"]
     assert halted["error_type"] == "MSG_SIZE_TOO_LARGE"
+    assert ended.summary["responses"] == len(broker.read_all(topics.responses))
     with serve() as server:
         topics.run(server)
     assert set(answered(broker, topics.responses)) == topics.sent()

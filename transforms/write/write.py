@@ -526,7 +526,10 @@ class _ProduceFn(beam.DoFn):
         if config.response_topic:
             for refused in response_writer(config).flush(self._delivered):
                 written, offsets_of = refused.owner
-                written.refused.append((offsets_of[refused.key], refused.error))
+                offsets = offsets_of[refused.key]
+                written.refused.append((offsets, refused.error))
+                # Counted when it was handed over; whatever becomes of its records, it is not there.
+                self._responses.inc(-len(offsets))
             for written in self._all_written:
                 self._see_to_responses(written)
         if config.error_topic:
@@ -551,7 +554,6 @@ class _ProduceFn(beam.DoFn):
                     self._stop_at(written, failure)
                     return
                 failure = replace(failure, records=records)
-            self._responses.inc(-len(failure))
             self._errors.inc(len(failure))
             self._write_failure(written, failure)
 
