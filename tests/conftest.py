@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 import warnings
@@ -126,3 +127,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 if item.get_closest_marker(marker):
                     whole[item.path] = min(rank, whole[item.path])
         items.sort(key=lambda item: whole[item.path])
+
+
+LOGGERS = ("apache_beam", "botocore", "urllib3", "pipeline", "transforms", "librdkafka")
+
+
+@pytest.fixture
+def logging_restored() -> Iterator[None]:
+    """Handlers and levels of this process are afterwards what they were."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name, before in levels.items():
+        logging.getLogger(name).setLevel(before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
@@ -312,20 +311,6 @@ def test_showing_progress_begins_and_ends_with_the_run(live: bool) -> None:
 
 
 # -- logs ---------------------------------------------------------------------------------
-
-LOGGERS = ("apache_beam", "botocore", "urllib3", "pipeline", "transforms", "librdkafka")
-
-
-@pytest.fixture
-def logging_restored() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    levels = {name: logging.getLogger(name).level for name in LOGGERS}
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for name, before in levels.items():
-        logging.getLogger(name).setLevel(before)
 
 
 def test_json_logs_parse(logging_restored, capsys) -> None:
