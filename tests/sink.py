@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -199,7 +198,6 @@ class Sink:
         # Files and not pipes, which would have to be emptied while it runs.
         self._stdout = tempfile.TemporaryFile()  # noqa: SIM115 (closed on leaving)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        self.started = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipeline", *arguments],
             cwd=ROOT,

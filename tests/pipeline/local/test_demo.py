@@ -63,7 +63,8 @@ def test_text_shows_command_responses_error_record_and_summary() -> None:
     assert "order 151 has no amount" in demo.stderr
     assert "./run.sh run \\\n    --kafka_bootstrap_servers=127.0.0.1:" in demo.stdout
     assert "Topic orders-results: 299 responses" in demo.stdout
-    assert re.search(r'"offset":0}  {"order":\d+,"status":"accepted","total":', demo.stdout)
+    first = r'"offset":0}  {"order":\d+,"status":"accepted","total":'
+    assert re.search(first, demo.stdout), demo.stdout
     assert "Topic orders-errors: 1 error record\n" in demo.stdout
     shown = dict(re.findall(r"^    ([\w.]+) +(\S.*)$", demo.stdout, re.MULTILINE))
     # The key's offsets, and the original's: the broken order's place in the topic.
