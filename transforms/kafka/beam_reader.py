@@ -18,8 +18,10 @@ from apache_beam.io.kafka import ReadFromKafka, default_io_expansion_service
 from apache_beam.transforms.external import JavaJarExpansionService
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
+from confluent_kafka import KafkaException, TopicPartition
 
-from transforms.kafka.client import KafkaConfig
+from transforms.errors import KafkaError
+from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
 from transforms.records import (
     EVERY_LANE,
     NO_TIMESTAMP,
@@ -31,6 +33,7 @@ from transforms.records import (
 
 _CHUNK_RECORDS = 1_000
 _FIND_SECS = 10
+_ASK_SECS = 30.0
 _LOG_APPEND_TIME = 1  # Java's number for a timestamp that the broker has set
 
 AS_SOURCE = "use_deprecated_read"
@@ -100,7 +103,7 @@ class ReadRows(beam.PTransform):
             expansion_service=_service(config),
         )
         pack = beam.ParDo(_PackFn()).with_output_types(RecordChunk)
-        begun = beam.FlatMap(_begun, config.starts).with_output_types(Progress)
+        begun = beam.ParDo(_BeginFn(config)).with_output_types(Progress)
         return (
             root | "ReadFromKafka" >> read | "Pack" >> pack,
             root | "Impulse" >> beam.Impulse() | "Begun" >> begun,
@@ -110,9 +113,29 @@ class ReadRows(beam.PTransform):
         return {"topics": ",".join(self._config.topics)}
 
 
-def _begun(_: bytes, starts: tuple[tuple[PartitionKey, int], ...]) -> Iterator[Progress]:
-    for key, start in starts:
-        yield Progress(*key, start, start, EVERY_LANE)
+class _BeginFn(beam.DoFn):
+    """Says where partitions begin: there where the reader does.
+
+    A job that is restarted without a checkpoint begins anew, and its reader at what the group has
+    committed by then. So the group is asked when that happens, not when the job is submitted.
+    """
+
+    def __init__(self, config: BeamReadConfig) -> None:
+        self._config = config
+
+    def process(self, _: bytes) -> Iterator[Progress]:
+        consumer = make_consumer(self._config.kafka)
+        try:
+            asked = [TopicPartition(*key) for key, _ in self._config.starts]
+            committed = consumer.committed(asked, timeout=_ASK_SECS) if asked else []
+        except KafkaException as error:
+            raise KafkaError(f"{describe(self._config.kafka)}: {reason(error)}") from None
+        finally:
+            consumer.close()
+        offsets = {(found.topic, found.partition): found.offset for found in committed}
+        for key, start in self._config.starts:
+            begin = offsets[key] if offsets[key] >= 0 else start
+            yield Progress(*key, begin, begin, EVERY_LANE)
 
 
 def _service(config: BeamReadConfig) -> Any:
