@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -13,13 +16,16 @@ from confluent_kafka.admin import AdminClient
 
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.faults import unavailable
+from tests import ROOT
 from tests.conftest import Names
 from tests.sink import (
     answered,
+    arguments,
     assert_caught_up,
     assert_in_order,
     assert_rising,
     by_partition,
+    environment,
     invocations,
     numbered,
     of_partition,
@@ -349,3 +355,34 @@ def test_a_topic_that_is_deleted_stops_nothing_else(broker: KafkaBroker, names: 
         ended = sink.wait(1)
     (error,) = ended.errors
     assert "cannot be read: it is gone" in error
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_summary_that_nobody_takes_changes_nothing(
+    broker: KafkaBroker, names: Names, closed: bool
+) -> None:
+    """How a run ended does not depend on who listens."""
+    topic, group = names.topic(), names.group()
+    broker.create_topic(topic, partitions=1)
+    broker.produce(topic, numbered(1, 3))
+    reading, writing = os.pipe()
+    os.close(reading)
+    with serve() as server:
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline",
+            *arguments(broker, server, topics=topic, consumer_group=group),
+        ]
+        ended = subprocess.run(
+            ["sh", "-c", 'exec "$@" >&-', "sh", *command] if closed else command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert broker.committed(group, topic) == {0: 3}

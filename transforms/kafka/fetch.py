@@ -31,7 +31,7 @@ _AGAIN_SECS = 30.0
 
 # Fetched ahead, for all partitions together. The backoff is what librdkafka waits after that
 # is full; its default of a second would leave a fast pipeline with nothing to do.
-_PREFETCH = {
+PREFETCH = {
     "queued.max.messages.kbytes": 16_384,
     "queued.min.messages": 50_000,
     "fetch.queue.backoff.ms": 20,
@@ -50,7 +50,7 @@ class KafkaFetcher:
 
     def __init__(self, config: KafkaConfig, make: Callable[..., Consumer] = make_consumer) -> None:
         self._config = config
-        self.consumer = make(config, **_PREFETCH)
+        self.consumer = make(config, **PREFETCH)
         self._assigned: set[PartitionKey] = set()
 
     def assign(self, positions: Mapping[PartitionKey, int]) -> None:

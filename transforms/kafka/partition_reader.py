@@ -14,12 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
-from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from confluent_kafka import KafkaError as ErrorCode
+from confluent_kafka import KafkaException, Message
 
 from transforms.errors import KafkaError
-from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
+from transforms.kafka.client import KafkaConfig, describe, reason
 from transforms.kafka.messages import bytes_of, end_of_partition, to_records
+from transforms.kafka.shared_consumer import SharedConsumer
 from transforms.records import PartitionKey, Records, read_halt
 
 _LOGGER = logging.getLogger(__name__)
@@ -29,12 +30,6 @@ _ASK_COMMITTED_SECS = 0.1
 # How soon a partition that cannot be read is tried again; the others go on meanwhile.
 _TRY_AGAIN_SECS = 10.0
 _GONE = (ErrorCode._AUTO_OFFSET_RESET, ErrorCode.OFFSET_OUT_OF_RANGE)
-
-_PREFETCH = {
-    "queued.max.messages.kbytes": 4_096,
-    "queued.min.messages": 10_000,
-    "fetch.queue.backoff.ms": 20,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +48,15 @@ class ReadAhead:
 
 
 class PartitionReader:
-    """Reads one partition in this process, with a consumer of its own.
+    """Reads one partition in this process.
 
     Args:
         kafka: The cluster and the group.
+        consumer: Which reads it, beside others.
         key: The partition.
         ahead: How far it may be read ahead of what is committed.
         bounded: Whether the run is to end: then a partition that cannot be read ends it.
         sharers: How many partitions share what this process may hold.
-        make: Makes the consumer; injected for tests.
         timer: Monotonic seconds.
 
     Attributes:
@@ -75,11 +70,11 @@ class PartitionReader:
     def __init__(
         self,
         kafka: KafkaConfig,
+        consumer: SharedConsumer,
         key: PartitionKey,
         ahead: ReadAhead = ReadAhead(),
         bounded: bool = False,
         sharers: Callable[[], int] = lambda: 1,
-        make: Callable[..., Consumer] = make_consumer,
         timer: Callable[[], float] = monotonic,
     ) -> None:
         self.lock = threading.Lock()
@@ -92,7 +87,7 @@ class PartitionReader:
         self._bounded = bounded
         self._sharers = sharers
         self._timer = timer
-        self._consumer = make(kafka, **_PREFETCH)
+        self._consumer = consumer
         self._position = -1
         self._begun = 0
         # None if it is not known, be it that the group is ahead of what is read (a savepoint).
@@ -116,7 +111,7 @@ class PartitionReader:
         self.used = self._timer()
         if offset == self._position:
             return False
-        self._consumer.assign([TopicPartition(*self._key, offset)])
+        self._consumer.assign(self._key, offset)
         self._position = self._begun = offset
         self._again = float("inf")
         self._ahead.clear()
@@ -138,9 +133,9 @@ class PartitionReader:
         """
         if self._timer() >= self._again:
             self._again = float("inf")
-            self._consumer.assign([TopicPartition(*self._key, self._position)])
+            self._consumer.assign(self._key, self._position)
         try:
-            messages = self._consumer.consume(_CHUNK_RECORDS, timeout_secs)
+            messages, size = self._consumer.consume(self._key, _CHUNK_RECORDS, timeout_secs)
         except KafkaException as error:
             raise KafkaError(f"{describe(self._kafka)}: {reason(error)}") from None
         position = self._position
@@ -151,7 +146,8 @@ class PartitionReader:
             elif message.offset() >= position:
                 records.append(message)
                 position = message.offset() + 1
-        size = bytes_of(records)
+        if len(records) < len(messages):
+            size = bytes_of(records)
         if records and self._unmeasured:
             before = self._unmeasured * size // len(records)
             self._ahead.appendleft((self._begun, before))
@@ -179,7 +175,7 @@ class PartitionReader:
                 low,
             )
             self.offsets_lost += low - position
-            self._consumer.assign([TopicPartition(*self._key, low)])
+            self._consumer.assign(self._key, low)
             return low
         try:
             return end_of_partition(message, self._kafka) or 0
@@ -195,8 +191,7 @@ class PartitionReader:
     def _first_offset(self) -> int:
         """The partition's first offset, asked of the broker; -1 if it does not answer."""
         try:
-            low, _ = self._consumer.get_watermark_offsets(TopicPartition(*self._key), timeout=5)
-            return int(low)
+            return self._consumer.first_offset(self._key)
         except KafkaException as error:
             _LOGGER.warning("%s: %s", describe(self._kafka), reason(error))
             return -1
@@ -226,7 +221,7 @@ class PartitionReader:
     def _ask_committed(self) -> None:
         self._asked = self._timer()
         try:
-            (found,) = self._consumer.committed([TopicPartition(*self._key)], timeout=5)
+            found = self._consumer.committed(self._key)
         except KafkaException as error:
             _LOGGER.warning("%s: %s", describe(self._kafka), reason(error))
             return
@@ -237,13 +232,9 @@ class PartitionReader:
     @property
     def end(self) -> int:
         """The partition's end as the last fetch saw it; 0 before the first one."""
-        try:
-            partition = TopicPartition(*self._key)
-            return int(self._consumer.get_watermark_offsets(partition, cached=True)[1])
-        except KafkaException:
-            return 0
+        return self._consumer.end(self._key)
 
     def close(self) -> None:
-        """Leave Kafka."""
+        """Read it no more."""
         self.closed = True
-        self._consumer.close()
+        self._consumer.release(self._key)

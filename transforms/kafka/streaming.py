@@ -15,6 +15,7 @@ from transforms.commit.committer import CommitConfig, shared_committer
 from transforms.kafka.client import make_consumer
 from transforms.kafka.offsets import SourceConfig, SourceOffsets
 from transforms.kafka.partition_reader import PartitionReader, ReadAhead
+from transforms.kafka.shared_consumer import SharedConsumer
 from transforms.per_process import per_process
 from transforms.records import PartitionKey, read_halt
 
@@ -89,6 +90,7 @@ class PartitionReaders:
         self._config = config
         self._lock = threading.Lock()
         self._readers: dict[PartitionKey, PartitionReader] = {}
+        self._consumer: SharedConsumer | None = None
 
     def __len__(self) -> int:
         return len(self._readers)
@@ -115,8 +117,11 @@ class PartitionReaders:
                     reader.lock.release()
             if key not in self._readers:
                 config = self._config
+                kafka = config.source.kafka
+                if self._consumer is None:
+                    self._consumer = SharedConsumer(kafka)
                 self._readers[key] = PartitionReader(
-                    config.source.kafka, key, config.ahead, config.bounded, self.__len__
+                    kafka, self._consumer, key, config.ahead, config.bounded, self.__len__
                 )
             self._readers[key].used = monotonic()
             return self._readers[key]

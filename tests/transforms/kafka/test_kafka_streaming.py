@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
 
 import pytest
 from confluent_kafka import TopicPartition
@@ -15,24 +15,33 @@ from tests import sink
 from tests.conftest import Names
 from transforms.commit.committer import CommitConfig, Committer
 from transforms.errors import KafkaError
-from transforms.kafka import streaming
 from transforms.kafka.client import KafkaConfig
 from transforms.kafka.offsets import LATEST, SourceConfig
 from transforms.kafka.partition_reader import PartitionReader, ReadAhead
+from transforms.kafka.shared_consumer import SharedConsumer
 from transforms.kafka.streaming import KafkaStream, PartitionFinder, PartitionReaders
 from transforms.records import PartitionKey
 
+MakeReader = Callable[..., tuple[PartitionReader, CommitConfig, PartitionKey]]
 
-def _reader(
-    broker: KafkaBroker, names: Names, produced: int, **limits: int
-) -> tuple[PartitionReader, CommitConfig, PartitionKey]:
-    topic = names.topic()
-    broker.create_topic(topic, 1)
-    broker.produce(topic, list(sink.numbered(1, produced)))
-    source = SourceConfig(KafkaConfig(broker.bootstrap_servers, names.group()), (topic,))
-    commit = CommitConfig(source, refresh_secs=None)
-    reader = PartitionReader(source.kafka, (topic, 0), ReadAhead(**limits))
-    return reader, commit, (topic, 0)
+
+@pytest.fixture
+def make_reader(broker: KafkaBroker, names: Names) -> Iterator[MakeReader]:
+    """Makes a topic of one partition with so many records, and its reader with limits."""
+    with ExitStack() as stack:
+
+        def make(
+            produced: int, **limits: int
+        ) -> tuple[PartitionReader, CommitConfig, PartitionKey]:
+            topic = names.topic()
+            broker.create_topic(topic, 1)
+            broker.produce(topic, list(sink.numbered(1, produced)))
+            source = SourceConfig(KafkaConfig(broker.bootstrap_servers, names.group()), (topic,))
+            consumer = stack.enter_context(closing(SharedConsumer(source.kafka)))
+            reader = PartitionReader(source.kafka, consumer, (topic, 0), ReadAhead(**limits))
+            return reader, CommitConfig(source, refresh_secs=None), (topic, 0)
+
+        yield make
 
 
 def _read_all(reader: PartitionReader, until: int) -> int:
@@ -50,22 +59,19 @@ def _read_all(reader: PartitionReader, until: int) -> int:
     return position
 
 
-def test_a_partition_is_not_read_far_ahead_of_what_is_committed(
-    broker: KafkaBroker, names: Names
-) -> None:
-    reader, commit, key = _reader(broker, names, 5000, records=1500)
+def test_a_partition_is_not_read_far_ahead_of_what_is_committed(make_reader: MakeReader) -> None:
+    reader, commit, key = make_reader(5000, records=1500)
     reader.go_to(0)
     position = _read_all(reader, 5000)
     assert 1500 <= position <= 2500
     Committer(commit).commit({key: position - 100})
     wait_until(lambda: reader.may_read(), "a commit gives no room")
-    reader.close()
 
 
 def test_what_retention_has_taken_is_passed_over_and_counted(
-    broker: KafkaBroker, names: Names, caplog: pytest.LogCaptureFixture
+    broker: KafkaBroker, make_reader: MakeReader, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reader, _, key = _reader(broker, names, 100)
+    reader, _, key = make_reader(100)
     admin = AdminClient({"bootstrap.servers": broker.bootstrap_servers})
     for deleted in admin.delete_records([TopicPartition(*key, 50)]).values():
         deleted.result(30)
@@ -74,13 +80,12 @@ def test_what_retention_has_taken_is_passed_over_and_counted(
     assert _read_all(reader, 100) == 100
     assert reader.offsets_lost == 40
     assert "40 offsets from 10 on were deleted" in caplog.text
-    reader.close()
 
 
 def test_a_position_beyond_the_end_stops_its_partition_only(
-    broker: KafkaBroker, names: Names, caplog: pytest.LogCaptureFixture
+    make_reader: MakeReader, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reader, _, _ = _reader(broker, names, 10)
+    reader, _, _ = make_reader(10)
     reader.go_to(5000)
 
     def told() -> bool:
@@ -89,13 +94,10 @@ def test_a_position_beyond_the_end_stops_its_partition_only(
 
     wait_until(told, "not noticed")
     assert "the others go on" in caplog.text
-    reader.close()
 
 
-def test_a_group_that_is_ahead_of_a_savepoint_gives_no_room(
-    broker: KafkaBroker, names: Names
-) -> None:
-    reader, commit, key = _reader(broker, names, 5000, records=1500)
+def test_a_group_that_is_ahead_of_a_savepoint_gives_no_room(make_reader: MakeReader) -> None:
+    reader, commit, key = make_reader(5000, records=1500)
     committer = Committer(commit)
     committer.commit({key: 5000})
     reader.go_to(0)
@@ -103,11 +105,10 @@ def test_a_group_that_is_ahead_of_a_savepoint_gives_no_room(
     # The job commits what it has come to, be it below what another run had.
     committer.commit({key: 1400})
     wait_until(lambda: reader.may_read(), "a commit gives no room")
-    reader.close()
 
 
-def test_restarts_give_no_more_room(broker: KafkaBroker, names: Names) -> None:
-    reader, commit, key = _reader(broker, names, 5000, records=1500)
+def test_restarts_give_no_more_room(make_reader: MakeReader) -> None:
+    reader, commit, key = make_reader(5000, records=1500)
     committer = Committer(commit)
     committer.commit({key: 0})
     reader.go_to(0)
@@ -118,23 +119,19 @@ def test_restarts_give_no_more_room(broker: KafkaBroker, names: Names) -> None:
     assert not reader.may_read()
     committer.commit({key: position})
     wait_until(lambda: reader.may_read(), "a commit gives no room")
-    reader.close()
 
 
-def test_a_restart_reads_on_for_an_open_batch(broker: KafkaBroker, names: Names) -> None:
+def test_a_restart_reads_on_for_an_open_batch(make_reader: MakeReader) -> None:
     """What was read before it and is not committed may be a batch that waits for what comes."""
-    reader, commit, key = _reader(broker, names, 600)
+    reader, commit, key = make_reader(600)
     Committer(commit).commit({key: 300})
     reader.go_to(500)
     assert _read_all(reader, 600) == 600
     assert reader.may_read()
-    reader.close()
 
 
-def test_a_restart_takes_what_was_read_before_for_as_large(
-    broker: KafkaBroker, names: Names
-) -> None:
-    reader, commit, key = _reader(broker, names, 5000, bytes=20_000)
+def test_a_restart_takes_what_was_read_before_for_as_large(make_reader: MakeReader) -> None:
+    reader, commit, key = make_reader(5000, bytes=20_000)
     committer = Committer(commit)
     committer.commit({key: 0})
     reader.go_to(3000)
@@ -142,7 +139,6 @@ def test_a_restart_takes_what_was_read_before_for_as_large(
     assert not reader.may_read()
     committer.commit({key: 3000})
     wait_until(lambda: reader.may_read(), "a commit gives no room")
-    reader.close()
 
 
 def test_partitions_that_were_added_are_found(broker: KafkaBroker, names: Names) -> None:
@@ -179,15 +175,9 @@ def test_with_latest_a_topic_that_comes_later_begins_at_its_first_record(
     assert finder.look(frozenset()) == {(topic, 0): (0, 5)}
 
 
-def test_a_reader_that_was_closed_is_not_lent(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-
-    def make(*given: Any) -> PartitionReader:
-        made.append(PartitionReader(*given, make=lambda *_, **__: _NoConsumer()))  # type: ignore[arg-type,return-value]
-        return made[-1]  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(streaming, "PartitionReader", make)
-    readers = PartitionReaders(KafkaStream(SourceConfig(KafkaConfig("b:1", "g"), ("t",))))
+def test_a_reader_that_was_closed_is_not_lent() -> None:
+    # Nothing listens there, and nothing is asked of it.
+    readers = PartitionReaders(KafkaStream(SourceConfig(KafkaConfig("127.0.0.1:1", "g"), ("t",))))
     with readers.lend(("t", 0)) as first:
         pass
     first.used = float("-inf")
@@ -202,8 +192,3 @@ def test_a_reader_that_was_closed_is_not_lent(monkeypatch: pytest.MonkeyPatch) -
         second.used = float("-inf")
         with readers.lend(("t", 2)):
             assert not second.closed
-
-
-class _NoConsumer:
-    def close(self) -> None:
-        pass
