@@ -132,7 +132,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 LOGGERS = ("apache_beam", "botocore", "urllib3", "pipeline", "transforms", "librdkafka")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def logging_restored() -> Iterator[None]:
     """Handlers and levels of this process are afterwards what they were."""
     root = logging.getLogger()

@@ -54,6 +54,7 @@ def test_text_shows_command_responses_error_record_and_summary() -> None:
         AWS_SESSION_TOKEN="secret-token",
         HTTP_PROXY="http://127.0.0.1:9",
         http_proxy="http://127.0.0.1:9",
+        COLUMNS="120",
     )
 
     assert demo.returncode == 0, demo.stderr

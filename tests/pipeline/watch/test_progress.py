@@ -313,7 +313,7 @@ def test_showing_progress_begins_and_ends_with_the_run(live: bool) -> None:
 # -- logs ---------------------------------------------------------------------------------
 
 
-def test_json_logs_parse(logging_restored, capsys) -> None:
+def test_json_logs_parse(capsys) -> None:
     """Each line is one object, whatever is in the message, with the stack in a field."""
     logs.configure("json")
     logger = logging.getLogger("transforms.read.rounds")
@@ -332,7 +332,7 @@ def test_json_logs_parse(logging_restored, capsys) -> None:
     assert "ValueError: bad" in second["exception"]
 
 
-def test_json_logs_keep_the_facts_beside_the_message(logging_restored, capsys) -> None:
+def test_json_logs_keep_the_facts_beside_the_message(capsys) -> None:
     """As fields; none of them takes the place of a line's own."""
     logs.configure("json")
     facts = {"topic": "orders", "offsets": [1, 2], "message": "of the function"}
@@ -341,7 +341,7 @@ def test_json_logs_keep_the_facts_beside_the_message(logging_restored, capsys) -
     assert (line["topic"], line["offsets"], line["message"]) == ("orders", [1, 2], "failed")
 
 
-def test_text_logs_are_lines(logging_restored, capsys) -> None:
+def test_text_logs_are_lines(capsys) -> None:
     """Time, level and message; nothing on stdout."""
     logs.configure("text")
     logging.getLogger("pipeline.run.rounds").warning("something")
@@ -366,7 +366,7 @@ def test_text_logs_are_lines(logging_restored, capsys) -> None:
         ("librdkafka", logging.CRITICAL, True),
     ],
 )
-def test_what_is_shown(logging_restored, capsys, format, logger, level, shown) -> None:
+def test_what_is_shown(capsys, format, logger, level, shown) -> None:
     """Ours from INFO on, everybody else's from WARNING on, and no stack of Beam's."""
     logs.configure(format)
     logging.getLogger(logger).log(level, "a line")
