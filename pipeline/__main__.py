@@ -16,5 +16,8 @@ if __name__ == "__main__":
         if stream:
             with suppress(OSError, ValueError):
                 stream.flush()
-    # All that counts is written and committed; taking Beam apart would cost a quarter of a second.
+    # A job that was submitted has servers of Beam's beside it, which end with the interpreter. Else
+    # all that counts is written and committed; taking Beam apart would cost a quarter of a second.
+    if "pipeline.submit.streaming" in sys.modules:
+        sys.exit(code)
     os._exit(code)

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -216,6 +217,9 @@ class Sink:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        # What it started and could not end.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self._stdout.close()
         self._stderr.close()
 
@@ -250,6 +254,17 @@ class Sink:
         assert self.process.poll() is None, f"the run ended before the kill:\n{self.stderr}"
         self.process.kill()
         assert self.process.wait() == -signal.SIGKILL
+
+    def left(self) -> list[str]:
+        """The processes it has started that are still there; each its command line."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                # The name in parentheses may hold anything, spaces too.
+                state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(group) == self.process.pid and state != "Z":
+                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+        return found
 
     def wait(self, code: int | None = 0) -> Ended:
         """Return when it has ended, with the exit code that was expected; None for any.

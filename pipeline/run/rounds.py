@@ -38,10 +38,10 @@ _DISCOVER_SECS = 2.0
 _SETTLE_SECS = 0.2
 _MISSING_LOOKS = 4
 _MEND_SECS = 0.5
-_LAGS_SECS = 0.5
+_LAGS_SECS = 1.0
 # How long the loop may wait for a record to come. While calls are running it waits for these too,
 # in slices: an eighth of the time that has gone by since one ended or began.
-_IDLE_SECS = 0.2
+_IDLE_SECS = 0.5
 _SLICE_SECS = 0.001, 0.02
 _SLICES = 8
 # How long what has finished may wait for more of it: with much under way, for fewer and larger

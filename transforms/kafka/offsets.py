@@ -255,12 +255,14 @@ class SourceOffsets:
         Raises:
             KafkaError: The brokers cannot be reached.
         """
+        # A consumer that fetches keeps its connection busy until records come: an answer would wait
+        # as long.
+        client = self._get_admin() if self._consumer.assignment() else self._consumer
         try:
-            metadata = self._consumer.list_topics(timeout=timeout_secs)
+            metadata = client.list_topics(timeout=timeout_secs)
         except KafkaException as error:
-            if not self._consumer.assignment():
-                # Hands over what the connections said; once assigned, it could take a record.
-                self._consumer.poll(0)
+            # Hands over what the connections said.
+            client.poll(0)
             raise KafkaError(
                 f"{describe(self._kafka)} cannot be reached: {ErrorLog.last or reason(error)}; "
                 f"check --kafka_bootstrap_servers and --kafka_config_file"

@@ -451,6 +451,8 @@ def test_flink_s_own_runner_takes_the_address_of_the_cluster(
         server, runner="FlinkRunner", job_endpoint=None, until="caught_up", **options
     ) as run:
         assert run.wait().summary["records"] == 400
+        # Beam's job server is a process of its own.
+        wait_until(lambda: not run.left(), "it leaves processes behind")
     flink.check()
 
 
@@ -469,4 +471,6 @@ def test_flink_inside_the_job_server(flink: Flink, server: LambdaServer) -> None
         until="caught_up",
     ) as run:
         assert run.wait().summary["records"] == 400
+        # Beam's job server is a process of its own.
+        wait_until(lambda: not run.left(), "it leaves processes behind")
     flink.check()
