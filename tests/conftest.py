@@ -16,6 +16,7 @@ from hypothesis import settings
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.flink import FlinkCluster
 from tests.servers.schema_registry import SchemaRegistryServer
+from tests.servers.secure_broker import SecureBroker
 
 # Clusters on which a test has failed.
 _SUSPECT: set[FlinkCluster] = set()
@@ -59,6 +60,13 @@ def broker() -> Iterator[KafkaBroker]:
 def registry(broker: KafkaBroker) -> Iterator[SchemaRegistryServer]:
     """One real schema registry for the whole run. A test that stops it starts it again."""
     with SchemaRegistryServer(broker) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def secure() -> Iterator[SecureBroker]:
+    """One real Kafka broker with a listener for each way to log in."""
+    with SecureBroker() as running:
         yield running
 
 
@@ -116,7 +124,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # First, because `-m` selects in this same hook.
     for item in items:
-        for fixture, marker in {"broker": "broker", "cluster": "flink"}.items():
+        for fixture, marker in {"broker": "broker", "secure": "broker", "cluster": "flink"}.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(marker)
     # For pytest-xdist, which begins with the first: what takes longest may not be left to the end.

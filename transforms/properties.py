@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 
+from transforms import java_login
 from transforms.errors import UsageError
 from transforms.text_file import read_text
 
@@ -44,6 +45,7 @@ JAVA_NAMES = {
     "or ssl.keystore.location with a PKCS#12 file",
     "ssl.truststore.password": "ssl.ca.location (PEM), which needs no password",
     "sasl.login.callback.handler.class": "sasl.oauthbearer.method=oidc and its settings",
+    "sasl.client.callback.handler.class": "sasl.mechanism=AWS_MSK_IAM, if it is for MSK",
 }
 
 
@@ -55,6 +57,7 @@ def parse_properties(text: str, environ: Mapping[str, str]) -> dict[str, str]:
             environment variables that do not exist. Never shows a value.
     """
     settings: dict[str, str] = {}
+    translated: dict[str, str] = {}
     problems: list[str] = []
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.strip()
@@ -65,7 +68,16 @@ def parse_properties(text: str, environ: Mapping[str, str]) -> dict[str, str]:
             problems.append(f"line {number} is not of the form name=value")
             continue
         name, value = found.groups()
-        bare = next((name[len(p) :] for p in PREFIXES[:2] if name.startswith(p)), name)
+        prefix = next((p for p in PREFIXES[:2] if name.startswith(p)), "")
+        bare = name.removeprefix(prefix)
+        try:
+            ours = java_login.translate(bare, value)
+        except ValueError as error:
+            problems.append(f"line {number} ({name}): {error}")
+            continue
+        if ours is not None:
+            translated |= {prefix + setting: text for setting, text in ours.items()}
+            continue
         if bare in _OURS and not (bare == "bootstrap.servers" and bare != name):
             problems.append(f"line {number} sets {name}, which the pipeline owns: {_OURS[bare]}")
         bare = bare.removeprefix(SCHEMA_REGISTRY_PREFIX)
@@ -81,7 +93,11 @@ def parse_properties(text: str, environ: Mapping[str, str]) -> dict[str, str]:
             settings[name] = _ENVIRONMENT.sub(lambda match: environ[match[1]], value)
     if problems:
         raise UsageError(problems)
-    return settings
+    # The mechanism beside Amazon's handler is the one of what it makes.
+    mechanisms = [name for name in translated if name.endswith("sasl.mechanism")]
+    for name in mechanisms:
+        settings.pop(f"{name}s", None)
+    return translated | {k: v for k, v in settings.items() if k not in mechanisms}
 
 
 def load_properties(path: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:

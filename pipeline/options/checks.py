@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from typing import Any
 
+from pipeline.options.checks_login import any_iam, check_login
 from pipeline.options.declare import NO_ATTRIBUTE, OPTIONS, Option
-from transforms import envelope
+from transforms import envelope, java_login
 from transforms.aws.function import MAX_ASYNC_BYTES
 from transforms.invoke import reply
 from transforms.kafka.offsets import AT_TIMESTAMP
@@ -122,7 +123,8 @@ def check_together(
             f"--function={function} is not a function name, name:version, name:alias or ARN"
         )
     _check_aws(values, given, problems)
-    _check_payload(values, problems)
+    _check_payload(values, settings, problems)
+    check_login(values, settings, os.environ, problems)
     _check_schemas(values, given, problems)
     _check_reply(values, given, problems)
     if values["invocation_type"] == "async" and (values["batch_bytes"] or 0) > MAX_ASYNC_BYTES:
@@ -178,10 +180,10 @@ def _check_aws(values: dict[str, Any], given: dict[str, str | None], problems: l
         problems.append(f"--lambda_endpoint_url={endpoint} is not an http:// or https:// address")
     if role and not OPTIONS["aws_role_arn"].fits(role):
         problems.append(f"--aws_role_arn={role} is not the ARN of a role")
-    if values["aws_web_identity"] and not role:
+    if values["aws_web_identity"] and not role and not values["kafka_role_arn"]:
         problems.append(
             f"--aws_web_identity={values['aws_web_identity']} needs --aws_role_arn, the role to "
-            f"assume with it"
+            f"assume with it, or --kafka_role_arn"
         )
     if given.get("aws_web_identity_audience") is not None and not values["aws_web_identity"]:
         problems.append("--aws_web_identity_audience goes with --aws_web_identity only")
@@ -211,7 +213,7 @@ def _check_reply(values: dict[str, Any], given: dict[str, str | None], problems:
         problems.append("--partial_failure goes with --reply=batch_item_failures only")
 
 
-def _check_payload(values: dict[str, Any], problems: list[str]) -> None:
+def _check_payload(values: dict[str, Any], settings: dict[str, str], problems: list[str]) -> None:
     arn = values["event_source_arn"]
     if arn and not OPTIONS["event_source_arn"].fits(arn):
         problems.append(f"--event_source_arn={arn} is not the ARN of an MSK cluster")
@@ -226,10 +228,10 @@ def _check_payload(values: dict[str, Any], problems: list[str]) -> None:
     if values["envelope"] == envelope.CONFLUENT:
         if values["event_record_format"] != OPTIONS["event_record_format"].default:
             problems.append("--event_record_format goes with --envelope=kafka_event or pipes only")
-        if arn and not aws_errors:
+        if arn and not aws_errors and not any_iam(settings):
             problems.append(
-                "--event_source_arn goes with --envelope=kafka_event or pipes, or with "
-                "--error_record=aws, only"
+                "--event_source_arn goes with --envelope=kafka_event or pipes, with "
+                "--error_record=aws, or with a login with IAM, only"
             )
         return
     for name in ("key_format", "value_format"):
@@ -314,7 +316,13 @@ def check_beam_reader(
     if values["until"] == "caught_up":
         problems.append("--until=caught_up needs --kafka_reader=native: Beam's reader has no end")
     common = sorted(name for name in settings if not name.startswith(PREFIXES))
-    if common:
+    if any_iam(settings):
+        problems.append(
+            f"--kafka_reader=beam cannot log in with {java_login.MECHANISM}: it would need "
+            f"Amazon's aws-msk-iam-auth on the class path of the expansion service and of each "
+            f"worker; use --kafka_reader=native"
+        )
+    elif common:
         problems.append(
             f"--kafka_config_file sets {', '.join(common)}, which --kafka_reader=beam would make "
             f"part of the job, for all to read; use --kafka_reader=native"

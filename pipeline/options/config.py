@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline.options.checks import (
     parse_value,
     warnings_of,
 )
+from pipeline.options.checks_login import login_of
 from pipeline.options.declare import FLINK_RUNNERS, NO_ATTRIBUTE, OPTIONS, STREAM_RUNNERS
 from transforms import envelope
 from transforms.aws.function import MAX_ASYNC_BYTES, MAX_SYNC_BYTES, FunctionConfig
@@ -149,7 +151,10 @@ def _make_config(
     sync = values["invocation_type"] == "sync"
     batch_bytes = values["batch_bytes"] or (MAX_SYNC_BYTES if sync else MAX_ASYNC_BYTES)
     kafka = KafkaConfig(
-        values["kafka_bootstrap_servers"], values["consumer_group"], values["kafka_config_file"]
+        values["kafka_bootstrap_servers"],
+        values["consumer_group"],
+        values["kafka_config_file"],
+        login_of(values, settings, os.environ),
     )
     wrapping = Envelope(
         values["envelope"],

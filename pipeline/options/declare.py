@@ -113,6 +113,7 @@ _RETRY_LIMIT: dict[str, Any] = {
 NO_ATTRIBUTE = "NONE"
 
 _TOPIC = "[a-zA-Z0-9._-]{1,249}"
+_ROLE = r"arn:aws[a-zA-Z-]*:iam::\d{12}:role/\S+"
 _SERVER = r"((SASL_)?(PLAINTEXT|SSL)://)?(\[[0-9a-fA-F:.]+\]|[^,:/\s\[\]]+):\d{1,5}"
 
 GROUPS = (
@@ -154,6 +155,14 @@ GROUPS = (
                 f"{text_file.GCS_FORM}, or in Secret Manager, as {text_file.SECRET_FORM}; each "
                 "worker reads it there.",
                 example="kafka.properties",
+            ),
+            Option(
+                "kafka_role_arn",
+                "Role to assume for a login to MSK with IAM (sasl.mechanism=AWS_MSK_IAM in "
+                "--kafka_config_file), with the credentials of AWS's default chain, or as "
+                "--aws_web_identity says. --aws_role_arn is the function's only.",
+                example="arn:aws:iam::123456789012:role/read-orders",
+                pattern=_ROLE,
             ),
             Option(
                 "topics",
@@ -281,7 +290,7 @@ GROUPS = (
                 "Role to assume, with the credentials of AWS's default chain, or as "
                 "--aws_web_identity says.",
                 example="arn:aws:iam::123456789012:role/invoke-orders",
-                pattern=r"arn:aws[a-zA-Z-]*:iam::\d{12}:role/\S+",
+                pattern=_ROLE,
             ),
             Option(
                 "aws_web_identity",

@@ -13,7 +13,6 @@ import re
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,13 +21,8 @@ import botocore.exceptions as aws_errors
 import urllib3.exceptions as http_errors
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
-from botocore.credentials import (
-    AssumeRoleCredentialFetcher,
-    AssumeRoleWithWebIdentityCredentialFetcher,
-    DeferredRefreshableCredentials,
-)
 from botocore.httpsession import create_urllib3_context, get_cert_path, mask_proxy_url
-from botocore.session import Session, get_session
+from botocore.session import get_session
 from botocore.utils import get_environ_proxies
 
 from transforms.aws.answers import (
@@ -41,8 +35,8 @@ from transforms.aws.answers import (
     read_refusal,
     read_wait,
 )
+from transforms.aws.credentials import Identity, session_of
 from transforms.aws.http import MAX_BODY_BYTES, Endpoint, Response, SendTimeoutError
-from transforms.aws.web_identity import google_token
 from transforms.errors import FunctionConfigError
 
 MAX_SYNC_BYTES = 6_291_455
@@ -111,33 +105,13 @@ def make_client(config: FunctionConfig) -> Any:
     region = config.region or (match["region"] if match else None) or os.environ.get("AWS_REGION")
     settings = Config(user_agent="beam-lambda-sink", parameter_validation=False)
     try:
-        session = get_session()
-        if config.role_arn:
-            session = _assume(session, config.role_arn, config, region)
+        identity = Identity(config.role_arn, config.web_identity, config.token_audience)
+        session = session_of(identity, region)
         return boto3.Session(botocore_session=session, region_name=region).client(
             "lambda", endpoint_url=config.endpoint_url, config=settings
         )
     except (aws_errors.BotoCoreError, ValueError) as error:
         raise FunctionConfigError(advice(config, type(error).__name__, str(error))) from None
-
-
-def _assume(source: Session, role_arn: str, config: FunctionConfig, region: str | None) -> Session:
-    """A session whose credentials are the role's, renewed before they expire."""
-    name = {"RoleSessionName": "beam-lambda-sink"}
-    create = partial(source.create_client, region_name=region)
-    fetcher: Any
-    if config.web_identity:
-        token = partial(google_token, config.token_audience)
-        fetcher = AssumeRoleWithWebIdentityCredentialFetcher(create, token, role_arn, name)
-    else:
-        credentials = source.get_credentials()
-        if credentials is None:
-            raise aws_errors.NoCredentialsError
-        fetcher = AssumeRoleCredentialFetcher(create, credentials, role_arn, name)
-    assumed = get_session()
-    # There is no public way to hand a session credentials that renew themselves.
-    assumed._credentials = DeferredRefreshableCredentials(fetcher.fetch_credentials, "assume-role")
-    return assumed
 
 
 @dataclass(frozen=True, slots=True)

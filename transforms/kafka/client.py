@@ -21,7 +21,10 @@ from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from transforms.errors import UsageError
+from transforms.aws.msk import TokenConfig, TokenError, Tokens
+from transforms.errors import KafkaError, UsageError
+from transforms.kafka.login import AwsLogin, LoginError, explain_refusal, take_iam
+from transforms.per_process import per_process
 from transforms.properties import PREFIXES, load_properties
 
 _LOGGER = logging.getLogger(__name__)
@@ -35,7 +38,16 @@ NO_COORDINATOR = frozenset(
     }
 )
 
+# With IAM, what is missing where Kafka says that something is not authorized.
+_RIGHTS = {
+    ErrorCode.TOPIC_AUTHORIZATION_FAILED: "kafka-cluster:ReadData to read it, WriteData to write "
+    "it, DescribeTopic for both",
+    ErrorCode.GROUP_AUTHORIZATION_FAILED: "kafka-cluster:DescribeGroup and AlterGroup",
+    ErrorCode.CLUSTER_AUTHORIZATION_FAILED: "kafka-cluster:WriteDataIdempotently",
+}
+
 _WARN_SECS = 30.0
+_NO_TOKEN = "OAuth callback raised exception"
 _QUOTED_VALUE = re.compile(r'Invalid value "([^"]*)"')
 
 
@@ -47,15 +59,23 @@ class KafkaConfig:
         bootstrap_servers: Comma separated host:port list.
         group: Consumer group whose committed offsets are the durable truth.
         config_file: Properties file, or None.
+        login: What options say of a login with IAM.
     """
 
     bootstrap_servers: str
     group: str
     config_file: str | None = None
+    login: AwsLogin = AwsLogin()
 
 
 def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
-    """Settings of one client: the common ones, then those with its prefix."""
+    """Settings of one client: the common ones, then those with its prefix.
+
+    With IAM, what makes tokens is among them; it belongs to this process.
+
+    Raises:
+        UsageError: The settings file cannot be read, or what is in it does not fit.
+    """
     settings: dict[str, Any] = {
         "bootstrap.servers": config.bootstrap_servers,
         "client.id": "beam-lambda-sink",
@@ -67,7 +87,52 @@ def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
         settings |= {k: v for k, v in properties.items() if not k.startswith(PREFIXES)}
         if prefix:
             settings |= {k[len(prefix) :]: v for k, v in properties.items() if k.startswith(prefix)}
+    try:
+        settings, tokens = take_iam(settings, config.login)
+    except LoginError as error:
+        raise UsageError([f"Kafka settings: {error}"]) from None
+    if tokens:
+        settings["oauth_cb"] = per_process(IamLogin, tokens)
     return settings
+
+
+class IamLogin:
+    """Gives librdkafka a token whenever it asks for one, on a thread of its own.
+
+    Args:
+        config: Whose tokens.
+        tokens: Makes them; injected for tests.
+
+    Attributes:
+        used: Whether any client of this process logs in so.
+    """
+
+    used = False
+
+    def __init__(self, config: TokenConfig, tokens: Tokens | None = None) -> None:
+        IamLogin.used = True
+        self.config = config
+        self._tokens = tokens or Tokens(config)
+
+    def __call__(self, _config: str) -> tuple[str, float]:
+        """For librdkafka, which asks again after a while if this raises."""
+        try:
+            return self._tokens.make()
+        except TokenError as error:
+            # All that librdkafka says of it is that it was raised.
+            ErrorLog.say(f"login with IAM: {error}")
+            raise
+
+    def check(self) -> None:
+        """Try whether there are tokens; a client would be waiting for one for ten seconds.
+
+        Raises:
+            KafkaError: There are none.
+        """
+        try:
+            self._tokens.make()
+        except TokenError as error:
+            raise KafkaError(f"Kafka login with IAM: {error}") from None
 
 
 def make_consumer(config: KafkaConfig, **defaults: Any) -> confluent_kafka.Consumer:
@@ -121,8 +186,14 @@ def make_producer(settings: Mapping[str, Any]) -> confluent_kafka.Producer:
 
 
 def _client(kind: Any, settings: Mapping[str, Any]) -> Any:
+    login = settings.get("oauth_cb")
+    tokens = None
+    if isinstance(login, IamLogin):
+        login.check()
+        tokens = login.config
+    log = ErrorLog(tokens)
     try:
-        return kind({**settings, "error_cb": ErrorLog()}, logger=logging.getLogger("librdkafka"))
+        return kind({**settings, "error_cb": log}, logger=logging.getLogger("librdkafka"))
     except KafkaException as error:
         text = _QUOTED_VALUE.sub(_mask, reason(error))
         raise UsageError([f"Kafka settings: {text}; see --kafka_config_file"]) from None
@@ -138,6 +209,9 @@ def _mask(quoted: re.Match[str]) -> str:
 class ErrorLog:
     """What a client says of its connections: one warning in a while, and the last cause.
 
+    Args:
+        tokens: With whose tokens the client logs in; None if it does not log in with IAM.
+
     Attributes:
         last: The last cause that any client of this process met; "all brokers are down" is none.
     """
@@ -145,20 +219,36 @@ class ErrorLog:
     last = ""
     _warned = float("-inf")
 
+    def __init__(self, tokens: TokenConfig | None = None) -> None:
+        self._tokens = tokens
+
     def __call__(self, error: Any) -> None:
-        if error.code() == ErrorCode._ALL_BROKERS_DOWN:
+        text = " ".join(error.str().split())
+        # Why there is no token, who was to make it has said.
+        if error.code() == ErrorCode._ALL_BROKERS_DOWN or _NO_TOKEN in text:
             return
-        ErrorLog.last = " ".join(error.str().split())
+        self.say(explain_refusal(text, self._tokens) if self._tokens else text)
+
+    @staticmethod
+    def say(text: str) -> None:
+        """Keep it as the last cause, and warn of it, unless there was a warning just now."""
+        ErrorLog.last = text
         if monotonic() - ErrorLog._warned > _WARN_SECS:
             ErrorLog._warned = monotonic()
-            _LOGGER.warning("kafka: %s", ErrorLog.last)
+            _LOGGER.warning("kafka: %s", text)
 
 
 def reason(error: KafkaException) -> str:
     """What librdkafka says, as one line."""
     inner = error.args[0] if error.args else error
-    text = inner.str() if hasattr(inner, "str") else str(inner)
-    return " ".join(text.split())
+    return said(inner) if hasattr(inner, "str") else " ".join(str(inner).split())
+
+
+def said(error: Any) -> str:
+    """What librdkafka says in an error, as one line, and with IAM which right is missing."""
+    text = " ".join(error.str().split())
+    right = _RIGHTS.get(error.code()) if IamLogin.used else None
+    return f"{text}, with IAM the right {right}" if right else text
 
 
 def describe(config: KafkaConfig) -> str:

@@ -10,7 +10,7 @@ from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, TIMESTAMP_NOT_AVAILABLE, 
 from confluent_kafka import KafkaError as ErrorCode
 
 from transforms.errors import KafkaError
-from transforms.kafka.client import KafkaConfig, describe
+from transforms.kafka.client import KafkaConfig, describe, said
 from transforms.records import NO_TIMESTAMP, Header, Records, header_bytes
 
 _LOGGER = logging.getLogger(__name__)
@@ -54,10 +54,10 @@ def end_of_partition(message: Message, kafka: KafkaConfig) -> int | None:
         )
     if error.code() in _FATAL:
         what = _FATAL[error.code()]
-        raise PartitionError(f"topic {message.topic()} cannot be read: {what} ({error.str()})")
+        raise PartitionError(f"topic {message.topic()} cannot be read: {what} ({said(error)})")
     if error.fatal():
-        raise KafkaError(f"{describe(kafka)}: {error.str()}")
-    _LOGGER.warning("%s: %s", describe(kafka), error.str())
+        raise KafkaError(f"{describe(kafka)}: {said(error)}")
+    _LOGGER.warning("%s: %s", describe(kafka), said(error))
     return None
 
 

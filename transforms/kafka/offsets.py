@@ -22,6 +22,7 @@ from transforms.errors import KafkaError
 from transforms.kafka.client import (
     NO_COORDINATOR,
     ErrorLog,
+    IamLogin,
     KafkaConfig,
     client_settings,
     describe,
@@ -197,7 +198,7 @@ class SourceOffsets:
         if missing:
             return KafkaError(
                 f"--topics: {', '.join(missing)} not found in {describe(self._kafka)}; "
-                f"create it first, or check the name"
+                f"create it first, or check the name{self._unseen()}"
             )
         if not found:
             return KafkaError(
@@ -205,6 +206,10 @@ class SourceOffsets:
                 f"{describe(self._kafka)}; --no_preflight waits for one"
             )
         return None
+
+    def _unseen(self) -> str:
+        # What may not be described is not listed.
+        return ", or the right kafka-cluster:DescribeTopic of it" if IamLogin.used else ""
 
     def made_anew(self, keys: Collection[PartitionKey], quick: bool = False) -> set[str]:
         """Topics that were deleted and made anew since it was asked before.

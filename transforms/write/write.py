@@ -30,6 +30,7 @@ from transforms.kafka.client import (
     client_settings,
     make_producer,
     reason,
+    said,
 )
 from transforms.names import NUMBERS, Names
 from transforms.per_process import forget, per_process
@@ -236,7 +237,7 @@ class TopicWriter:
 
     def _note(self, note: Note, error: Any, key: bytes | None, value: bytes | None) -> None:
         if error.code() not in _OF_THE_RECORD | _OF_THE_COUNT:
-            raise WriteError(self._failed(error.str()))
+            raise WriteError(self._failed(said(error)))
         _refuse(note, error, key, value)
 
     def flush(self, delivered: Delivered) -> list[Refused]:
@@ -271,7 +272,7 @@ class TopicWriter:
             self._wait(delivered)
             again, delivered.refused = delivered.refused, []
             if unknown := [each for each in again if each.error.code() in _OF_THE_COUNT]:
-                raise WriteError(self._failed(unknown[0].error.str()))
+                raise WriteError(self._failed(said(unknown[0].error)))
             if len(again) <= 1:
                 at_fault += again
             else:
@@ -302,7 +303,7 @@ class TopicWriter:
             return f"the brokers cannot be reached: {reason(error)}"
         self._partitions = len(metadata.partitions)
         if metadata.error is not None:
-            return f"{metadata.error.str()}; create it first"
+            return f"{said(metadata.error)}; create it first"
         return None if self._partitions else "it has no partitions yet"
 
     def _count_partitions(self) -> int:
@@ -317,7 +318,7 @@ def _report(note: Note, error: Any, message: Any) -> None:
     if error.code() in _OF_THE_RECORD | _OF_THE_COUNT:
         _refuse(note, error, message.key(), message.value())
     else:
-        note.bundle.failures.append(error.str())
+        note.bundle.failures.append(said(error))
 
 
 def _refuse(note: Note, error: Any, key: bytes | None, value: bytes | None) -> None:

@@ -48,11 +48,13 @@ def arguments_of(*more: str) -> list[str]:
 FILTERS = str(Path(__file__).with_name("filters.json"))
 
 # Every option: where its value is found, its default there, a text, and what that comes to.
+IAM_PROPERTIES = str(Path(__file__).with_name("iam.properties"))
 ROLE = "arn:aws:iam::123456789012:role/r"
 
 CASES = {
     "kafka_bootstrap_servers": (lambda c: c.kafka.bootstrap_servers, "broker:9092", "a:1", "a:1"),
     "kafka_config_file": (lambda c: c.kafka.config_file, None, "/dev/null", "/dev/null"),
+    "kafka_role_arn": (lambda c: c.kafka.login.role_arn, None, ROLE, ROLE),
     "topics": (lambda c: c.source.topics, ("orders",), " a, b ,", ("a", "b")),
     "topics_regex": (lambda c: c.source.topics_regex, None, "o-.*", "o-.*"),
     "consumer_group": (lambda c: c.kafka.group, "g", "h", "h"),
@@ -182,6 +184,7 @@ BESIDE = {
     "schema_validation": {"schema_registry_url": REGISTRY},
     "event_record_format": {"schema_registry_url": REGISTRY, "envelope": "kafka_event"},
     "event_source_arn": {"envelope": "kafka_event"},
+    "kafka_role_arn": {"kafka_config_file": IAM_PROPERTIES},
     "topics_regex": {"topics": None},
     "starting_timestamp": {"starting_position": "AT_TIMESTAMP"},
     "filter_unparsable": {"filter_criteria": FILTERS},

@@ -17,6 +17,7 @@ from tests.pipeline.options.given import (
     CASES,
     CHOICES,
     FLAGS,
+    IAM_PROPERTIES,
     MSK,
     NUMBERS,
     REGISTRY,
@@ -289,7 +290,7 @@ def test_a_time_without_a_zone_is_utc(text: str, expected: datetime | None) -> N
         ({"partial_failure": "checkpoint", "reply": "none"}, ["--partial_failure goes with"]),
         (
             {"event_source_arn": MSK},
-            ["--event_source_arn goes with --envelope=kafka_event or pipes, or with"],
+            ["--event_source_arn goes with --envelope=kafka_event or pipes, with"],
         ),
         ({"error_record": "aws"}, ["--error_record=aws needs --error_topic"]),
         (
@@ -333,6 +334,22 @@ def test_a_time_without_a_zone_is_utc(text: str, expected: datetime | None) -> N
             ["--lambda_endpoint_url has a login in it"],
         ),
         ({"aws_web_identity": "google"}, ["--aws_web_identity=google needs --aws_role_arn"]),
+        ({"kafka_role_arn": ROLE}, ["--kafka_role_arn goes with sasl.mechanism=AWS_MSK_IAM"]),
+        (
+            {"kafka_role_arn": "read", "kafka_config_file": IAM_PROPERTIES},
+            ["--kafka_role_arn=read is not the ARN of a role"],
+        ),
+        (
+            {"kafka_bootstrap_servers": "b-1.x.c2.kafka.us-east-1.amazonaws.com:9098"},
+            ["--kafka_bootstrap_servers=b-1", "MSK has IAM at this port", "mechanism=AWS_MSK_IAM"],
+        ),
+        (
+            {
+                "kafka_bootstrap_servers": "b-1.x.c2.kafka.us-east-1.amazonaws.com:9096",
+                "kafka_config_file": IAM_PROPERTIES,
+            },
+            ["amazonaws.com:9096: MSK has SASL_SSL with SCRAM-SHA-512", "ports of IAM are 9098"],
+        ),
         (
             {"aws_role_arn": ROLE, "aws_web_identity_audience": "orders"},
             ["--aws_web_identity_audience goes with --aws_web_identity only"],

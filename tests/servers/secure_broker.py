@@ -1,0 +1,165 @@
+"""A real Kafka broker with a listener for each way to log in, beside the plain one.
+
+What is written and read by the tests goes by the plain one. Certificates are made here, and the
+class that takes tokens as MSK does, `java/MskValidator.java`, is compiled here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
+
+from pipeline.local.broker import KafkaBroker
+from pipeline.local.jars import classpath
+from pipeline.local.processes import ServerError, free_ports
+from tests.sink import ACCESS_KEY, SECRET_KEY
+
+REGION = "us-east-1"
+NO_RIGHTS, NO_RIGHTS_SECRET = "AKIDWITHOUTRIGHTS", "secret-of-who-has-no-rights"
+
+_JAAS = {"OAUTHBEARER": "org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule"}
+_SOURCE = Path(__file__).parent / "java" / "MskValidator.java"
+
+
+class Authority:
+    """Makes keys and certificates for 127.0.0.1.
+
+    Args:
+        folder: Where the files go.
+
+    Attributes:
+        ca: File with the certificate to trust.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._key = rsa.generate_private_key(65537, 2048)
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tests")])
+        self.ca = folder / "ca.pem"
+        self.ca.write_bytes(_pem(self._sign(self._name, self._key, authority=True)))
+
+    def issue(self, name: str) -> tuple[str, str]:
+        """A certificate, and its key as PKCS#8, both PEM."""
+        key = rsa.generate_private_key(65537, 2048)
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        return _pem(self._sign(subject, key)).decode(), key_text(key)
+
+    def _sign(
+        self, subject: x509.Name, key: rsa.RSAPrivateKey, authority: bool = False
+    ) -> x509.Certificate:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def key_text(key: rsa.RSAPrivateKey, password: str | None = None) -> str:
+    """A key as PKCS#8 in PEM, encrypted if there is a password."""
+    how: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if password:
+        how = serialization.BestAvailableEncryption(password.encode())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how
+    ).decode()
+
+
+class SecureBroker(KafkaBroker):
+    """`KafkaBroker` with TLS and logins.
+
+    Who logs in as somebody else than `ACCESS_KEY` may do nothing.
+
+    Args:
+        reauthenticate_secs: How long a connection is good for at most, whatever the token says.
+
+    Attributes:
+        authority: Of the certificates.
+        ca: File with the certificate to trust.
+        iam: ``host:port`` of the listener that takes tokens as MSK does.
+        logins: File with a line for each login with IAM.
+    """
+
+    def __init__(self, reauthenticate_secs: float = 3600) -> None:
+        super().__init__()
+        self._certificates = tempfile.TemporaryDirectory(prefix="secure-")
+        folder = Path(self._certificates.name)
+        self.authority = Authority(folder)
+        self.ca = self.authority.ca
+        certificate, key = self.authority.issue("broker")
+        (folder / "broker.pem").write_text(key + certificate)
+        keys = folder / "keys.txt"
+        keys.write_text(f"{ACCESS_KEY} {SECRET_KEY}\n{NO_RIGHTS} {NO_RIGHTS_SECRET}\n")
+        self.logins = folder / "logins.txt"
+        self.logins.write_text("")
+        self._classes = folder / "classes"
+        _compile(self._classes)
+        self._jvm_flags = (
+            *self._jvm_flags,
+            f"-Dmsk.region={REGION}",
+            f"-Dmsk.keys={keys}",
+            f"-Dmsk.log={self.logins}",
+        )
+        (iam,) = free_ports(1)
+        self.iam = f"127.0.0.1:{iam}"
+        config = self._config
+        config["listeners"] += f",IAM://{self.iam}"
+        config["advertised.listeners"] += f",IAM://{self.iam}"
+        config["listener.security.protocol.map"] += ",IAM:SASL_SSL"
+        config |= {
+            "ssl.keystore.type": "PEM",
+            "ssl.keystore.location": str(folder / "broker.pem"),
+            "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": str(self.ca),
+            "listener.name.iam.sasl.enabled.mechanisms": "OAUTHBEARER",
+            "listener.name.iam.oauthbearer.sasl.jaas.config": f"{_JAAS['OAUTHBEARER']} required;",
+            "listener.name.iam.oauthbearer.sasl.server.callback.handler.class": "MskValidator",
+            "listener.name.iam.oauthbearer.connections.max.reauth.ms": str(
+                int(reauthenticate_secs * 1000)
+            ),
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "super.users": f"User:ANONYMOUS;User:{ACCESS_KEY}",
+        }
+
+    def accepted(self) -> int:
+        """How many logins with IAM there were."""
+        return sum(" accepted " in line for line in self.logins.read_text().splitlines())
+
+    def _command(self, folder: Path) -> Sequence[str]:
+        command = list(super()._command(folder))
+        at = command.index("-cp") + 1
+        command[at] = f"{command[at]}:{self._classes}"
+        return command
+
+
+def _compile(folder: Path) -> None:
+    done = subprocess.run(
+        ["javac", "-cp", classpath("kafka"), "-d", str(folder), str(_SOURCE)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise ServerError(f"{_SOURCE.name} cannot be compiled:\n{done.stdout[-4000:]}")
