@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from transforms import java_login
 from transforms.errors import UsageError
@@ -50,7 +51,8 @@ JAVA_NAMES = {
 
 
 def parse_properties(text: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Read ``name=value`` or ``name: value`` lines; ``#`` and ``!`` begin a comment line.
+    """Read ``name=value`` or ``name: value`` lines; ``#`` and ``!`` begin a comment line. A text
+    that begins with ``{`` is JSON, an object of settings, as a manager of secrets may have it.
 
     Raises:
         UsageError: With all lines that are no setting, names that are not to be set, and
@@ -59,36 +61,27 @@ def parse_properties(text: str, environ: Mapping[str, str]) -> dict[str, str]:
     settings: dict[str, str] = {}
     translated: dict[str, str] = {}
     problems: list[str] = []
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.strip()
-        if not line or line[0] in "#!":
-            continue
-        found = _SETTING.fullmatch(line)
-        if not found:
-            problems.append(f"line {number} is not of the form name=value")
-            continue
-        name, value = found.groups()
+    for where, name, value in _entries(text, problems):
         prefix = next((p for p in PREFIXES[:2] if name.startswith(p)), "")
         bare = name.removeprefix(prefix)
         try:
             ours = java_login.translate(bare, value)
         except ValueError as error:
-            problems.append(f"line {number} ({name}): {error}")
+            problems.append(f"{where} ({name}): {error}")
             continue
         if ours is not None:
             translated |= {prefix + setting: text for setting, text in ours.items()}
             continue
         if bare in _OURS and not (bare == "bootstrap.servers" and bare != name):
-            problems.append(f"line {number} sets {name}, which the pipeline owns: {_OURS[bare]}")
+            problems.append(f"{where} sets {name}, which the pipeline owns: {_OURS[bare]}")
         bare = bare.removeprefix(SCHEMA_REGISTRY_PREFIX)
         if bare in JAVA_NAMES and not (bare == "ssl.keystore.location" and value.endswith("p12")):
             problems.append(
-                f"line {number} sets {name}, a setting of Java clients; here it is "
-                f"{JAVA_NAMES[bare]}"
+                f"{where} sets {name}, a setting of Java clients; here it is {JAVA_NAMES[bare]}"
             )
         missing = [key for key in _ENVIRONMENT.findall(value) if key not in environ]
         for key in missing:
-            problems.append(f"line {number} ({name}) needs the environment variable {key!r}")
+            problems.append(f"{where} ({name}) needs the environment variable {key!r}")
         if not missing:
             settings[name] = _ENVIRONMENT.sub(lambda match: environ[match[1]], value)
     if problems:
@@ -98,6 +91,39 @@ def parse_properties(text: str, environ: Mapping[str, str]) -> dict[str, str]:
     for name in mechanisms:
         settings.pop(f"{name}s", None)
     return translated | {k: v for k, v in settings.items() if k not in mechanisms}
+
+
+def _entries(text: str, problems: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Each setting: where it stands, its name and its value."""
+    if text.lstrip().startswith("{"):
+        yield from _json_entries(text, problems)
+        return
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.strip()
+        if not line or line[0] in "#!":
+            continue
+        found = _SETTING.fullmatch(line)
+        if not found:
+            problems.append(f"line {number} is not of the form name=value")
+            continue
+        yield f"line {number}", found[1], found[2]
+
+
+def _json_entries(text: str, problems: list[str]) -> Iterator[tuple[str, str, str]]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        # What it says of the place is no part of the text.
+        place = getattr(error, "lineno", None)
+        problems.append(f"it is not JSON{f', in line {place}' if place else ''}")
+        return
+    for number, (name, value) in enumerate(content.items(), 1):
+        if isinstance(value, bool):
+            value = str(value).lower()
+        if isinstance(value, str | int | float):
+            yield f"setting {number}", name, str(value)
+        else:
+            problems.append(f"setting {number} ({name}) is neither a text nor a number")
 
 
 def load_properties(path: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:

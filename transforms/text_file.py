@@ -1,4 +1,5 @@
-"""Text files that options name: on this machine, in Cloud Storage or in Secret Manager. No Beam.
+"""Text files that options name: on this machine, in Cloud Storage or in a manager of secrets. No
+Beam.
 
 What is elsewhere is kept for a while, since every client that a worker makes asks for its settings;
 and longer, with a warning, while it cannot be fetched anew.
@@ -22,10 +23,14 @@ _LOGGER = logging.getLogger(__name__)
 
 SECRET_FORM = "secretmanager://projects/PROJECT/secrets/SECRET/versions/latest"
 GCS_FORM = "gs://BUCKET/OBJECT"
+AWS_SCHEME = "aws-secretsmanager://"
+AWS_FORM = f"{AWS_SCHEME}arn:aws:secretsmanager:REGION:ACCOUNT:secret:NAME"
 
 _KEPT_SECS = 300.0
 # So that not each of many clients waits in turn for what does not answer.
 _FAILURE_KEPT_SECS = 5.0
+# How often many clients whose login is refused may have the same fetched.
+_RENEW_SECS = 5.0
 _TIMEOUT_SECS = 20.0
 
 _PART = r"[A-Za-z0-9._:-]+"
@@ -34,6 +39,9 @@ _SECRET = re.compile(
     rf"/secrets/(?P<secret>{_PART})(?:/versions/(?P<version>{_PART}))?"
 )
 _SHORT_SECRET = re.compile(rf"(?P<project>{_PART})/(?P<secret>{_PART})(?:/(?P<version>{_PART}))?")
+_AWS_SECRET = re.compile(
+    r"arn:aws[a-zA-Z-]*:secretsmanager:(?P<region>[a-z0-9-]+):\d{12}:secret:[A-Za-z0-9/_+=.@!-]+"
+)
 _OBJECT = re.compile(r"(?P<bucket>[a-z0-9][a-z0-9._-]*)/(?P<name>.*[^/])")
 
 
@@ -51,6 +59,14 @@ class Secret:
 
 
 @dataclass(frozen=True, slots=True)
+class AwsSecret:
+    """The current version of a secret in AWS Secrets Manager."""
+
+    arn: str
+    region: str
+
+
+@dataclass(frozen=True, slots=True)
 class StoredObject:
     """An object in Cloud Storage."""
 
@@ -60,10 +76,10 @@ class StoredObject:
 
 def is_remote(path: str) -> bool:
     """Whether a path names something that is not on this machine."""
-    return path.startswith(("gs://", "secretmanager://"))
+    return path.startswith(("gs://", "secretmanager://", AWS_SCHEME))
 
 
-def parse_remote(path: str) -> Secret | StoredObject:
+def parse_remote(path: str) -> Secret | StoredObject | AwsSecret:
     """What such a path names. Pure.
 
     A secret may be written without its version, which then is the latest, and in short as
@@ -73,6 +89,11 @@ def parse_remote(path: str) -> Secret | StoredObject:
         ValueError: It is not of the form.
     """
     scheme, _, rest = path.partition("://")
+    if path.startswith(AWS_SCHEME):
+        arn = _AWS_SECRET.fullmatch(rest)
+        if not arn:
+            raise ValueError(f"it is not of the form {AWS_FORM}")
+        return AwsSecret(rest, arn["region"])
     if scheme == "gs":
         stored = _OBJECT.fullmatch(rest)
         if not stored:
@@ -93,15 +114,17 @@ class CannotRead(Exception):
 
 
 def fetch(path: str) -> bytes:
-    """Get what a path in Cloud Storage or Secret Manager names, by Google's own clients.
+    """Get what a path that is not on this machine names, by Google's or AWS's own clients.
 
     Raises:
-        CannotRead: There is no such thing, it may not be read, or Google cannot be reached.
+        CannotRead: There is no such thing, it may not be read, or it cannot be reached.
     """
     try:
         named = parse_remote(path)
     except ValueError as error:
         raise CannotRead(str(error)) from None
+    if isinstance(named, AwsSecret):
+        return _aws_secret(named)
     module = "google.cloud.secretmanager" if isinstance(named, Secret) else "google.cloud.storage"
     try:
         client = importlib.import_module(module)
@@ -156,6 +179,30 @@ def _secret(secretmanager: Any, secret: Secret) -> bytes:
     return bytes(answer.payload.data)
 
 
+def _aws_secret(secret: AwsSecret) -> bytes:
+    import boto3
+    import botocore.exceptions as aws_errors
+    from botocore.config import Config
+
+    settings = Config(connect_timeout=4, read_timeout=10, retries={"total_max_attempts": 2})
+    try:
+        # A session of its own: the one that boto3 keeps is not for several threads.
+        client = boto3.Session().client("secretsmanager", secret.region, config=settings)
+        answer = client.get_secret_value(SecretId=secret.arn)
+    except aws_errors.ClientError as error:
+        found = error.response.get("Error", {})
+        what = _line(f"{found.get('Code')}: {found.get('Message')}")
+        refused = "AccessDenied" in str(found.get("Code"))
+        right = "; it needs the right secretsmanager:GetSecretValue" if refused else ""
+        raise CannotRead(f"{what}{right}") from None
+    except aws_errors.NoCredentialsError:
+        raise CannotRead("AWS's default chain finds no credentials") from None
+    except (aws_errors.BotoCoreError, ValueError) as error:
+        raise CannotRead(_line(error)) from None
+    text = answer.get("SecretString")
+    return bytes(answer["SecretBinary"]) if text is None else str(text).encode()
+
+
 def _stored(storage: Any, stored: StoredObject) -> bytes:
     from google.cloud.storage.retry import DEFAULT_RETRY
 
@@ -205,8 +252,20 @@ class RemoteTexts:
             self._texts[path] = (self._timer(), text)
             return text
 
+    def outdate(self) -> None:
+        """Have what is older than a few seconds fetched anew when it is asked for."""
+        with self._lock:
+            for path, (fetched, text) in self._texts.items():
+                if self._timer() - fetched >= _RENEW_SECS:
+                    self._texts[path] = (float("-inf"), text)
+
 
 _remote_texts = RemoteTexts()
+
+
+def outdate() -> None:
+    """See `RemoteTexts.outdate`; for what was fetched before in this process."""
+    _remote_texts.outdate()
 
 
 def read_text(option: str, path: str, texts: RemoteTexts = _remote_texts) -> str:
@@ -214,7 +273,7 @@ def read_text(option: str, path: str, texts: RemoteTexts = _remote_texts) -> str
 
     Args:
         option: Without the dashes, for the message.
-        path: A file, or a ``gs://`` or ``secretmanager://`` name.
+        path: A file, or a ``gs://``, ``secretmanager://`` or ``aws-secretsmanager://`` name.
         texts: What was fetched before.
 
     Raises:

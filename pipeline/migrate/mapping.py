@@ -22,6 +22,15 @@ from pipeline.migrate.carried import (
     single,
     unneeded,
 )
+from transforms.access import (
+    KINDS,
+    NETWORK,
+    REGISTRY_KINDS,
+    SECRET_ARN,
+    WITH_SECRET,
+    AccessError,
+    parse_access,
+)
 
 _MARKS = ("EventSourceMappings", "FunctionArn", "EventSourceArn", "SelfManagedEventSource", "UUID")
 _LIST = "EventSourceMappings"
@@ -30,34 +39,6 @@ _LIST = "EventSourceMappings"
 _RETRIES_WITH_DESTINATION = "10"
 _CALLS_PER_POLLER = 5
 _MAX_CONCURRENCY = 1000
-
-_SASL = "security.protocol=SASL_SSL, sasl.mechanism={}, sasl.username=... and sasl.password=..."
-_OAUTH = "sasl.oauthbearer."
-# What kind of access is which lines of a properties file.
-_ACCESS = {
-    "BASIC_AUTH": _SASL.format("PLAIN"),
-    "SASL_SCRAM_256_AUTH": _SASL.format("SCRAM-SHA-256"),
-    "SASL_SCRAM_512_AUTH": _SASL.format("SCRAM-SHA-512"),
-    "CLIENT_CERTIFICATE_TLS_AUTH": "security.protocol=SSL, ssl.certificate.location=..., "
-    "ssl.key.location=... and ssl.key.password=...",
-    "SERVER_ROOT_CA_CERTIFICATE": "ssl.ca.location=...",
-    "OAUTHBEARER_AUTH": f"security.protocol=SASL_SSL, sasl.mechanism=OAUTHBEARER, {_OAUTH}method="
-    f"oidc, {_OAUTH}client.id=..., {_OAUTH}client.secret=... and {_OAUTH}token.endpoint.url=...",
-    "OAUTHBEARER_SCOPE": f"{_OAUTH}scope=...",
-    "OAUTHBEARER_AUDIENCE": f"{_OAUTH}assertion.claim.aud=... with the JWT bearer grant; with a "
-    "client's secret librdkafka asks for no audience: have the token endpoint add it, and put none",
-}
-# What one property has to hold together: a second line would take the place of the first.
-_EXTENSIONS = {
-    "OAUTHBEARER_LOGICAL_CLUSTER": "logicalCluster",
-    "OAUTHBEARER_IDENTITY_POOL": "identityPoolId",
-}
-_REGISTRY_ACCESS = {
-    "BASIC_AUTH": "basic.auth.user.info=NAME:PASSWORD",
-    "CLIENT_CERTIFICATE_TLS_AUTH": "ssl.certificate.location=... and ssl.key.location=...",
-    "SERVER_ROOT_CA_CERTIFICATE": "ssl.ca.location=...",
-}
-_NETWORK = ("VPC_SUBNET", "VPC_SECURITY_GROUP")
 
 _DESTINATIONS = {"sqs": "a queue", "sns": "an SNS topic", "s3": "a bucket"}
 
@@ -121,29 +102,46 @@ def _filters(carried: Carried, name: str, value: Any) -> None:
 
 
 def _access(carried: Carried, name: str, value: Any) -> None:
-    kinds = [str(access.get("Type")) for access in _mappings(value)]
-    extensions = ",".join(f"{_EXTENSIONS[kind]}=..." for kind in kinds if kind in _EXTENSIONS)
-    for kind in kinds:
-        if kind in _NETWORK:
-            carried.note(f"{name}.{kind}", "the pipeline runs where the brokers can be reached")
-            continue
-        lines = _ACCESS.get(kind, "one that librdkafka has")
-        if kind in _EXTENSIONS:
-            lines = f"{_OAUTH}extensions={extensions}"
-        why = f"a login of Kafka; put {lines} into --kafka_config_file"
-        carried.refuse(f"{name}.{kind}", why, "kafka_config_file")
+    _logins(carried, name, value, "kafka_access", KINDS)
 
 
 def _registry_access(carried: Carried, name: str, value: Any) -> None:
+    _logins(carried, name, value, "schema_registry_access", REGISTRY_KINDS)
+
+
+def _logins(carried: Carried, name: str, value: Any, option: str, kinds: tuple[str, ...]) -> None:
+    """Logins, as an option has them; what they name is read where it is needed."""
+    texts = []
     for access in _mappings(value):
-        kind = str(access.get("Type"))
-        lines = _REGISTRY_ACCESS.get(kind, "its settings")
-        carried.refuse(
-            f"{name}.{kind}",
-            f"a login of the schema registry; put {lines}, with schema.registry. in front, into "
-            f"--kafka_config_file",
-            "kafka_config_file",
-        )
+        kind, uri = str(access.get("Type")), str(access.get("URI", ""))
+        if kind in NETWORK:
+            carried.note(f"{name}.{kind}", "the pipeline runs where the brokers can be reached")
+        elif carried.given.get("kafka_config_file") and not carried.given.get(option):
+            # It may have another login, and nobody can be logged in twice.
+            carried.note(f"{name}.{kind}", "--kafka_config_file is given instead")
+        elif why := _unfit(kind, uri, kinds):
+            why = f"{why}; put the login into --kafka_config_file"
+            carried.refuse(f"{name}.{kind}", why, option, "kafka_config_file")
+        else:
+            texts.append(f"{kind}={uri}")
+    if not texts or carried.given.get(option):
+        return
+    try:
+        parse_access(texts, kinds)
+    except AccessError as error:
+        carried.refuse(name, str(error), option, "kafka_config_file")
+        return
+    carried.take(option, ",".join(texts), name)
+
+
+def _unfit(kind: str, uri: str, kinds: tuple[str, ...]) -> str:
+    """Why a way in cannot be carried over; never says the URI, which may be the secret itself."""
+    if kind not in kinds:
+        return "it is not known here"
+    if "," in uri:
+        return "its URI has a comma"
+    secret = kind in WITH_SECRET and not SECRET_ARN.fullmatch(uri)
+    return "its URI is no ARN of a secret in AWS Secrets Manager" if secret else ""
 
 
 def _responses(carried: Carried, name: str, value: Any) -> None:
@@ -221,12 +219,12 @@ ROWS = (
     ),
     Row(
         ("*.SchemaRegistryConfig.AccessConfigs",),
-        "lines for --kafka_config_file; refused without it",
+        "--schema_registry_access; left out with --kafka_config_file",
         _registry_access,
     ),
     Row(
         ("SourceAccessConfigurations",),
-        "lines for --kafka_config_file; a login is refused without it",
+        "--kafka_access; left out with --kafka_config_file, and networks always",
         _access,
     ),
     refused(

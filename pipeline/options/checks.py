@@ -249,7 +249,7 @@ def _check_schemas(
     if url is None:
         problems += [
             f"--{name} needs --schema_registry_url"
-            for name in ("schema_validation", "event_record_format")
+            for name in ("schema_validation", "event_record_format", "schema_registry_access")
             if given.get(name) is not None
         ]
         problems += [
@@ -321,6 +321,11 @@ def check_beam_reader(
             f"--kafka_reader=beam cannot log in with {java_login.MECHANISM}: it would need "
             f"Amazon's aws-msk-iam-auth on the class path of the expansion service and of each "
             f"worker; use --kafka_reader=native"
+        )
+    elif values["kafka_access"]:
+        problems.append(
+            "--kafka_access goes with --kafka_reader=native only: Beam's reader would have the "
+            "secrets in the job, for all to read"
         )
     elif common:
         problems.append(

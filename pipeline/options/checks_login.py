@@ -11,12 +11,14 @@ from transforms.kafka.login import (
     AwsLogin,
     LoginError,
     contradictions,
+    put_over,
     region_of_arn,
     take_iam,
     uses_iam,
 )
 from transforms.properties import PREFIXES
 
+_AUTHENTICATION = "sasl.oauthbearer.metadata.authentication.type"
 # Of the clients: those that read and commit, and the writers.
 _CLIENTS = ("", *PREFIXES[:2])
 
@@ -32,7 +34,7 @@ def login_of(
         environ: Environment variables; those of workers elsewhere may be others.
     """
     region = None
-    if any_iam(settings):
+    if any_iam(settings) or settings.get(_AUTHENTICATION) == "aws_iam":
         region = region_of_arn(values["event_source_arn"]) or environ.get("AWS_REGION")
         region = region or environ.get("AWS_DEFAULT_REGION")
     return AwsLogin(
@@ -56,7 +58,7 @@ def _by_client(settings: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str
         if not prefix:
             yield "", common
         elif own:
-            yield prefix, common | own
+            yield prefix, put_over(common, own)
 
 
 def check_login(
@@ -72,7 +74,7 @@ def check_login(
     if role and not any_iam(settings):
         problems.append(
             f"--kafka_role_arn goes with sasl.mechanism={java_login.MECHANISM} in "
-            f"--kafka_config_file only"
+            f"--kafka_config_file, or with --kafka_access=IAM_AUTH, only"
         )
     if role and settings.get(java_login.ROLE, role) != role:
         problems.append(

@@ -17,6 +17,14 @@ from pipeline.options.checks import (
 from pipeline.options.checks_login import login_of
 from pipeline.options.declare import FLINK_RUNNERS, NO_ATTRIBUTE, OPTIONS, STREAM_RUNNERS
 from transforms import envelope
+from transforms.access import (
+    KINDS,
+    REGISTRY_KINDS,
+    Access,
+    AccessError,
+    login_settings,
+    parse_access,
+)
 from transforms.aws.function import MAX_ASYNC_BYTES, MAX_SYNC_BYTES, FunctionConfig
 from transforms.batch.batch import BatchConfig
 from transforms.batch.payload import PayloadFormat
@@ -31,6 +39,7 @@ from transforms.invoke.invoke import InvokeConfig
 from transforms.invoke.retry import RetryPolicy
 from transforms.kafka.beam_reader import BeamReadConfig
 from transforms.kafka.client import KafkaConfig
+from transforms.kafka.login import put_over
 from transforms.kafka.offsets import SourceConfig
 from transforms.kafka.streaming import KafkaStream
 from transforms.lanes import Lanes
@@ -109,6 +118,14 @@ class Config:
                 settings = load_properties(values["kafka_config_file"])
             except UsageError as error:
                 refused = error.problems
+        reached: dict[str, tuple[Access, ...]] = {}
+        for option, kinds in (("kafka_access", KINDS), ("schema_registry_access", REGISTRY_KINDS)):
+            try:
+                reached[option] = parse_access(values[option] or (), kinds)
+            except AccessError as error:
+                reached[option] = ()
+                problems.append(f"--{option}: {error}")
+        settings = put_over(login_settings(reached["kafka_access"]), settings)
         check_together(values, given, settings, now or datetime.now(timezone.utc), problems)
         problems += refused
         patterns: tuple[str, ...] = ()
@@ -125,14 +142,15 @@ class Config:
         if runner in STREAM_RUNNERS and values["kafka_reader"] == "beam":
             check_beam_reader(values, settings, problems)
         registry = values["schema_registry_url"]
-        if registry and not problems:
+        # Where it is from AWS, it is read where the client is.
+        if registry and not problems and not reached["schema_registry_access"]:
             try:
                 check_settings(RegistryConfig(registry, values["kafka_config_file"]))
             except UsageError as error:
                 problems += error.problems
         if problems:
             raise UsageError(problems)
-        return _make_config(values, settings, runner, patterns)
+        return _make_config(values, settings, runner, patterns, reached)
 
 
 def _reply(values: dict[str, Any]) -> str:
@@ -145,7 +163,11 @@ def _reply(values: dict[str, Any]) -> str:
 
 
 def _make_config(
-    values: dict[str, Any], settings: dict[str, str], runner: str, patterns: tuple[str, ...]
+    values: dict[str, Any],
+    settings: dict[str, str],
+    runner: str,
+    patterns: tuple[str, ...],
+    reached: dict[str, tuple[Access, ...]],
 ) -> Config:
     streaming = runner in STREAM_RUNNERS
     sync = values["invocation_type"] == "sync"
@@ -155,6 +177,7 @@ def _make_config(
         values["consumer_group"],
         values["kafka_config_file"],
         login_of(values, settings, os.environ),
+        reached["kafka_access"],
     )
     wrapping = Envelope(
         values["envelope"],
@@ -163,7 +186,10 @@ def _make_config(
         values["event_record_format"] == "SOURCE",
     )
     url = values["schema_registry_url"]
-    registry = RegistryConfig(url, values["kafka_config_file"]) if url else None
+    registry = None
+    if url:
+        access = reached["schema_registry_access"]
+        registry = RegistryConfig(url, values["kafka_config_file"], access)
     attributes = tuple(a for a in values["schema_validation"] if a != NO_ATTRIBUTE)
     style = CONNECT if wrapping.name == envelope.CONFLUENT else STANDARD
     # What the reader counts is bytes as Kafka has them; base64 makes four of three.

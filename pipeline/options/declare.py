@@ -12,7 +12,7 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from transforms import envelope, text_file
+from transforms import access, envelope, text_file
 from transforms.aws.function import FUNCTION, MAX_ASYNC_BYTES, MAX_SYNC_BYTES
 from transforms.batch import payload
 from transforms.commit.committer import INTERVAL_SECS, REFRESH_SECS
@@ -163,6 +163,17 @@ GROUPS = (
                 "--aws_web_identity says. --aws_role_arn is the function's only.",
                 example="arn:aws:iam::123456789012:role/read-orders",
                 pattern=_ROLE,
+            ),
+            Option(
+                "kafka_access",
+                "Logins as an event source mapping names them, TYPE=URI each, comma separated: "
+                f"{', '.join(access.KINDS)}. URI is the ARN of a secret in AWS Secrets Manager, or "
+                "a text where nothing is secret. Each worker reads the secret itself, and again "
+                "when the login is refused. What --kafka_config_file says wins.",
+                kind="list",
+                pattern="[A-Z0-9_]+(=[^,]+)?",
+                example="SASL_SCRAM_512_AUTH=arn:aws:secretsmanager:eu-central-1:123456789012:"
+                "secret:AmazonMSK_orders-Ab12Cd",
             ),
             Option(
                 "topics",
@@ -462,6 +473,16 @@ GROUPS = (
                 "--kafka_config_file under schema.registry. Not given: records are not decoded.",
                 example="https://registry.example.com:8081",
                 pattern=r"https?://[^/@\s,]+(/[^\s,]*)?(,https?://[^/@\s,]+(/[^\s,]*)?)*",
+            ),
+            Option(
+                "schema_registry_access",
+                "Logins of the registry as an event source mapping names them, TYPE=URI each, "
+                f"comma separated: {', '.join(access.REGISTRY_KINDS)}. URI is the ARN of a secret "
+                "in AWS Secrets Manager.",
+                kind="list",
+                pattern="[A-Z_]+=[^,]+",
+                example="BASIC_AUTH=arn:aws:secretsmanager:eu-central-1:123456789012:secret:"
+                "registry-Ab12Cd",
             ),
             Option(
                 "schema_validation",

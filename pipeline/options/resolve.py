@@ -30,6 +30,8 @@ from pipeline.options.declare import (
     STREAM_RUNNERS,
     KafkaLambdaOptions,
 )
+from pipeline.options.msk import Ask, complete
+from transforms.aws.msk import bootstrap_brokers
 from transforms.errors import UsageError, one_line
 from transforms.properties import load_properties
 
@@ -92,6 +94,7 @@ def resolve(
     arguments: Sequence[str],
     environ: Mapping[str, str] = os.environ,
     read: Callable[[str], str] = config_file.read_text,
+    ask: Ask = bootstrap_brokers,
 ) -> Resolved:
     """Read the command line and the file it names, and say what they come to.
 
@@ -99,6 +102,7 @@ def resolve(
         arguments: Without the program's name.
         environ: Environment variables.
         read: Gets the text of the file.
+        ask: Asks MSK for the brokers of a cluster.
 
     Raises:
         UsageError: The command line or the file cannot be read at all.
@@ -121,14 +125,18 @@ def resolve(
     if path := given.get("config"):
         carried = config_file.load(path, given, OPTIONS, environ, read)
         problems += [f"--config={path}: {note.name}: {note.why}" for note in carried.refused]
-    values = _merge(given, carried)
+    values, unasked = complete(_merge(given, carried), carried, ask)
+    problems += unasked
     config = None
     try:
         config = Config.from_options(
             {name: value.text for name, value in values.items()}, runner=runner
         )
     except UsageError as error:
-        problems += _with_origins(error.problems, values, carried)
+        # Why there are none is said already.
+        missing = "--kafka_bootstrap_servers is missing" if unasked else " "
+        told = [problem for problem in error.problems if not problem.startswith(missing)]
+        problems += _with_origins(told, values, carried)
     if beam and runner in DIRECT_RUNNERS and beam.direct_num_workers != 1:
         problems.append(
             f"--direct_num_workers={beam.direct_num_workers} has no effect; use --workers"

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import signal
+import uuid
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
+from pipeline.local.lambda_server import LambdaServer
 from pipeline.local.processes import wait_until
 from tests.bench.tokens import run_on
 from tests.conftest import Names
 from tests.servers.credential_process import profile
-from tests.servers.secure_broker import NO_RIGHTS, NO_RIGHTS_SECRET, REGION, SecureBroker
-from tests.sink import ACCESS_KEY, SECRET_KEY, Topics, environment, serve
+from tests.servers.secure_broker import (
+    NO_RIGHTS,
+    NO_RIGHTS_SECRET,
+    PASSWORD,
+    REGION,
+    SCOPE,
+    USER,
+    SecureBroker,
+)
+from tests.servers.token_server import CLIENT, CLIENT_SECRET, TokenServer
+from tests.sink import (
+    ACCESS_KEY,
+    FUNCTION,
+    SECRET_KEY,
+    Ended,
+    Sink,
+    Topics,
+    environment,
+    numbered,
+    serve,
+)
 from transforms.kafka.client import IamLogin, KafkaConfig
 from transforms.kafka.login import AwsLogin
 from transforms.kafka.offsets import SourceConfig
@@ -137,3 +165,224 @@ def test_a_streaming_run_logs_in_with_iam(
         reader.go_to(0)
         wait_until(lambda: reader.read(0.1)[1] == 20, "the partition is not read")
         reader.close()
+
+
+# -- what event source mappings name, with secrets in Secrets Manager ------------------------
+
+
+@pytest.fixture(scope="module")
+def manager() -> Iterator[Manager]:
+    """A Secrets Manager that runs of this module ask."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield Manager(f"http://{host}:{port}")
+    server.stop()
+
+
+class Manager:
+    """Secrets in Secrets Manager.
+
+    Args:
+        url: Where it is.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._client = boto3.client(
+            "secretsmanager",
+            endpoint_url=url,
+            region_name=REGION,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+        )
+
+    def keep(self, **content: str) -> str:
+        """A secret's ARN."""
+        name = f"orders-{uuid.uuid4().hex[:8]}"
+        made = self._client.create_secret(Name=name, SecretString=json.dumps(content))
+        return str(made["ARN"])
+
+    def change(self, arn: str, **content: str) -> None:
+        self._client.put_secret_value(SecretId=arn, SecretString=json.dumps(content))
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment of a run that asks it."""
+        return environment(AWS_ENDPOINT_URL_SECRETS_MANAGER=self.url)
+
+
+class Mapped:
+    """Runs from a mapping as AWS prints it, with ways in, and no option for a login.
+
+    Args:
+        broker: The broker.
+        names: Of topics and group.
+        folder: For the mapping.
+        servers: Where it leads.
+        access: By type, its URI.
+    """
+
+    def __init__(
+        self,
+        broker: SecureBroker,
+        names: Names,
+        folder: Path,
+        servers: str,
+        access: dict[str, str],
+    ) -> None:
+        self.topics = Topics(broker, names, count=20)
+        self._file = folder / "mapping.json"
+        self._file.write_text(
+            json.dumps(
+                {
+                    "UUID": "5a7c",
+                    "FunctionArn": f"arn:aws:lambda:{REGION}:123456789012:function:{FUNCTION}",
+                    "Topics": [self.topics.source],
+                    "StartingPosition": "TRIM_HORIZON",
+                    "SelfManagedEventSource": {"Endpoints": {"KAFKA_BOOTSTRAP_SERVERS": [servers]}},
+                    "SelfManagedKafkaEventSourceConfig": {"ConsumerGroupId": self.topics.group},
+                    "SourceAccessConfigurations": [
+                        {"Type": kind, "URI": uri} for kind, uri in access.items()
+                    ],
+                }
+            )
+        )
+
+    def arguments(self, server: LambdaServer, **more: Any) -> list[str]:
+        given = {
+            "config": self._file,
+            "lambda_endpoint_url": server.url,
+            "until": "caught_up",
+            "summary": "json",
+            **more,
+        }
+        return [f"--{name}={value}" for name, value in given.items()]
+
+    def run(self, env: dict[str, str], code: int = 0, **more: Any) -> Ended:
+        with serve(_silent) as server, Sink(self.arguments(server, **more), env) as sink:
+            return sink.wait(code)
+
+
+def _silent(event: Any, context: Any) -> None:
+    """A function whose replies nobody looks at."""
+
+
+def ca(broker: SecureBroker, manager: Manager) -> dict[str, str]:
+    return {"SERVER_ROOT_CA_CERTIFICATE": manager.keep(certificate=broker.ca.read_text())}
+
+
+@pytest.mark.parametrize("kind", ["256", "512", "plain"])
+def test_a_password_from_a_mapping(
+    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path, kind: str
+) -> None:
+    """SCRAM and PLAIN over TLS, through to committed offsets; nobody is shown the password."""
+    password = PASSWORD if kind == "plain" else f"pass-{uuid.uuid4().hex}"
+    if kind != "plain":
+        secure.set_password(kind, password)
+    name = "BASIC_AUTH" if kind == "plain" else f"SASL_SCRAM_{kind}_AUTH"
+    access = {name: manager.keep(username=USER, password=password), **ca(secure, manager)}
+    servers = secure.plain if kind == "plain" else secure.scram
+    mapped = Mapped(secure, names, tmp_path, servers, access)
+    ended = mapped.run(manager.env)
+    mapped.topics.assert_caught_up()
+    assert password not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("password", [None, "password-of-the-key"])
+def test_a_certificate_from_a_mapping(
+    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path, password: str | None
+) -> None:
+    """With its key, plain or encrypted, neither of which is in any file."""
+    certificate, key = secure.authority.issue(USER, password)
+    secret = {"certificate": certificate, "privateKey": key}
+    if password:
+        secret["privateKeyPassword"] = password
+    access = {"CLIENT_CERTIFICATE_TLS_AUTH": manager.keep(**secret), **ca(secure, manager)}
+    mapped = Mapped(secure, names, tmp_path, secure.mtls, access)
+    ended = mapped.run(manager.env)
+    mapped.topics.assert_caught_up()
+    assert "PRIVATE KEY" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("grant", ["client_credentials", "jwt"])
+def test_a_token_server_from_a_mapping(
+    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path, grant: str
+) -> None:
+    """With a client's secret, and with an assertion that is signed with a key."""
+    certificate, key = secure.authority.issue("tokens")
+    file = tmp_path / "tokens.pem"
+    file.write_text(key + certificate)
+    secret = {"oauthClientId": CLIENT, "oauthIdpCaCertificate": secure.ca.read_text()}
+    access = {"OAUTHBEARER_SCOPE": SCOPE}
+    if grant == "jwt":
+        secret |= {"oauthClientEmail": "a@b.example", "oauthPrivateKey": key}
+        access["OAUTHBEARER_AUDIENCE"] = "the-tokens"
+    else:
+        secret["oauthClientSecret"] = CLIENT_SECRET
+    with TokenServer(file) as tokens:
+        secret["oauthTokenEndpointUrl"] = tokens.url
+        access |= {"OAUTHBEARER_AUTH": manager.keep(**secret), **ca(secure, manager)}
+        mapped = Mapped(secure, names, tmp_path, secure.oidc, access)
+        ended = mapped.run(manager.env)
+    mapped.topics.assert_caught_up()
+    assert CLIENT_SECRET not in ended.stderr + ended.stdout
+    assert tokens.asked
+    if grant == "jwt":
+        claims = tokens.asked[0]["assertion"].split(".")[1]
+        said = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
+        assert said["iss"] == said["sub"] == "a@b.example"
+        assert said["aud"] == "the-tokens"
+
+
+def test_a_password_is_rotated_while_it_runs(
+    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path
+) -> None:
+    """The new one is fetched when the old one is refused; nothing is lost, nobody starts again."""
+    secure.set_password("512", "the-first")
+    arn = manager.keep(username=USER, password="the-first")
+    access = {"SASL_SCRAM_512_AUTH": arn, **ca(secure, manager)}
+    mapped = Mapped(secure, names, tmp_path, secure.scram, access)
+    topics = mapped.topics
+    with serve(_silent) as server:
+        arguments = mapped.arguments(server, until="forever")
+        with Sink(arguments, manager.env) as sink:
+            committed = partial(topics.broker.committed, topics.group, topics.source)
+            sink.until(lambda: committed() == {0: 20, 1: 20}, "the first are not committed")
+            manager.change(arn, username=USER, password="the-second")
+            secure.set_password("512", "the-second")
+            sink.until(lambda: "logging in with the one that is new" in sink.stderr, "no new login")
+            topics.broker.produce(topics.source, numbered(2, 20))
+            sink.until(lambda: committed() == {0: 40, 1: 40}, "the others are not committed")
+            sink.send(signal.SIGTERM)
+            ended = sink.wait()
+    assert "the-second" not in ended.stderr
+
+
+def test_settings_in_secrets_manager(
+    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path
+) -> None:
+    """--kafka_config_file names a secret with all of them, as JSON."""
+    certificate, key = secure.authority.issue(USER)
+    arn = manager.keep(
+        **{
+            "security.protocol": "SSL",
+            "ssl.ca.pem": secure.ca.read_text(),
+            "ssl.certificate.pem": certificate,
+            "ssl.key.pem": key,
+        }
+    )
+    topics = Topics(secure, names, count=20, kafka_bootstrap_servers=secure.mtls, env=manager.env)
+    with serve() as server:
+        topics.run(server, kafka_config_file=f"aws-secretsmanager://{arn}")
+    topics.assert_exactly_once()
+    topics.assert_caught_up()
+
+
+def test_a_secret_that_is_not_there(
+    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path
+) -> None:
+    arn = f"arn:aws:secretsmanager:{REGION}:123456789012:secret:none-Ab12Cd"
+    mapped = Mapped(secure, names, tmp_path, secure.scram, {"SASL_SCRAM_512_AUTH": arn})
+    (error,) = mapped.run(manager.env, code=2).errors
+    assert f"{arn} cannot be read: ResourceNotFoundException" in error

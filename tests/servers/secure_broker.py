@@ -1,7 +1,7 @@
 """A real Kafka broker with a listener for each way to log in, beside the plain one.
 
 What is written and read by the tests goes by the plain one. Certificates are made here, and the
-class that takes tokens as MSK does, `java/MskValidator.java`, is compiled here.
+classes that take tokens, `java/*.java`, are compiled here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from confluent_kafka.admin import (
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -24,10 +29,23 @@ from pipeline.local.processes import ServerError, free_ports
 from tests.sink import ACCESS_KEY, SECRET_KEY
 
 REGION = "us-east-1"
+TOKEN_SECRET, SCOPE = "secret-of-the-token-server", "kafka"
 NO_RIGHTS, NO_RIGHTS_SECRET = "AKIDWITHOUTRIGHTS", "secret-of-who-has-no-rights"
 
-_JAAS = {"OAUTHBEARER": "org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule"}
-_SOURCE = Path(__file__).parent / "java" / "MskValidator.java"
+USER, PASSWORD = "orders", "password-for-tests"
+
+_LISTENERS = {
+    "iam": "SASL_SSL",
+    "scram": "SASL_SSL",
+    "plain": "SASL_SSL",
+    "mtls": "SSL",
+    "oidc": "SASL_SSL",
+}
+_SECURITY = "org.apache.kafka.common.security"
+_BEARER = f"{_SECURITY}.oauthbearer.OAuthBearerLoginModule"
+_SCRAM = f"{_SECURITY}.scram.ScramLoginModule"
+_PLAIN = f"{_SECURITY}.plain.PlainLoginModule"
+_SOURCES = Path(__file__).parent / "java"
 
 
 class Authority:
@@ -47,11 +65,11 @@ class Authority:
         self.ca = folder / "ca.pem"
         self.ca.write_bytes(_pem(self._sign(self._name, self._key, authority=True)))
 
-    def issue(self, name: str) -> tuple[str, str]:
-        """A certificate, and its key as PKCS#8, both PEM."""
+    def issue(self, name: str, password: str | None = None) -> tuple[str, str]:
+        """A certificate, and its key as PKCS#8, encrypted if there is a password; both PEM."""
         key = rsa.generate_private_key(65537, 2048)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        return _pem(self._sign(subject, key)).decode(), key_text(key)
+        return _pem(self._sign(subject, key)).decode(), key_text(key, password)
 
     def _sign(
         self, subject: x509.Name, key: rsa.RSAPrivateKey, authority: bool = False
@@ -99,6 +117,11 @@ class SecureBroker(KafkaBroker):
         ca: File with the certificate to trust.
         iam: ``host:port`` of the listener that takes tokens as MSK does.
         logins: File with a line for each login with IAM.
+        scram: Of the listener that takes SCRAM of `USER`, in which a connection has to log in
+            again every two seconds.
+        plain: The one that takes PLAIN of `USER`.
+        mtls: The one that takes certificates of `authority` for `USER`.
+        oidc: The one that takes tokens signed with `TOKEN_SECRET` for `USER`.
     """
 
     def __init__(self, reauthenticate_secs: float = 3600) -> None:
@@ -120,31 +143,58 @@ class SecureBroker(KafkaBroker):
             f"-Dmsk.region={REGION}",
             f"-Dmsk.keys={keys}",
             f"-Dmsk.log={self.logins}",
+            f"-Djwt.secret={TOKEN_SECRET}",
+            f"-Djwt.scope={SCOPE}",
         )
-        (iam,) = free_ports(1)
-        self.iam = f"127.0.0.1:{iam}"
+        self.iam, self.scram, self.plain, self.mtls, self.oidc = (
+            f"127.0.0.1:{port}" for port in free_ports(5)
+        )
         config = self._config
-        config["listeners"] += f",IAM://{self.iam}"
-        config["advertised.listeners"] += f",IAM://{self.iam}"
-        config["listener.security.protocol.map"] += ",IAM:SASL_SSL"
+        for name, protocol in _LISTENERS.items():
+            address = f",{name.upper()}://{getattr(self, name)}"
+            config["listeners"] += address
+            config["advertised.listeners"] += address
+            config["listener.security.protocol.map"] += f",{name.upper()}:{protocol}"
         config |= {
             "ssl.keystore.type": "PEM",
             "ssl.keystore.location": str(folder / "broker.pem"),
             "ssl.truststore.type": "PEM",
             "ssl.truststore.location": str(self.ca),
             "listener.name.iam.sasl.enabled.mechanisms": "OAUTHBEARER",
-            "listener.name.iam.oauthbearer.sasl.jaas.config": f"{_JAAS['OAUTHBEARER']} required;",
+            "listener.name.iam.oauthbearer.sasl.jaas.config": f"{_BEARER} required;",
             "listener.name.iam.oauthbearer.sasl.server.callback.handler.class": "MskValidator",
             "listener.name.iam.oauthbearer.connections.max.reauth.ms": str(
                 int(reauthenticate_secs * 1000)
             ),
+            "listener.name.scram.sasl.enabled.mechanisms": "SCRAM-SHA-256,SCRAM-SHA-512",
+            "listener.name.scram.scram-sha-256.sasl.jaas.config": f"{_SCRAM} required;",
+            "listener.name.scram.scram-sha-512.sasl.jaas.config": f"{_SCRAM} required;",
+            "listener.name.plain.sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.plain.plain.sasl.jaas.config": f"{_PLAIN} required "
+            f'user_{USER}="{PASSWORD}";',
+            "listener.name.mtls.ssl.client.auth": "required",
+            "listener.name.oidc.sasl.enabled.mechanisms": "OAUTHBEARER",
+            "listener.name.oidc.oauthbearer.sasl.jaas.config": f"{_BEARER} required;",
+            "listener.name.oidc.oauthbearer.sasl.server.callback.handler.class": "JwtValidator",
+            **{
+                f"listener.name.scram.{mechanism}.connections.max.reauth.ms": "2000"
+                for mechanism in ("scram-sha-256", "scram-sha-512")
+            },
             "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-            "super.users": f"User:ANONYMOUS;User:{ACCESS_KEY}",
+            "super.users": f"User:ANONYMOUS;User:{ACCESS_KEY};User:{USER};User:CN={USER}",
         }
 
     def accepted(self) -> int:
         """How many logins with IAM there were."""
         return sum(" accepted " in line for line in self.logins.read_text().splitlines())
+
+    def set_password(self, mechanism: str, password: str) -> None:
+        """Have SCRAM, of 256 or 512, take this password of `USER`, and no other any more."""
+        kind = getattr(ScramMechanism, f"SCRAM_SHA_{mechanism}")
+        change = UserScramCredentialUpsertion(
+            USER, ScramCredentialInfo(kind, 4096), password.encode()
+        )
+        self._client().alter_user_scram_credentials([change])[USER].result(30)
 
     def _command(self, folder: Path) -> Sequence[str]:
         command = list(super()._command(folder))
@@ -155,11 +205,11 @@ class SecureBroker(KafkaBroker):
 
 def _compile(folder: Path) -> None:
     done = subprocess.run(
-        ["javac", "-cp", classpath("kafka"), "-d", str(folder), str(_SOURCE)],
+        ["javac", "-cp", classpath("kafka"), "-d", str(folder), *map(str, _SOURCES.glob("*.java"))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     if done.returncode != 0:
-        raise ServerError(f"{_SOURCE.name} cannot be compiled:\n{done.stdout[-4000:]}")
+        raise ServerError(f"the validators cannot be compiled:\n{done.stdout[-4000:]}")

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+from moto import mock_aws
 
 from tests.servers.google_service import Google
 from transforms import text_file
@@ -32,6 +34,10 @@ STORED = "gs://bucket/folder/kafka.properties"
 
 
 # -- names -----------------------------------------------------------------------------------------
+
+AWS_SECRET = (
+    "aws-secretsmanager://arn:aws:secretsmanager:us-east-1:123456789012:secret:kafka-Ab12Cd"
+)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +77,8 @@ def test_names_of_what_is_elsewhere(path: str, named: Secret | StoredObject) -> 
         ("gs://bucket", "gs://BUCKET/OBJECT"),
         ("gs://bucket/folder/", "gs://BUCKET/OBJECT"),
         ("gs:///object", "gs://BUCKET/OBJECT"),
+        ("aws-secretsmanager://kafka", "aws-secretsmanager://arn:aws:secretsmanager:REGION"),
+        (f"{AWS_SECRET[:24]}", "aws-secretsmanager://arn:aws:secretsmanager:REGION"),
     ],
 )
 def test_what_is_no_name_is_refused_before_anybody_is_asked(path: str, form: str) -> None:
@@ -122,6 +130,36 @@ def test_a_text_is_fetched_once_for_all_who_ask_and_anew_after_five_minutes() ->
     clock.now = 300.1
     assert {texts.get(STORED) for _ in range(1000)} == {"a=2"}
     assert store.asked == 2
+
+
+def test_what_is_outdated_is_fetched_anew() -> None:
+    """When a login was refused; but not again and again for each of many clients."""
+    clock, store = Clock(), Store(b"1", b"2", CannotRead("gone"))
+    texts = RemoteTexts(store, clock)
+    assert texts.get(AWS_SECRET) == "1"
+    texts.outdate()
+    assert texts.get(AWS_SECRET) == "1"
+    clock.now = 6
+    texts.outdate()
+    assert texts.get(AWS_SECRET) == "2"
+    clock.now = 12
+    texts.outdate()
+    assert texts.get(AWS_SECRET) == "2", "what was known serves while it cannot be fetched"
+    assert store.asked == 3
+
+
+@mock_aws
+def test_a_secret_of_aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text or bytes; one that is not there is one line."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKID")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    client = boto3.client("secretsmanager", "us-east-1")
+    arn = client.create_secret(Name="text", SecretString="a=1")["ARN"]
+    assert fetch(f"aws-secretsmanager://{arn}") == b"a=1"
+    arn = client.create_secret(Name="bytes", SecretBinary=b"a=2")["ARN"]
+    assert fetch(f"aws-secretsmanager://{arn}") == b"a=2"
+    with pytest.raises(CannotRead, match="ResourceNotFoundException: "):
+        fetch(AWS_SECRET)
 
 
 def test_each_path_is_its_own() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+import boto3
 import botocore.exceptions as aws_errors
 from botocore.auth import SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
@@ -48,7 +49,7 @@ class TokenConfig:
 
 
 class TokenError(Exception):
-    """There is no token; says why in half a line, with nothing secret in it."""
+    """AWS gives no token, or no answer; says why in half a line, with nothing secret in it."""
 
 
 def sign(credentials: Any, region: str, agent: str = _AGENT) -> str:
@@ -68,6 +69,27 @@ def sign(credentials: Any, region: str, agent: str = _AGENT) -> str:
     request.params = {"User-Agent": agent}
     url = request.prepare().url.encode("utf-8")
     return base64.urlsafe_b64encode(url).decode("ascii").rstrip("=")
+
+
+def bootstrap_brokers(arn: str, identity: Identity) -> dict[str, str]:
+    """What MSK says of a cluster: by the kind of login, its brokers as host:port list.
+
+    Raises:
+        TokenError: It does not say.
+    """
+    region = arn.split(":")[3]
+    try:
+        session = session_of(identity, region, QUICK)
+        client = boto3.Session(botocore_session=session).client("kafka", region)
+        answer = client.get_bootstrap_brokers(ClusterArn=arn)
+    except aws_errors.ClientError as error:
+        found = error.response.get("Error", {})
+        text = " ".join(f"{found.get('Code')}: {found.get('Message')}".split())
+        raise TokenError(f"{text}; it needs the right kafka:GetBootstrapBrokers") from None
+    except (aws_errors.BotoCoreError, OSError, ValueError) as error:
+        raise TokenError(_why(error, identity)) from None
+    prefix = "BootstrapBrokerString"
+    return {n.removeprefix(prefix): t for n, t in answer.items() if n.startswith(prefix)}
 
 
 class Tokens:

@@ -11,8 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -21,9 +24,11 @@ from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
+from transforms import text_file
+from transforms.access import Access, AccessError, kafka_settings
 from transforms.aws.msk import TokenConfig, TokenError, Tokens
-from transforms.errors import KafkaError, UsageError
-from transforms.kafka.login import AwsLogin, LoginError, explain_refusal, take_iam
+from transforms.errors import KafkaError, UsageError, one_line
+from transforms.kafka.login import AwsLogin, LoginError, explain_refusal, put_over, take_iam
 from transforms.per_process import per_process
 from transforms.properties import PREFIXES, load_properties
 
@@ -47,6 +52,9 @@ _RIGHTS = {
 }
 
 _WARN_SECS = 30.0
+_LOOK_SECS = 5.0
+_NOT_SET = "OAuth token not set"
+_BEARER = "sasl.oauthbearer."
 _NO_TOKEN = "OAuth callback raised exception"
 _QUOTED_VALUE = re.compile(r'Invalid value "([^"]*)"')
 
@@ -60,18 +68,21 @@ class KafkaConfig:
         group: Consumer group whose committed offsets are the durable truth.
         config_file: Properties file, or None.
         login: What options say of a login with IAM.
+        access: Logins as event source mappings name them; the properties file has the last word.
     """
 
     bootstrap_servers: str
     group: str
     config_file: str | None = None
     login: AwsLogin = AwsLogin()
+    access: tuple[Access, ...] = ()
 
 
 def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
     """Settings of one client: the common ones, then those with its prefix.
 
-    With IAM, what makes tokens is among them; it belongs to this process.
+    With IAM, what makes tokens is among them, and with a password what looks for another one when
+    it is refused; both belong to this process.
 
     Raises:
         UsageError: The settings file cannot be read, or what is in it does not fit.
@@ -82,18 +93,30 @@ def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
         # Else a connection that was forgotten on its way is found out at the next request only.
         "socket.keepalive.enable": True,
     }
+    try:
+        settings |= kafka_settings(config.access, _secret, config.login.region)
+    except AccessError as error:
+        raise UsageError([f"--kafka_access: {error}"]) from None
     if config.config_file:
         properties = load_properties(config.config_file)
-        settings |= {k: v for k, v in properties.items() if not k.startswith(PREFIXES)}
+        common = {k: v for k, v in properties.items() if not k.startswith(PREFIXES)}
+        settings = put_over(settings, common)
         if prefix:
-            settings |= {k[len(prefix) :]: v for k, v in properties.items() if k.startswith(prefix)}
+            own = {k[len(prefix) :]: v for k, v in properties.items() if k.startswith(prefix)}
+            settings = put_over(settings, own)
     try:
         settings, tokens = take_iam(settings, config.login)
     except LoginError as error:
         raise UsageError([f"Kafka settings: {error}"]) from None
     if tokens:
         settings["oauth_cb"] = per_process(IamLogin, tokens)
+    if "sasl.password" in settings:
+        settings["error_cb"] = ErrorLog(again=partial(client_settings, config, prefix))
     return settings
+
+
+def _secret(arn: str) -> str:
+    return text_file.read_text("kafka_access", text_file.AWS_SCHEME + arn)
 
 
 class IamLogin:
@@ -135,6 +158,19 @@ class IamLogin:
             raise KafkaError(f"Kafka login with IAM: {error}") from None
 
 
+# Python's own classes, unlike those of C, can be referred to without being held.
+class _Consumer(confluent_kafka.Consumer):
+    """A consumer."""
+
+
+class _Producer(confluent_kafka.Producer):
+    """A producer."""
+
+
+class _Admin(AdminClient):
+    """A client that asks."""
+
+
 def make_consumer(config: KafkaConfig, **defaults: Any) -> confluent_kafka.Consumer:
     """A consumer that is never subscribed: it reads and commits what it is told to.
 
@@ -153,7 +189,7 @@ def make_consumer(config: KafkaConfig, **defaults: Any) -> confluent_kafka.Consu
         "auto.offset.reset": "error",
         "enable.partition.eof": True,
     }
-    return _client(confluent_kafka.Consumer, defaults | client_settings(config) | ours)
+    return _client(_Consumer, defaults | client_settings(config) | ours)
 
 
 def make_admin(config: KafkaConfig) -> AdminClient:
@@ -162,7 +198,7 @@ def make_admin(config: KafkaConfig) -> AdminClient:
     Raises:
         KafkaError: librdkafka refuses the settings.
     """
-    return _client(AdminClient, client_settings(config))
+    return _client(_Admin, client_settings(config))
 
 
 def make_producer(settings: Mapping[str, Any]) -> confluent_kafka.Producer:
@@ -182,23 +218,31 @@ def make_producer(settings: Mapping[str, Any]) -> confluent_kafka.Producer:
         # The broker's limit is the one that counts; the client's own must not be met first.
         "message.max.bytes": 1_000_000_000,
     }
-    return _client(confluent_kafka.Producer, defaults | dict(settings) | ours)
+    return _client(_Producer, defaults | dict(settings) | ours)
 
 
 def _client(kind: Any, settings: Mapping[str, Any]) -> Any:
     login = settings.get("oauth_cb")
-    tokens = None
+    log = settings.get("error_cb")
+    if not isinstance(log, ErrorLog):
+        log = ErrorLog(login.config if isinstance(login, IamLogin) else None)
     if isinstance(login, IamLogin):
         login.check()
-        tokens = login.config
-    log = ErrorLog(tokens)
     try:
-        return kind({**settings, "error_cb": log}, logger=logging.getLogger("librdkafka"))
+        client = kind({**settings, "error_cb": log}, logger=logging.getLogger("librdkafka"))
+        log.watch(client, settings)
+        return client
     except KafkaException as error:
         text = _QUOTED_VALUE.sub(_mask, reason(error))
+        if _NOT_SET in text and settings.get(f"{_BEARER}metadata.authentication.type") == "aws_iam":
+            text += (
+                f"; AWS gives none: credentials are those of its default chain, they need the "
+                f"right sts:GetWebIdentityToken, and the region is the one in {_BEARER}config"
+            )
         raise UsageError([f"Kafka settings: {text}; see --kafka_config_file"]) from None
-    except (TypeError, ValueError) as error:
-        raise UsageError([f"Kafka settings: {error}; see --kafka_config_file"]) from None
+    except (TypeError, ValueError, SystemError) as error:
+        why = one_line(str(error.__cause__ or error))
+        raise UsageError([f"Kafka settings: {why}; see --kafka_config_file"]) from None
 
 
 def _mask(quoted: re.Match[str]) -> str:
@@ -206,11 +250,20 @@ def _mask(quoted: re.Match[str]) -> str:
     return "Invalid value" if quoted[1] in os.environ.values() else quoted[0]
 
 
+def _on_a_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="log-in-anew", daemon=True).start()
+
+
 class ErrorLog:
     """What a client says of its connections: one warning in a while, and the last cause.
 
+    Where the client has a password that is refused, it looks whether there is another one by now.
+
     Args:
         tokens: With whose tokens the client logs in; None if it does not log in with IAM.
+        again: Gets the client's settings anew; None if it has no password.
+        timer: Monotonic seconds.
+        run: Does what takes long, elsewhere.
 
     Attributes:
         last: The last cause that any client of this process met; "all brokers are down" is none.
@@ -219,10 +272,52 @@ class ErrorLog:
     last = ""
     _warned = float("-inf")
 
-    def __init__(self, tokens: TokenConfig | None = None) -> None:
+    def __init__(
+        self,
+        tokens: TokenConfig | None = None,
+        again: Callable[[], Mapping[str, Any]] | None = None,
+        timer: Callable[[], float] = monotonic,
+        run: Callable[[Callable[[], None]], None] = _on_a_thread,
+    ) -> None:
         self._tokens = tokens
+        self._run = run
+        self._again = again
+        self._timer = timer
+        self._looked = float("-inf")
+        self._login: tuple[Any, ...] = ()
+        self._client: Callable[[], Any] = lambda: None
+
+    def watch(self, client: Any, settings: Mapping[str, Any]) -> None:
+        """Whose log it is, and what it was made with."""
+        self._login = _login_of(settings)
+        # The client holds this log: held in turn, it would not go by itself.
+        self._client = weakref.ref(client)
+
+    def _is_time_to_look(self) -> bool:
+        if self._again is None or self._timer() - self._looked < _LOOK_SECS:
+            return False
+        self._looked = self._timer()
+        return True
+
+    def _log_in_anew(self) -> None:
+        client = self._client()
+        if self._again is None or client is None:
+            return
+        text_file.outdate()
+        try:
+            login = _login_of(self._again())
+        except UsageError as error:
+            self.say(f"the login was refused, and there is no other one: {error}")
+            return
+        if login != self._login:
+            self._login = login
+            client.set_sasl_credentials(*login)
+            _LOGGER.info("kafka: the login was refused; logging in with the one that is new")
 
     def __call__(self, error: Any) -> None:
+        if error.code() == ErrorCode._AUTHENTICATION and self._is_time_to_look():
+            # A client may not be asked for anything in a callback of its own; and it may take long.
+            self._run(self._log_in_anew)
         text = " ".join(error.str().split())
         # Why there is no token, who was to make it has said.
         if error.code() == ErrorCode._ALL_BROKERS_DOWN or _NO_TOKEN in text:
@@ -236,6 +331,10 @@ class ErrorLog:
         if monotonic() - ErrorLog._warned > _WARN_SECS:
             ErrorLog._warned = monotonic()
             _LOGGER.warning("kafka: %s", text)
+
+
+def _login_of(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    return settings.get("sasl.username", ""), settings.get("sasl.password", "")
 
 
 def reason(error: KafkaException) -> str:

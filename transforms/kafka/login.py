@@ -35,20 +35,21 @@ _BROKER = re.compile(
 _ARN = re.compile(r"arn:aws[a-zA-Z-]*:kafka:([a-z0-9-]+):")
 
 # What MSK listens for at which port: in its network, from outside, and with IPv6.
-_PLAIN, _TLS, _SCRAM, _IAM = "PLAINTEXT", "SSL", "SASL_SSL with SCRAM-SHA-512", "IAM"
+IAM_LOGIN, TLS_LOGIN = "IAM", "SSL"
+_PLAIN, _SCRAM = "PLAINTEXT", "SASL_SSL with SCRAM-SHA-512"
 PORTS = {
     **dict.fromkeys((9092, 20092), _PLAIN),
-    **dict.fromkeys((9094, 9194, 20094), _TLS),
+    **dict.fromkeys((9094, 9194, 20094), TLS_LOGIN),
     **dict.fromkeys((9096, 9196, 20096), _SCRAM),
-    **dict.fromkeys((9098, 9198, 20098), _IAM),
+    **dict.fromkeys((9098, 9198, 20098), IAM_LOGIN),
 }
 
 _LINES = {
     _PLAIN: "no security.protocol",
-    _TLS: "security.protocol=SSL",
+    TLS_LOGIN: "security.protocol=SSL",
     _SCRAM: "security.protocol=SASL_SSL, sasl.mechanism=SCRAM-SHA-512, sasl.username and "
     "sasl.password",
-    _IAM: f"security.protocol=SASL_SSL and sasl.mechanism={MECHANISM}",
+    IAM_LOGIN: f"security.protocol=SASL_SSL and sasl.mechanism={MECHANISM}",
 }
 
 
@@ -76,6 +77,13 @@ class LoginError(ValueError):
 def mechanism_of(settings: Mapping[str, Any]) -> str:
     """The SASL mechanism of a client, by either of its names."""
     return next((str(settings[name]).strip() for name in _MECHANISMS if name in settings), "")
+
+
+def put_over(settings: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others over them, where the mechanism may go by either of its names."""
+    if any(name in more for name in _MECHANISMS):
+        settings = {name: value for name, value in settings.items() if name not in _MECHANISMS}
+    return {**settings, **more}
 
 
 def uses_iam(settings: Mapping[str, Any]) -> bool:
@@ -140,6 +148,13 @@ def take_iam(
     return theirs, TokenConfig(region, identity, ours.get(STS_REGION))
 
 
+def login_at(servers: str) -> str | None:
+    """What MSK has at the ports of brokers; None if they are not MSK's, or of several kinds."""
+    found = [_BROKER.fullmatch(server.strip()) for server in servers.split(",")]
+    logins = {PORTS.get(int(match["port"])) if match else None for match in found}
+    return logins.pop() if len(logins) == 1 else None
+
+
 def contradictions(servers: str, settings: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong about brokers of MSK whose port is for another login than the settings'.
 
@@ -165,13 +180,13 @@ def _login_of(settings: Mapping[str, Any]) -> str | None:
     protocol = str(settings.get(_PROTOCOL, "")).upper()
     mechanism = mechanism_of(settings)
     if mechanism == MECHANISM:
-        return _IAM
+        return IAM_LOGIN
     # With tokens of somebody else's making it is up to them.
     if mechanism == "OAUTHBEARER":
         return None
     if protocol == _SASL_SSL:
         return _SCRAM if mechanism.startswith("SCRAM") else f"SASL_SSL with {mechanism or 'GSSAPI'}"
-    return {"": _PLAIN, "PLAINTEXT": _PLAIN, "SSL": _TLS}.get(protocol, protocol)
+    return {"": _PLAIN, "PLAINTEXT": _PLAIN, "SSL": TLS_LOGIN}.get(protocol, protocol)
 
 
 def explain_refusal(text: str, tokens: TokenConfig) -> str:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import random
+import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from transforms import text_file
+from transforms.access import Access, AccessError
+from transforms.access import registry_settings as access_settings
 from transforms.errors import RegistryError, Stopped, UsageError
 from transforms.per_process import per_process
 from transforms.properties import SCHEMA_REGISTRY_PREFIX, load_properties
@@ -31,6 +35,8 @@ T = TypeVar("T")
 _TIMEOUT_SECS = 10.0
 _FIRST_DELAY_SECS, _LONGEST_DELAY_SECS = 0.2, 5.0
 _WARN_SECS = 10.0
+# How often a login that is refused is looked for anew.
+_LOOK_SECS = 5.0
 # A schema is there before the first record that names it, so one that is missing stays missing;
 # but another node of the registry may come to know of it a little later.
 _MISSING_SECS = 10.0
@@ -59,10 +65,12 @@ class RegistryConfig:
     Attributes:
         url: Its address; of several nodes of one registry, with commas between them.
         config_file: Properties file that may hold its settings, or None.
+        access: Logins as event source mappings name them; the file has the last word.
     """
 
     url: str
     config_file: str | None = None
+    access: tuple[Access, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +82,14 @@ class RegistrySettings:
         auto_register: Whether schemas of ours are registered when they are missing.
         use_latest: Whether the newest schema of a subject is written in place of ours.
         normalize: Whether the registry normalizes schemas before it compares them.
+        pem: Settings that name a file, by what has to be in it.
     """
 
     client: dict[str, Any]
     auto_register: bool = True
     use_latest: bool = False
     normalize: bool = False
+    pem: dict[str, str] = field(default_factory=dict)
 
 
 def registry_settings(config: RegistryConfig) -> RegistrySettings:
@@ -93,6 +103,11 @@ def registry_settings(config: RegistryConfig) -> RegistrySettings:
     given = {k[len(prefix) :]: v for k, v in properties.items() if k.startswith(prefix)}
     problems = []
     client: dict[str, Any] = {"timeout": _TIMEOUT_SECS, "max.retries": 0}
+    try:
+        login, pem = access_settings(config.access, _secret)
+    except AccessError as error:
+        raise UsageError([f"--schema_registry_access: {error}"]) from None
+    client |= login
     flags = dict(_FLAGS)
     for name, value in given.items():
         if name == "url":
@@ -116,7 +131,13 @@ def registry_settings(config: RegistryConfig) -> RegistrySettings:
                 problems.append(f"{prefix}{name}={value} is not there")
     if problems:
         raise UsageError([f"--kafka_config_file={config.config_file}: {p}" for p in problems])
-    return RegistrySettings({"url": config.url, **client}, *flags.values())
+    pem = {name: text for name, text in pem.items() if name not in client}
+    register, latest, normalize = flags.values()
+    return RegistrySettings({"url": config.url, **client}, register, latest, normalize, pem)
+
+
+def _secret(arn: str) -> str:
+    return text_file.read_text("schema_registry_access", text_file.AWS_SCHEME + arn)
 
 
 def make_client(config: RegistryConfig, settings: RegistrySettings) -> SchemaRegistryClient:
@@ -128,7 +149,14 @@ def make_client(config: RegistryConfig, settings: RegistrySettings) -> SchemaReg
     from confluent_kafka.schema_registry import SchemaRegistryClient
 
     try:
-        return SchemaRegistryClient(settings.client)
+        with tempfile.TemporaryDirectory() as folder:
+            # It reads them while it is made, and from files only. Nobody else may read the folder.
+            files = {}
+            for name, text in settings.pem.items():
+                files[name] = os.path.join(folder, name)
+                with open(files[name], "w", encoding="utf-8") as written:
+                    written.write(text)
+            return SchemaRegistryClient({**settings.client, **files})
     except (OSError, TypeError, ValueError) as error:
         file = f"--kafka_config_file={config.config_file}" if config.config_file else "settings"
         raise UsageError([f"{file}: {SCHEMA_REGISTRY_PREFIX}*: {error}"]) from None
@@ -167,6 +195,9 @@ class SchemaRegistry:
         self._url = config.url
         self._settings = registry_settings(config)
         self._client = make(config, self._settings)
+        self._config = config
+        self._make = make
+        self._looked = float("-inf")
         self._timer = timer
         self._random = random
         self._missing: dict[int, float] = {}
@@ -215,10 +246,10 @@ class SchemaRegistry:
         """
         from confluent_kafka.schema_registry import Schema
 
-        client, settings = self._client, self._settings
         ours = Schema(schema, AVRO)
 
         def ask() -> tuple[int | None, str | None]:
+            client, settings = self._client, self._settings
             if settings.use_latest:
                 latest = client.get_latest_version(subject)
                 return latest.schema_id, latest.schema.schema_str
@@ -228,7 +259,7 @@ class SchemaRegistry:
 
         found = self._ask(f"subject {subject}", ask)
         if found is None or found[0] is None or found[1] is None:
-            wanted = "a schema" if settings.use_latest else "the schema that is written"
+            wanted = "a schema" if self._settings.use_latest else "the schema that is written"
             raise RegistryError(
                 f"the schema registry at {self._url} has no subject {subject} with {wanted}; "
                 f"register it, or leave out auto.register.schemas and use.latest.version"
@@ -296,9 +327,24 @@ class SchemaRegistry:
                 return None
         elif _is_transient(error):
             self._failed_at = self._timer()
+        elif self._has_another_login(error):
+            return _reason(error)
         else:
             raise self._refused(what, error) from None
         return _reason(error)
+
+    def _has_another_login(self, error: Exception) -> bool:
+        """Whether there is another login than the one that was refused; then it is taken."""
+        refused = getattr(error, "http_status_code", None) in (401, 403)
+        if not refused or self._timer() - self._looked < _LOOK_SECS:
+            return False
+        self._looked = self._timer()
+        text_file.outdate()
+        settings = registry_settings(self._config)
+        if settings == self._settings:
+            return False
+        self._client, self._settings = self._make(self._config, settings), settings
+        return True
 
     def _refused(self, what: str, error: Exception) -> RegistryError:
         return RegistryError(

@@ -20,6 +20,7 @@ from pipeline.migrate.config_file import carry, load, parse
 from pipeline.options.declare import OPTIONS
 from pipeline.options.explain import explain
 from pipeline.options.resolve import Resolved, parse_arguments, resolve
+from transforms.aws.msk import TokenError
 from transforms.errors import UsageError
 
 CLASS = "io.confluent.connect.aws.lambda.AwsLambdaSinkConnector"
@@ -799,19 +800,19 @@ def test_what_a_mapping_s_settings_become(
         (
             _registry(AccessConfigs=[{"Type": "BASIC_AUTH", "URI": "arn:secret"}]),
             "SelfManagedKafkaEventSourceConfig.SchemaRegistryConfig.AccessConfigs.BASIC_AUTH",
-            "registry",
+            "its URI is no ARN of a secret",
             "kafka_config_file",
         ),
         (
             {"SourceAccessConfigurations": [{"Type": "SASL_SCRAM_256_AUTH", "URI": "arn:secret"}]},
             "SourceAccessConfigurations.SASL_SCRAM_256_AUTH",
-            "sasl.mechanism=SCRAM-SHA-256",
+            "its URI is no ARN of a secret",
             "kafka_config_file",
         ),
         (
-            {"SourceAccessConfigurations": [{"Type": "IAM_AUTH", "URI": "x"}]},
-            "SourceAccessConfigurations.IAM_AUTH",
-            "librdkafka",
+            {"SourceAccessConfigurations": [{"Type": "NEW_AUTH", "URI": "x"}]},
+            "SourceAccessConfigurations.NEW_AUTH",
+            "not known here",
             "kafka_config_file",
         ),
         ({"BatchSize": ["1"]}, "BatchSize", "not a single value", "batch_size"),
@@ -832,24 +833,110 @@ def test_what_a_mapping_cannot_bring(
         assert notes(settled)[name] == f"--{answer} is given instead"
 
 
-def test_every_login_of_a_mapping_says_what_to_write() -> None:
-    """All types that AWS has, apart from its own and those of a network."""
-    for kind in mapping._ACCESS:
-        found = carried(MAPPING, {"SourceAccessConfigurations": [{"Type": kind, "URI": "x"}]})
-        assert "=..." in refusals(found)[f"SourceAccessConfigurations.{kind}"]
-    found = carried(MAPPING, {"SourceAccessConfigurations": [{"Type": "VPC_SUBNET", "URI": "x"}]})
+SECRET = "arn:aws:secretsmanager:us-east-2:123456789012:secret:orders-Ab12Cd"
+
+
+def test_logins_of_a_mapping_become_an_option() -> None:
+    """Their ARNs; what is in the secrets is read where it is needed. Networks are left out."""
+    access = [
+        {"Type": "OAUTHBEARER_AUTH", "URI": SECRET},
+        {"Type": "OAUTHBEARER_SCOPE", "URI": "kafka"},
+        {"Type": "VPC_SUBNET", "URI": "subnet:x"},
+    ]
+    found = carried(MAPPING, {"SourceAccessConfigurations": access})
     assert not found.refused
+    assert texts(found)["kafka_access"] == f"OAUTHBEARER_AUTH={SECRET},OAUTHBEARER_SCOPE=kafka"
+    assert {*notes(found)} == {"SourceAccessConfigurations.VPC_SUBNET", "State"}
 
 
-def test_what_two_accesses_put_into_one_property() -> None:
-    """A second line would take the place of the first; and an audience is no extension."""
-    kinds = ["OAUTHBEARER_AUDIENCE", "OAUTHBEARER_LOGICAL_CLUSTER", "OAUTHBEARER_IDENTITY_POOL"]
-    access = [{"Type": kind, "URI": "x"} for kind in kinds]
-    found = refusals(carried(MAPPING, {"SourceAccessConfigurations": access}))
-    audience, *extensions = (found[f"SourceAccessConfigurations.{kind}"] for kind in kinds)
-    assert "extensions" not in audience and "assertion.claim.aud=..." in audience
-    for said in extensions:
-        assert "extensions=logicalCluster=...,identityPoolId=... " in said
+def test_logins_of_a_registry_become_an_option() -> None:
+    found = carried(MAPPING, _registry(AccessConfigs=[{"Type": "BASIC_AUTH", "URI": SECRET}]))
+    assert not found.refused
+    assert texts(found)["schema_registry_access"] == f"BASIC_AUTH={SECRET}"
+
+
+def test_two_logins_of_a_mapping_are_refused() -> None:
+    access = [{"Type": kind, "URI": SECRET} for kind in ("BASIC_AUTH", "SASL_SCRAM_512_AUTH")]
+    found = carried(MAPPING, {"SourceAccessConfigurations": access})
+    assert "are two logins" in refusals(found)["SourceAccessConfigurations"]
+
+
+MSK_MAPPING = {
+    **{name: value for name, value in MAPPING.items() if name != "SelfManagedEventSource"},
+    "EventSourceArn": "arn:aws:kafka:us-east-2:123456789012:cluster/orders/5a7c-2",
+}
+BROKERS = {
+    "": "b-1.o.a1.c2.kafka.us-east-2.amazonaws.com:9092",
+    "Tls": "b-1.o.a1.c2.kafka.us-east-2.amazonaws.com:9094",
+    "SaslScram": "b-1.o.a1.c2.kafka.us-east-2.amazonaws.com:9096",
+    "SaslIam": "b-1.o.a1.c2.kafka.us-east-2.amazonaws.com:9098",
+    "PublicSaslIam": "b-1-public.o.a1.c2.kafka.us-east-2.amazonaws.com:9198",
+}
+TAKEN_SECRET = [{"Type": "SASL_SCRAM_512_AUTH", "URI": SECRET}]
+
+
+@pytest.mark.parametrize(
+    ("brokers", "access", "arguments", "servers", "login"),
+    [
+        (BROKERS, [], [], BROKERS["SaslIam"], "IAM_AUTH"),
+        ({"": BROKERS[""], "Tls": BROKERS["Tls"]}, [], [], BROKERS["Tls"], "TLS"),
+        ({"": BROKERS[""]}, [], [], BROKERS[""], None),
+        (BROKERS, TAKEN_SECRET, [], BROKERS["SaslScram"], f"SASL_SCRAM_512_AUTH={SECRET}"),
+        (
+            {"PublicSaslIam": BROKERS["PublicSaslIam"]},
+            [],
+            [],
+            BROKERS["PublicSaslIam"],
+            "IAM_AUTH",
+        ),
+        (
+            {},
+            [],
+            [f"--kafka_bootstrap_servers={BROKERS['SaslIam']}"],
+            BROKERS["SaslIam"],
+            "IAM_AUTH",
+        ),
+        ({}, [], ["--kafka_bootstrap_servers=10.0.0.1:9098"], "10.0.0.1:9098", None),
+    ],
+)
+def test_what_a_mapping_of_msk_leaves_to_aws(
+    tmp_path: Path,
+    brokers: dict[str, str],
+    access: list[dict[str, str]],
+    arguments: list[str],
+    servers: str,
+    login: str | None,
+) -> None:
+    """Its brokers, and, where it has no secret, the login that the cluster has."""
+    content = {**MSK_MAPPING, "SourceAccessConfigurations": access}
+    path = tmp_path / "mapping.json"
+    path.write_text(json.dumps(content))
+
+    def ask(arn: str, identity: Any) -> dict[str, str]:
+        assert not arguments, "brokers that are given are not asked for"
+        assert arn == MSK_MAPPING["EventSourceArn"]
+        return brokers
+
+    found = resolve([f"--config={path}", *arguments], ask=ask)
+    assert found.problems == ()
+    assert found.values["kafka_bootstrap_servers"].text == servers
+    assert (found.values["kafka_access"].text if login else None) == login
+
+
+def test_msk_that_does_not_say(tmp_path: Path) -> None:
+    """Why is the one line; that the brokers are missing goes without saying."""
+    path = tmp_path / "mapping.json"
+    path.write_text(json.dumps(MSK_MAPPING))
+
+    def ask(arn: str, identity: Any) -> dict[str, str]:
+        raise TokenError("AccessDenied: no; it needs the right kafka:GetBootstrapBrokers")
+
+    (problem,) = resolve([f"--config={path}"], ask=ask).problems
+    assert "MSK does not say what its brokers are: AccessDenied" in problem
+    scram = {**MSK_MAPPING, "SourceAccessConfigurations": TAKEN_SECRET}
+    path.write_text(json.dumps(scram))
+    (problem,) = resolve([f"--config={path}"], ask=lambda *_: {"Tls": "x:9094"}).problems
+    assert "has no brokers for this login, only for Tls" in problem
 
 
 def test_a_list_of_mappings() -> None:

@@ -12,6 +12,7 @@ from pipeline.options import checks_dataflow
 from pipeline.options.config import Config
 from pipeline.options.declare import OPTIONS
 from pipeline.options.resolve import parse_beam
+from transforms.access import Access
 from transforms.envelope import Envelope
 from transforms.errors import UsageError
 from transforms.lanes import Lanes
@@ -49,12 +50,19 @@ FILTERS = str(Path(__file__).with_name("filters.json"))
 
 # Every option: where its value is found, its default there, a text, and what that comes to.
 IAM_PROPERTIES = str(Path(__file__).with_name("iam.properties"))
+SECRET = "arn:aws:secretsmanager:us-east-1:123456789012:secret:orders-Ab12Cd"
 ROLE = "arn:aws:iam::123456789012:role/r"
 
 CASES = {
     "kafka_bootstrap_servers": (lambda c: c.kafka.bootstrap_servers, "broker:9092", "a:1", "a:1"),
     "kafka_config_file": (lambda c: c.kafka.config_file, None, "/dev/null", "/dev/null"),
     "kafka_role_arn": (lambda c: c.kafka.login.role_arn, None, ROLE, ROLE),
+    "kafka_access": (
+        lambda c: c.kafka.access,
+        (),
+        f" SASL_SCRAM_512_AUTH={SECRET}, SERVER_ROOT_CA_CERTIFICATE={SECRET} ",
+        (Access("SASL_SCRAM_512_AUTH", SECRET), Access("SERVER_ROOT_CA_CERTIFICATE", SECRET)),
+    ),
     "topics": (lambda c: c.source.topics, ("orders",), " a, b ,", ("a", "b")),
     "topics_regex": (lambda c: c.source.topics_regex, None, "o-.*", "o-.*"),
     "consumer_group": (lambda c: c.kafka.group, "g", "h", "h"),
@@ -132,6 +140,12 @@ CASES = {
     ),
     "client_context": (lambda c: c.invoke.client_context, True, "false", False),
     "schema_registry_url": (lambda c: c.decode and c.decode.registry.url, None, REGISTRY, REGISTRY),
+    "schema_registry_access": (
+        lambda c: c.write.registry and c.write.registry.access,
+        None,
+        "",
+        (),
+    ),
     "schema_validation": (
         lambda c: c.decode.attributes if c.decode else ("VALUE",),
         ("VALUE",),
@@ -185,6 +199,7 @@ BESIDE = {
     "event_record_format": {"schema_registry_url": REGISTRY, "envelope": "kafka_event"},
     "event_source_arn": {"envelope": "kafka_event"},
     "kafka_role_arn": {"kafka_config_file": IAM_PROPERTIES},
+    "schema_registry_access": {"schema_registry_url": REGISTRY},
     "topics_regex": {"topics": None},
     "starting_timestamp": {"starting_position": "AT_TIMESTAMP"},
     "filter_unparsable": {"filter_criteria": FILTERS},

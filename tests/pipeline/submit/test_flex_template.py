@@ -312,6 +312,7 @@ def test_what_only_the_program_can_find_fails_the_launch(
 ALL = {
     **GIVEN,
     "kafka_config_file": "gs://my-bucket/kafka.properties",
+    "kafka_access": "TLS",
     "commit_refresh_secs": "1800",
     "commit_interval_secs": "0.5",
     "starting_position": "AT_TIMESTAMP",
@@ -341,6 +342,8 @@ ALL = {
     "partial_failure": "named",
     "client_context": "false",
     "schema_registry_url": "https://registry.example.com:8081",
+    "schema_registry_access": "BASIC_AUTH=arn:aws:secretsmanager:eu-central-1:123456789012:"
+    "secret:registry-Ab12Cd",
     "schema_validation": "NONE",
     "event_record_format": "SOURCE",
     "max_retries": "3",

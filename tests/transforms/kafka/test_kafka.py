@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +99,70 @@ def test_all_problems_of_a_file_are_reported_at_once() -> None:
         parse_properties(text, {})
     lines = [problem.split(" ")[1] for problem in raised.value.problems]
     assert lines == ["2", "3", "5", "5", "6"]
+
+
+def test_settings_as_json() -> None:
+    """As a manager of secrets may have them: checked the same, and PEM keeps its lines."""
+    text = '{"ssl.key.pem": "-----BEGIN\\nx", "linger.ms": 5, "sasl.password": "${env:P}"}'
+    assert parse_properties(text, {"P": "p"}) == {
+        "ssl.key.pem": "-----BEGIN\nx",
+        "linger.ms": "5",
+        "sasl.password": "p",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"acks": "1"}', "setting 1 sets acks, which the pipeline owns"),
+        ('{"a": "b", "sasl.password": ["s3cret"]}', "setting 2 (sasl.password) is neither a text"),
+        ('{"sasl.password": "s3cret"', "it is not JSON, in line 1"),
+    ],
+)
+def test_json_that_does_not_fit(text: str, part: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse_properties(text, {})
+    (problem,) = raised.value.problems
+    assert part in problem
+    assert "s3cret" not in problem
+
+
+class _Refused:
+    """What librdkafka says of a login that a broker refuses."""
+
+    def code(self) -> int:
+        return int(KafkaError._AUTHENTICATION)
+
+    def str(self) -> str:
+        return "SASL authentication error: no"
+
+
+class _Client:
+    def __init__(self) -> None:
+        self.logins: list[tuple[str, str]] = []
+
+    def set_sasl_credentials(self, user: str, password: str) -> None:
+        self.logins.append((user, password))
+
+
+def test_a_refused_password_is_looked_for_anew(tmp_path: Path) -> None:
+    """In whatever the settings are from; the client is given it if it is another one."""
+    config = _config(tmp_path, "sasl.username=u\nsasl.password=old")
+    settings, now = client_settings(config), [100.0]
+    log = client.ErrorLog(
+        again=lambda: client_settings(config), timer=lambda: now[0], run=lambda work: work()
+    )
+    ours = _Client()
+    log.watch(ours, settings)
+    log(_Refused())
+    assert ours.logins == []
+    _config(tmp_path, "sasl.username=u\nsasl.password=new")
+    log(_Refused())
+    assert ours.logins == [], "not looked for again and again"
+    now[0] += 60
+    log(_Refused())
+    log(_Refused())
+    assert ours.logins == [("u", "new")]
 
 
 @given(

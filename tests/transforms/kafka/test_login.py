@@ -14,6 +14,7 @@ from transforms.kafka.login import (
     LoginError,
     contradictions,
     explain_refusal,
+    put_over,
     region_of_arn,
     region_of_servers,
     take_iam,
@@ -72,6 +73,13 @@ def test_settings_become_those_that_librdkafka_has() -> None:
     assert tokens == TokenConfig("eu-west-2")
     plain = {"bootstrap.servers": "b:9092", "sasl.mechanism": "PLAIN"}
     assert take_iam(plain, NO_OPTIONS) == (plain, None)
+
+
+@pytest.mark.parametrize("other", ["sasl.mechanism", "sasl.mechanisms"])
+def test_the_mechanism_goes_by_either_name(other: str) -> None:
+    """What is over it wins, whichever of them it has."""
+    assert put_over(IAM, {other: "PLAIN"}) == {"security.protocol": "SASL_SSL", other: "PLAIN"}
+    assert put_over({other: "PLAIN"}, {"linger.ms": "1"}) == {other: "PLAIN", "linger.ms": "1"}
 
 
 def test_where_the_region_is_from() -> None:
