@@ -251,11 +251,13 @@ class Responses:
         results: Per record the reply entry's `payload` as JSON text; None if replies are not
             kept so.
         body: The reply to all of them as it came, where it is kept as a whole.
+        trace: The `traceparent` of the invocation that answered, if it was traced.
     """
 
     offsets: Sequence[int]
     results: Sequence[bytes] | None
     body: bytes | None = None
+    trace: str | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -284,6 +286,7 @@ class Failure:
         executed_version: Version of the function that ran, if known.
         request_id: AWS request id of the last invocation, if known.
         frame: What stood around the entries.
+        trace: The `traceparent` of the last invocation, if it was traced.
     """
 
     records: Records
@@ -299,6 +302,7 @@ class Failure:
     executed_version: str | None = None
     request_id: str | None = None
     frame: Frame = ARRAY
+    trace: str | None = None
 
     @property
     def held_bytes(self) -> int:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from typing import Any
 
 from pipeline.options.checks_login import any_iam, check_login
@@ -134,6 +135,10 @@ def check_together(
         )
     if given.get("filter_unparsable") and given.get("filter_criteria") is None:
         problems.append("--filter_unparsable goes with --filter_criteria only")
+    if values["trace"] and not has_otel():
+        problems.append(
+            f"--trace={values['trace']} needs OpenTelemetry: pip install 'beam-lambda-sink[otel]'"
+        )
     low, high = values["min_concurrency"], values["max_concurrency"]
     if low and high and low > high:
         problems.append(f"--min_concurrency={low} is above --max_concurrency={high}")
@@ -144,6 +149,14 @@ def check_together(
             f"invocations"
         )
     _check_start(values, now, problems)
+
+
+def has_otel() -> bool:
+    """Whether what exports traces is installed."""
+    try:
+        return find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _cluster(topic: str, values: dict[str, Any], settings: dict[str, str]) -> str:

@@ -48,6 +48,7 @@ from transforms.read.rounds import ReadConfig
 from transforms.read.streaming import NativeReadConfig
 from transforms.schemas.registry import RegistryConfig, check_settings
 from transforms.schemas.schema import CONNECT, STANDARD
+from transforms.tracing import TraceConfig
 from transforms.write import destination
 from transforms.write.write import WriteConfig
 
@@ -162,6 +163,14 @@ def _reply(values: dict[str, Any]) -> str:
     return reply.CONFLUENT if values["envelope"] == envelope.CONFLUENT else reply.ANY
 
 
+def _trace(values: dict[str, Any]) -> TraceConfig | None:
+    if not values["trace"]:
+        return None
+    arn = values["function"].split(":")
+    region = arn[3] if arn[0] == "arn" else values["aws_region"]
+    return TraceConfig(values["consumer_group"], values["function"], region)
+
+
 def _make_config(
     values: dict[str, Any],
     settings: dict[str, str],
@@ -265,6 +274,7 @@ def _make_config(
                 invocations=values["breaker_invocations"],
                 wait_secs=values["breaker_wait_secs"],
             ),
+            trace=_trace(values),
         ),
         write=WriteConfig(
             kafka=kafka,

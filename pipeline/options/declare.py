@@ -658,6 +658,14 @@ GROUPS = (
                 default="text",
                 choices=("text", "json"),
             ),
+            Option(
+                "trace",
+                "Trace batches and invocations with OpenTelemetry; otlp sends spans where the "
+                "OTEL_* environment variables say, and needs the extra otel. Functions, responses "
+                "and error records are told the trace.",
+                kind="choice",
+                choices=("otlp",),
+            ),
         ),
     ),
 )

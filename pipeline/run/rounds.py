@@ -30,6 +30,7 @@ from transforms.read.rounds import Room, Round, shared_reader
 from transforms.records import CallStats, Finished, PartitionKey
 from transforms.schemas.registry import shared_registry
 from transforms.source import Found, held_up, startable
+from transforms.tracing import close_tracer
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -379,6 +380,9 @@ class Rounds:
             with suppress(SinkError):
                 self._committer.flush()
             raise
+        finally:
+            if trace := self._config.invoke.trace:
+                close_tracer(trace)
 
     def _run(self) -> Status:
         if self._config.run.preflight:

@@ -191,9 +191,19 @@ class LambdaFunction:
         request = self.prepare(payload, client_context)
         return request if isinstance(request, Fault) else self.send(request)
 
-    def prepare(self, payload: bytes, client_context: str | None = None) -> Request | Fault:
-        """The first half of `invoke`: make the request and sign it. Sends nothing to Lambda."""
+    def prepare(
+        self, payload: bytes, client_context: str | None = None, trace_id: str | None = None
+    ) -> Request | Fault:
+        """The first half of `invoke`: make the request and sign it. Sends nothing to Lambda.
+
+        Args:
+            payload: The event, as JSON.
+            client_context: Base64 of a JSON object for the function's context, or None.
+            trace_id: The trace that it is part of, as AWS writes it, or None.
+        """
         more = {"X-Amz-Client-Context": client_context} if client_context else {}
+        if trace_id:
+            more["X-Amzn-Trace-Id"] = trace_id
         return self._prepare(payload, more)
 
     def send(self, request: Request, meanwhile: Callable[[], None] | None = None) -> Reply | Fault:

@@ -11,7 +11,7 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter, itemgetter
@@ -45,7 +45,8 @@ from transforms.invoke.reply import CONFLUENT, NONE, Answer, read_reply
 from transforms.invoke.retry import Call, RetryPolicy
 from transforms.names import NUMBERS, Names
 from transforms.per_process import forget, per_process
-from transforms.records import NO_TIMESTAMP, Batch, Finished, LaneKey, halt_name
+from transforms.records import NO_TIMESTAMP, Batch, Failure, Finished, LaneKey, halt_name
+from transforms.tracing import TraceConfig, shared_tracer, x_amzn_trace_id
 
 _STATS = ("invocations", "retries", "bisections", "throttles", "invoke_ms")
 
@@ -76,6 +77,7 @@ class InvokeConfig:
         breaker: When to stop calling for a while instead of giving records up.
         client_context: Whether the function is told which call this is; for sync only.
         names: How records' numbers are written to the function.
+        trace: What is traced, None for nothing.
     """
 
     function: FunctionConfig
@@ -86,6 +88,7 @@ class InvokeConfig:
     breaker: BreakerPolicy = BreakerPolicy()
     client_context: bool = True
     names: Names = NUMBERS
+    trace: TraceConfig | None = None
 
 
 def shared_function(config: FunctionConfig) -> LambdaFunction:
@@ -109,11 +112,19 @@ def make_invoker(config: InvokeConfig, may_begin: Callable[[LaneKey], bool] = al
 
         return classify_reply(result, read)
 
-    def prepare(batch: Batch, step: Call) -> Request | Fault:
-        context = client_context(batch, step, config.names) if config.client_context else None
-        return function.prepare(batch.frame.join(step.pick(batch.entries)), context)
+    def prepare(
+        batch: Batch, step: Call, trace: Mapping[str, str] | None = None
+    ) -> Request | Fault:
+        names = config.names
+        context = client_context(batch, step, names, trace) if config.client_context else None
+        payload = batch.frame.join(step.pick(batch.entries))
+        trace_id = x_amzn_trace_id(trace["traceparent"]) if trace else None
+        return function.prepare(payload, context, trace_id)
 
     def prepare_ahead(batch: Batch, step: Call) -> Request | None:
+        if tracer:
+            # A span begins with its call, and the request names it.
+            return None
         request = prepare(batch, step)
         # What is wrong is found out, and counts, when the call is made.
         return None if isinstance(request, Fault) else request
@@ -125,9 +136,33 @@ def make_invoker(config: InvokeConfig, may_begin: Callable[[LaneKey], bool] = al
         result = made if isinstance(made, Fault) else function.send(made, meanwhile)
         return outcome(batch, step, result)
 
+    tracer = shared_tracer(config.trace) if config.trace else None
+
+    def traced_call(
+        batch: Batch, step: Call, request: Request | None, meanwhile: Callable[[], None]
+    ) -> Outcome:
+        assert tracer
+        with tracer.invoke(batch, step.attempt, len(step)) as invocation:
+            made = prepare(batch, step, invocation.context)
+            result = made if isinstance(made, Fault) else function.send(made, meanwhile)
+            found = outcome(batch, step, result)
+            facts = {
+                "http.response.status_code": result.status_code or None,
+                "aws.request_id": result.request_id,
+                "faas.invoked_version": getattr(result, "executed_version", None),
+            }
+            invocation.end(found.error_type, facts)
+        return replace(found, trace=invocation.traceparent)
+
+    def ended(batch: Batch, finished: Finished) -> None:
+        if tracer:
+            failures = (part for part in finished.parts if isinstance(part, Failure))
+            failure = finished.halted or next(failures, None)
+            tracer.end(batch, failure.error_type if failure else "")
+
     return Invoker(
         prepare_ahead,
-        call,
+        traced_call if tracer else call,
         config.policy,
         config.function.max_concurrency,
         clock=time.time,
@@ -135,6 +170,7 @@ def make_invoker(config: InvokeConfig, may_begin: Callable[[LaneKey], bool] = al
         may_begin=may_begin,
         min_concurrency=config.min_concurrency,
         breaker=config.breaker,
+        ended=ended if tracer else None,
     )
 
 

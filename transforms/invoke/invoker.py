@@ -163,6 +163,7 @@ class Invoker:
             if not, its queue is abandoned.
         max_finished_bytes: No call begins while more than that has finished and was not
             collected.
+        ended: Told of each batch that nothing more is done for, and what became of it.
     """
 
     def __init__(
@@ -178,7 +179,9 @@ class Invoker:
         breaker: BreakerPolicy = BreakerPolicy(),
         may_begin: Callable[[LaneKey], bool] = always,
         max_finished_bytes: int = 64 * 2**20,
+        ended: Callable[[Batch, Finished], None] | None = None,
     ) -> None:
+        self._tell_ended = ended
         self._call = call
         self._prepare = prepare
         self._policy = policy
@@ -775,6 +778,8 @@ class Invoker:
         queue.failed = queue.due = None
         queue.delivery = queue.steps = None
         queue.scheduled = False
+        if self._tell_ended:
+            self._tell_ended(batch, finished)
         records, size = _size(batch)
         queue.records -= records
         queue.bytes -= size

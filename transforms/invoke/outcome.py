@@ -54,6 +54,7 @@ class Outcome:
         body: The reply as it came, where it is kept as a whole.
         failed: With PARTIAL, the failed ones among the records that were sent, by index, rising.
         spared: Whether no record may be given up because of it (`transforms.invoke.breaker`).
+        trace: The invocation's `traceparent`, if it was traced.
     """
 
     kind: Kind
@@ -70,6 +71,7 @@ class Outcome:
     body: bytes | None = None
     failed: Sequence[int] = ()
     spared: bool = False
+    trace: str | None = None
 
     def of_function(self, sent: int) -> Kind:
         """What a call of so many records says about the function itself.

@@ -308,7 +308,8 @@ class Delivery:
         if self._at < high:
             offsets = self.batch.records.offsets[self._at : high]
             results, body = (outcome.results, outcome.body) if outcome else (None, None)
-            self.finished.parts.append(Responses(offsets, results, body))
+            trace = outcome.trace if outcome else None
+            self.finished.parts.append(Responses(offsets, results, body, trace))
             self._done(high)
 
     def _done(self, high: int) -> None:
@@ -339,6 +340,7 @@ class Delivery:
                 executed_version=outcome.executed_version,
                 request_id=outcome.request_id,
                 frame=self.batch.frame,
+                trace=outcome.trace,
             )
             if self.policy.halt:
                 self.finished.halted = failure

@@ -339,6 +339,10 @@ def _error_record(
     return ErrorRecord(key, error_value(failure, function, payload, format), headers)
 
 
+TRACEPARENT = "traceparent"
+"""Header of what an invocation came to: its place in a trace, as W3C has it."""
+
+
 def error_headers(
     topic: str,
     partition: int,
@@ -353,6 +357,8 @@ def error_headers(
         for name, value in error_facts(failure, function).items()
     ]
     headers += [(HEADER_PREFIX + name, b"true") for name in left_out]
+    if failure.trace:
+        headers.append((TRACEPARENT, failure.trace.encode()))
     if ORIGINAL_OMITTED in left_out:
         return headers
     originals = encode_originals(topic, partition, failure.records, names)

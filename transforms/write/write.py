@@ -50,6 +50,7 @@ from transforms.source import Source
 from transforms.write import formats
 from transforms.write.destination import destination_records
 from transforms.write.formats import (
+    TRACEPARENT,
     OutputFormat,
     error_facts,
     error_records,
@@ -600,7 +601,16 @@ class _ProduceFn(beam.DoFn):
             return
         messages = [{"key": key, "value": value} for key, value in zip(keys, values)]
         owner = (written, _Answered(keys, answered))
-        response_writer(self._config).write_all(partition, messages, self._delivered, owner)
+        writer = response_writer(self._config)
+        if part.trace is None:
+            writer.write_all(partition, messages, self._delivered, owner)
+            return
+        # What writes many at once takes no headers.
+        headers = [(TRACEPARENT, part.trace.encode())]
+        for message in messages:
+            writer.write(
+                partition, message["key"], message["value"], headers, self._delivered, owner
+            )
 
     def _write_failure(self, written: _Written, failure: Failure) -> None:
         config = self._config

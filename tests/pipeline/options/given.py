@@ -191,6 +191,7 @@ CASES = {
     "until": (lambda c: c.run.until, "forever", "caught_up", "caught_up"),
     "summary": (lambda c: c.run.summary, "text", "none", "none"),
     "log_format": (lambda c: c.run.log_format, "text", "json", "json"),
+    "trace": (lambda c: c.invoke.trace and "otlp", None, "otlp", "otlp"),
 }
 
 # What an option, or one of its values, needs beside it.

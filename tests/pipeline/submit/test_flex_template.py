@@ -359,6 +359,7 @@ ALL = {
     "error_format": "json",
     "error_record": "aws",
     "until": "caught_up",
+    "trace": "otlp",
 }
 # Cannot stand beside what is above.
 OTHERS = {
