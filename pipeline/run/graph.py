@@ -13,16 +13,17 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.metrics.execution import MetricsContainer
+from apache_beam.metrics.cells import CounterCell
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.portability import common_urns
+from apache_beam.portability.api import beam_fn_api_pb2, beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import execution, worker_handlers
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
-from apache_beam.runners.worker import statesampler
+from apache_beam.runners.worker import bundle_processor, statesampler
+from apache_beam.runners.worker.data_plane import ClosableOutputStream
 from apache_beam.transforms.environments import EmbeddedPythonEnvironment
 from apache_beam.utils.timestamp import MIN_TIMESTAMP
 
@@ -36,6 +37,11 @@ worker_handlers.STATE_CACHE_SIZE_MB = 0
 
 # The version of Beam whose inside `_KeptRunner` knows.
 _KNOWN = "2.77."
+# What steps may ask of it. Not to be split, nor to be told when a bundle is final.
+_REQUIREMENTS = {common_urns.requirements.REQUIRES_STATEFUL_PROCESSING.urn}
+
+# What a worker answers to a bundle that was run to its end.
+_NOTHING_LEFT = beam_fn_api_pb2.InstructionResponse()
 
 
 class Graph:
@@ -127,6 +133,9 @@ class _KeptRunner(FnApiRunner):
             components.components.environments, self._provision_info
         )
         self._counted: Counter[str] = Counter()
+        self._bundles: dict[str, _Bundles] = {}
+        unknown = set(translated.requirements) - _REQUIREMENTS
+        assert not unknown, f"steps require {', '.join(sorted(unknown))}"
         try:
             self._context = execution.FnApiRunnerExecutionContext(
                 stages,
@@ -159,7 +168,8 @@ class _KeptRunner(FnApiRunner):
                 self._schedule_ready_bundles(context)
         left = context.queues.watermark_pending_inputs, context.queues.time_pending_inputs
         assert not any(map(len, left)), "a round has ended with bundles that did not run"
-        counted, self._counted = self._counted, Counter()
+        counted = self._counted.copy()
+        self._counted.clear()
         return counted
 
     def close(self) -> None:
@@ -192,36 +202,92 @@ class _KeptRunner(FnApiRunner):
             context.queues.ready_inputs.enque((name, execution.DataInput(data, {})))
 
     def _adopt(self, cache: Any) -> None:
-        """Take over the processors that a worker makes, as it makes them."""
-        # It would shut down those that nothing has happened in for a minute.
+        """Have a worker keep what it made: what nothing has happened in for a minute it would let
+        go of."""
         cache.periodic_shutdown.cancel()
-        get, adopted = cache.get, set()
 
-        def get_lean(instruction_id: str, descriptor_id: str) -> Any:
-            processor = get(instruction_id, descriptor_id)
-            if processor not in adopted:
-                adopted.add(processor)
-                self._make_lean(processor)
-            return processor
-
-        cache.get = get_lean
-
-    def _make_lean(self, processor: Any) -> None:
-        """Of the metrics of a bundle have the steps' counters only, and no thread that samples."""
-        sampler = processor.state_sampler
-        containers = [op.metrics_container for op in processor.ops.values()]
-
-        def count() -> list[Any]:
-            for container in containers:
-                _add(self._counted, container)
-            return []
-
-        processor.monitoring_infos = count
-        # Steps still find their counters by it.
-        sampler.start = partial(statesampler.set_current_tracker, sampler)
-        sampler.stop_if_still_running = partial(statesampler.set_current_tracker, None)
+    def _get_bundle_manager(self, bundle_context_manager: Any) -> Any:
+        name = bundle_context_manager.stage.name
+        if name not in self._bundles:
+            self._bundles[name] = _Bundles(bundle_context_manager, self._counted)
+        return self._bundles[name]
 
 
-def _add(counted: Counter[str], container: MetricsContainer) -> None:
-    for key, value in container.get_cumulative().counters.items():
-        counted[f"{key.metric.namespace}.{key.metric.name}"] += value
+class _Bundles:
+    """The bundles of one stage, run where they are.
+
+    Beam's BundleManager sends a bundle's input to a worker, with a thread that asks how far it is,
+    and the worker describes some dozens of metrics in its answer. Here the input goes straight into
+    the stage's steps and what they put out straight into its buffers, and of the metrics the steps'
+    counters are read.
+
+    Args:
+        stage: The stage; its descriptor is known to its worker.
+        counted: Takes what the steps' counters count.
+    """
+
+    def __init__(self, stage: Any, counted: Counter[str]) -> None:
+        self._stage = stage
+        self._counted = counted
+        descriptor, worker = stage.process_bundle_descriptor, stage.worker_handlers[0]
+        # Never given back; the worker shuts it down when it is closed itself.
+        self._processor = worker.bundle_processor_cache.get(descriptor.id, descriptor.id)
+        self._context = bundle_processor.ExecutionContext(instruction_id=descriptor.id)
+        self._steps = list(self._processor.ops.values())
+        for (step, family), timer in self._processor.timers_info.items():
+            self._processor.ops[step].add_timer_info(family, timer)
+
+    def process_bundle(
+        self, inputs: Any, outputs: Any, fired: Any, timers: Any, dry_run: bool = False
+    ) -> tuple[beam_fn_api_pb2.InstructionResponse, list[Any]]:
+        """Run one bundle, like `BundleManager.process_bundle`."""
+        processor, ops = self._processor, self._processor.ops
+        # Steps find their counters by it. It is not started: it would sample which step is running.
+        statesampler.set_current_tracker(processor.state_sampler)
+        try:
+            with processor.state_handler.process_instruction_id(self._context.instruction_id, ()):
+                for step, buffer in outputs.items():
+                    ops[step].set_output_stream(self._stream(buffer, step))
+                streams = []
+                for (step, family), info in processor.timers_info.items():
+                    info.output_stream = self._stream(timers[step, family][0], step)
+                    streams.append(info.output_stream)
+                for op in reversed(self._steps):
+                    op.execution_context = self._context
+                    op.start()
+                for (step, family), buffer in fired.items():
+                    coder = processor.timers_info[step, family].timer_coder_impl
+                    for encoded in buffer:
+                        for timer in coder.decode_all(encoded):
+                            ops[step].process_timer(family, timer)
+                for step, buffer in inputs.items():
+                    for encoded in buffer:
+                        ops[step].process_encoded(encoded)
+                for op in self._steps:
+                    op.finish()
+                for stream in streams:
+                    stream.close()
+        finally:
+            statesampler.set_current_tracker(None)
+        for op in self._steps:
+            _add(self._counted, op.metrics_container)
+            op.reset()
+        return _NOTHING_LEFT, []
+
+    def _stream(self, buffer_id: bytes, step: str) -> Any:
+        """Puts out into a buffer of the round's, made once there is something for it."""
+
+        def put(encoded: bytes) -> None:
+            if encoded:
+                buffer: Any = self._stage.get_buffer(buffer_id, step)
+                if buffer.cleared:
+                    buffer.reset()
+                buffer.append(encoded)
+
+        return ClosableOutputStream.create(put, put, 0)
+
+
+def _add(counted: Counter[str], container: Any) -> None:
+    for key, cell in container.metrics.items():
+        if type(cell) is CounterCell and cell.value:
+            counted[f"{key.metric_name.namespace}.{key.metric_name.name}"] += cell.value

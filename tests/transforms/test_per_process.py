@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+from transforms import per_process as module
 from transforms.per_process import forget, per_process
 
 
@@ -57,3 +59,47 @@ def test_what_could_not_be_made_is_tried_again() -> None:
         except ValueError as error:
             got = str(error)
         assert got == expected
+
+
+@dataclass(frozen=True)
+class _Config:
+    name: str
+
+
+def test_a_config_finds_the_instance_of_one_that_is_equal() -> None:
+    """Also once it has been forgotten by an equal one, and made again."""
+
+    def make(config: _Config) -> list[str]:
+        return [config.name]
+
+    one, other = _Config("z"), _Config("z")
+    first = per_process(make, one)
+    for _ in range(2):
+        assert per_process(make, one) is per_process(make, other) is first
+        assert per_process(make, _Config("not z")) is not first
+    assert forget(make, _Config("z")) is first
+    second = per_process(make, other)
+    assert second is not first
+    assert per_process(make, one) is second
+
+
+def test_a_config_that_is_asked_with_again_is_not_hashed_again() -> None:
+    """Nor are more of them held than so many."""
+    hashed = []
+
+    class Hashed:
+        def __hash__(self) -> int:
+            hashed.append(self)
+            return 1
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Hashed)
+
+    config = Hashed()
+    got = [per_process(id, config) for _ in range(100)]
+    assert len(set(got)) == 1
+    assert len(hashed) <= 2
+    for _ in range(2 * module._ASKED_MOST):
+        assert per_process(id, Hashed()) == got[0]
+    assert len(module._asked) <= module._ASKED_MOST
+    assert forget(id, config) == got[0]

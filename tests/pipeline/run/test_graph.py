@@ -262,3 +262,84 @@ def test_where_beam_looks_different_the_plain_runner_runs(
     assert not made.is_kept
     assert len(SEEN) == 9
     assert len(caplog.records) == 1
+
+
+class _Final(beam.DoFn):
+    def process(
+        self, element: tuple[str, int], final: Any = beam.DoFn.BundleFinalizerParam
+    ) -> Iterator[Any]:
+        final.register(lambda: _see("final"))
+        yield element
+
+
+def test_what_the_kept_runner_does_not_do_the_plain_one_does(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A step that is to be told when its bundle is final."""
+
+    def wire(pipeline: beam.Pipeline) -> None:
+        given = pipeline | beam.Impulse() | beam.ParDo(_Give()).with_output_types(tuple[str, int])
+        _ = given | beam.ParDo(_Final())
+
+    made = Graph(wire)
+    with caplog.at_level(logging.WARNING):
+        made.run()
+    assert not made.is_kept
+    assert "final" in SEEN
+    assert len(caplog.records) == 1
+    assert "finalization" in caplog.records[0].message
+
+
+def _large(pipeline: beam.Pipeline) -> None:
+    """More between two stages than a stream holds at once."""
+    given = pipeline | beam.Impulse() | beam.ParDo(_Give(2, 12)).with_output_types(tuple[str, int])
+    wide = given | beam.Map(lambda kv: (kv[0], bytes(2**19))).with_output_types(tuple[str, bytes])
+    _ = wide | beam.GroupByKey() | beam.Map(lambda kv: _see((kv[0], len(b"".join(kv[1])))))
+
+
+class _SetAgain(beam.DoFn):
+    """A timer that sets itself again and is cleared: bundles behind one another in one round."""
+
+    LEFT = ReadModifyWriteStateSpec("graph_left", coders.PickleCoder())
+    AGAIN = TimerSpec("graph_set_again", beam.TimeDomain.WATERMARK)
+    NEVER = TimerSpec("graph_never", beam.TimeDomain.WATERMARK)
+
+    def process(
+        self,
+        element: tuple[str, int],
+        left: Any = beam.DoFn.StateParam(LEFT),
+        again: Any = beam.DoFn.TimerParam(AGAIN),
+        never: Any = beam.DoFn.TimerParam(NEVER),
+    ) -> None:
+        left.write(3)
+        again.set(Timestamp(1))
+        never.set(Timestamp(2))
+        never.clear()
+
+    @on_timer(AGAIN)
+    def again(
+        self,
+        key: Any = beam.DoFn.KeyParam,
+        left: Any = beam.DoFn.StateParam(LEFT),
+        again: Any = beam.DoFn.TimerParam(AGAIN),
+    ) -> Iterator[tuple[str, int]]:
+        yield key, left.read()
+        left.write(left.read() - 1)
+        if left.read():
+            again.set(Timestamp(5 - left.read()))
+
+    @on_timer(NEVER)
+    def never(self) -> Iterator[str]:
+        yield "never"
+
+
+def _set_again(pipeline: beam.Pipeline) -> None:
+    given = pipeline | beam.Impulse() | beam.ParDo(_Give()).with_output_types(tuple[str, int])
+    _ = given | beam.ParDo(_SetAgain()) | beam.Map(_see)
+
+
+@pytest.mark.parametrize("wire", [_large, _set_again])
+def test_streams_and_timers_are_those_of_the_plain_runner(wire: Callable[..., None]) -> None:
+    kept, plain = _rounds(wire, keep=True), _rounds(wire, keep=False)
+    assert kept == plain
+    assert all(seen for seen, _ in kept)
