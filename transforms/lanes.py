@@ -67,7 +67,7 @@ class Lanes:
     def split(self, chunk: RecordChunk) -> Iterator[RecordChunk]:
         """A chunk for each lane over the same range, so that each lane's ranges have no hole."""
         if self.count == 1 or chunk.lane is not None:
-            yield replace(chunk, lane=chunk.lane or 0)
+            yield chunk if chunk.lane is not None else replace(chunk, lane=0)
             return
         lanes = self.of(chunk.records.keys, chunk.records.offsets)
         for lane in range(self.count):

@@ -670,6 +670,8 @@ class Rounds:
         halted = {finished.key for finished in invoker.halted}
         lost = self._reader.lost.keys()
         stopped = halted | lost
+        if not stopped and not self._flush:
+            return False
         if (unsettled := self._unsettled - stopped) and unsettled - held_up(self._found, stopped):
             return False
         going_on = [

@@ -177,8 +177,19 @@ def assemble(
     pieces: Iterable[Piece],
     rejection: Rejection | None = None,
     frame: Frame = ARRAY,
+    start: int | None = None,
+    first: bool = False,
 ) -> Batch:
-    """Make one batch of its pieces, in whatever order they come. A state bag promises none."""
+    """Make one batch of its pieces, in whatever order they come. A state bag promises none.
+
+    Args:
+        key: The lane.
+        pieces: At least one.
+        rejection: Set if the batch must not be sent.
+        frame: What stands around the entries.
+        start: Where its range begins, if that is before its first piece.
+        first: Whether the lane begins with it.
+    """
     ordered = sorted(pieces, key=lambda piece: piece.start)
     if len(ordered) == 1:
         records, entries = ordered[0].records, ordered[0].entries
@@ -186,8 +197,10 @@ def assemble(
         records = Records.join(piece.records for piece in ordered)
         entries = [entry for piece in ordered for entry in piece.entries]
     topic, partition, lane = key
-    start, next_offset = ordered[0].start, ordered[-1].next_offset
-    return Batch(topic, partition, start, next_offset, records, entries, rejection, frame, lane)
+    if start is None:
+        start = ordered[0].start
+    end = ordered[-1].next_offset
+    return Batch(topic, partition, start, end, records, entries, rejection, frame, lane, first)
 
 
 class BatchByPartition(beam.PTransform):
@@ -314,12 +327,11 @@ class _BufferFn(beam.DoFn):
         """The batches of a chunk that needs no state: the last one ends where the chunk does."""
         if len(chunk.records):
             state = OpenBatch(chunk.start, chunk.start, chunk.start)
-            for batch in self._pieces(chunk, state, None):
-                yield replace(batch, first=batch.start == chunk.start)
+            yield from self._pieces(chunk, state, None)
         else:
             frame = self._config.format.envelope.frame(chunk.topic, chunk.partition)
             piece = Piece(chunk.start, chunk.next_offset, chunk.records, ())
-            yield replace(assemble(chunk.lane_key, [piece], frame=frame), first=True)
+            yield assemble(chunk.lane_key, [piece], frame=frame, first=True)
 
     def _close(self, key: LaneKey, state: OpenBatch, pieces: BagRuntimeState) -> Iterator[Batch]:
         """End the open batch where it stands."""
@@ -329,8 +341,8 @@ class _BufferFn(beam.DoFn):
             end = Piece(state.next_offset, state.next_offset, Records(), ())
             start = Piece(state.start, state.start, Records(), ())
             frame = self._config.format.envelope.frame(key[0], key[1])
-            batch = assemble(key, [start, *held, end], frame=frame)
-            yield self._count(replace(batch, first=state.start == state.base))
+            first = state.start == state.base
+            yield self._count(assemble(key, [start, *held, end], frame=frame, first=first))
         pieces.clear()
 
     def _add(
@@ -347,7 +359,7 @@ class _BufferFn(beam.DoFn):
                 end = min(chunk.next_offset, state.base)
                 records = chunk.records.slice(0, late)
                 before = replace(chunk, next_offset=end, records=records)
-                yield from self._pieces(before, OpenBatch(0, chunk.start, chunk.start), None)
+                yield from self._pieces(before, OpenBatch(-1, chunk.start, chunk.start), None)
             filled, state = yield from self._fill(chunk, state)
             self._duplicates.inc(known - late - filled)
             if chunk.next_offset <= state.next_offset:
@@ -369,7 +381,7 @@ class _BufferFn(beam.DoFn):
             begin, behind = (bisect_left(chunk.records.offsets, each) for each in (start, end))
             records = chunk.records.slice(begin, behind)
             part = replace(chunk, start=start, next_offset=end, records=records)
-            yield from self._pieces(part, OpenBatch(0, start, start), None)
+            yield from self._pieces(part, OpenBatch(-1, start, start), None)
             self._out_of_order.inc(len(records))
             filled += len(records)
             left += [hole for hole in ((low, start), (end, high)) if hole[0] < hole[1]]
@@ -378,7 +390,10 @@ class _BufferFn(beam.DoFn):
     def _pieces(
         self, chunk: RecordChunk, state: OpenBatch, pieces: BagRuntimeState | None
     ) -> Generator[Batch, None, OpenBatch]:
-        """Encode a chunk and cut it; what stays open goes to `pieces`, or, if None, closes too."""
+        """Encode a chunk and cut it; what stays open goes to `pieces`, or, if None, closes too.
+
+        The batch that begins at the state's base is the lane's first one.
+        """
         records, offsets = chunk.records, chunk.records.offsets
         encoded = encode_records(chunk.topic, chunk.partition, records, self._config.format)
         self._records.inc(len(records))
@@ -389,7 +404,8 @@ class _BufferFn(beam.DoFn):
             earlier = enumerate(records.rejections)
             rejections |= {index: rejection for index, rejection in earlier if rejection}
         # What they were for is in the entries now; the records are kept as Kafka had them.
-        records = replace(records, decoded=(), rejections=())
+        if len(records.decoded) or len(records.rejections):
+            records = replace(records, decoded=(), rejections=())
         frame = self._config.format.envelope.frame(chunk.topic, chunk.partition)
         sizes = list(map(len, encoded.entries))
         open_records, open_bytes = state.records, state.entry_bytes
@@ -408,9 +424,10 @@ class _BufferFn(beam.DoFn):
                 if held and pieces:
                     pieces.clear()
                 together = [*held, piece]
-                batch = assemble(chunk.lane_key, together, part.rejection, frame)
-                first = pieces is not None and batch_start == state.base
-                yield self._count(replace(batch, start=batch_start, first=first))
+                first = batch_start == state.base
+                yield self._count(
+                    assemble(chunk.lane_key, together, part.rejection, frame, batch_start, first)
+                )
                 batch_start, open_records, open_bytes = end, 0, 0
             else:
                 pieces.add(piece)

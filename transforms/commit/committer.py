@@ -120,11 +120,14 @@ class Committer:
         """
         with self._changed:
             self._raise_problem()
+            first = not self._put
             self._put.update(next_offsets)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="commit", daemon=True)
                 self._thread.start()
-            self._changed.notify_all()
+            if first:
+                # Later ones find the thread at its work, or waiting for its interval to be over.
+                self._changed.notify_all()
 
     def flush(self) -> None:
         """Commit what was put, and wait for the answer.

@@ -63,6 +63,9 @@ _KEY_BYTES = 64 * 2**20
 # Batches that may be done with and still be in the bag: to take them out, all are written anew.
 _KEPT = 16
 
+_WINDOW = GlobalWindow()
+_WINDOW_END = _WINDOW.max_timestamp()
+
 
 @dataclass(frozen=True, slots=True)
 class InvokeConfig:
@@ -287,13 +290,12 @@ class _HandOverFn(beam.DoFn):
         yield from self._collect()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        window = GlobalWindow()
         self._gauges.set(self._invoker)
         if self._handed_over:
             # What is finished at once is written in the same round.
             self._invoker.stay(self._handed_over, _STAY_SECS)
         for finished in self._collect():
-            yield WindowedValue(finished, window.max_timestamp(), (window,))
+            yield WindowedValue(finished, _WINDOW_END, (_WINDOW,))
 
     def _collect(self) -> Iterator[Finished]:
         finished = self._invoker.collect()

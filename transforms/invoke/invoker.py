@@ -319,7 +319,7 @@ class Invoker:
         """How one partition stands."""
         with self._changed:
             partition = self._partitions.get(key)
-            return _view(partition, self._finished_bytes[key]) if partition else QueueView()
+            return _view(partition, self._finished_bytes[key]) if partition else _NOTHING
 
     @property
     def pending_batches(self) -> int:
@@ -403,6 +403,8 @@ class Invoker:
     def take_stats(self) -> CallStats:
         """What has been added to `stats` since this was asked last."""
         with self._changed:
+            if self._stats == self._taken_stats:
+                return CallStats()
             before, self._taken_stats = self._taken_stats, replace(self._stats)
             return self._taken_stats.since(before)
 
@@ -897,15 +899,24 @@ def _is_stuck(queue: _Queue) -> bool:
     return queue.waiting or bool(queue.delivery and queue.delivery.finished.stats.retries)
 
 
+_NOTHING = QueueView()
+
+
 def _view(partition: _Partition, finished_bytes: int = 0) -> QueueView:
-    lanes = partition.lanes.values()
+    batches = records = size = 0
+    waiting = stuck = False
+    busy = []
+    for queue in partition.lanes.values():
+        records += queue.records
+        size += queue.bytes
+        if queue.batches or queue.delivery:
+            batches += len(queue.batches) + (queue.delivery is not None)
+            busy.append(queue.key[2])
+        waiting = waiting or queue.waiting
+        stuck = stuck or _is_stuck(queue)
+    halted = partition.halted is not None
+    if not (busy or records or size or halted or waiting or finished_bytes):
+        return _NOTHING
     return QueueView(
-        batches=sum(len(queue.batches) + (queue.delivery is not None) for queue in lanes),
-        records=sum(queue.records for queue in lanes),
-        bytes=sum(queue.bytes for queue in lanes),
-        halted=partition.halted is not None,
-        waiting=any(queue.waiting for queue in lanes),
-        stuck=any(map(_is_stuck, lanes)),
-        finished_bytes=finished_bytes,
-        busy=frozenset(queue.key[2] for queue in lanes if queue.batches or queue.delivery),
+        batches, records, size, halted, waiting, stuck, finished_bytes, frozenset(busy)
     )

@@ -11,7 +11,7 @@ import logging
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
@@ -369,21 +369,20 @@ class RoundReader:
                 limit = min(records, room_records), min(size, room_bytes)
                 busy = number in room.busy and not room.flush
                 handed_out = self._hand_out(partition, lane, *limit, flush, busy)
-                for chunk, chunk_bytes in _with_last(handed_out):
-                    count = len(chunk.records)
+                for (next_offset, messages, chunk_bytes), last in _with_last(handed_out):
+                    count = len(messages)
                     room_records, room_bytes = room_records - count, room_bytes - chunk_bytes
                     records, size = records - count, size - chunk_bytes
                     self._served, partition.served = partition.place, number
-                    yield _first(chunk, begun)
+                    yield self._chunk(partition, lane, next_offset, messages, begun, last)
             for lane in partition.lanes:
                 if not lane.messages and lane.start < partition.next_offset:
                     # No record of this lane, and yet its offsets have to be committed.
-                    chunk = self._chunk(partition, lane, partition.next_offset, [])
-                    yield _first(replace(chunk, last=True), begun)
+                    yield self._chunk(partition, lane, partition.next_offset, [], begun)
 
     def _hand_out(
         self, partition: _Partition, lane: _Lane, records: int, size: int, flush: bool, busy: bool
-    ) -> Iterator[tuple[RecordChunk, int]]:
+    ) -> Iterator[_Part]:
         config = self._config
         step = max(1, _CHUNK_RECORDS // config.batch_size) * config.batch_size
         due = self._due(lane, flush, busy)
@@ -406,7 +405,7 @@ class RoundReader:
             taken, taken_bytes = taken + count, taken_bytes + chunk_bytes
             is_last = taken == len(lane.messages)
             next_offset = partition.next_offset if is_last else messages[count - 1].offset() + 1
-            yield self._chunk(partition, lane, next_offset, messages[:count]), chunk_bytes
+            yield next_offset, messages[:count], chunk_bytes
             if cut_short:
                 break
         if taken:
@@ -434,11 +433,22 @@ class RoundReader:
         return count, total
 
     def _chunk(
-        self, partition: _Partition, lane: _Lane, next_offset: int, messages: list[Any]
+        self,
+        partition: _Partition,
+        lane: _Lane,
+        next_offset: int,
+        messages: list[Any],
+        begun: set[LaneKey],
+        last: bool = True,
     ) -> RecordChunk:
+        """A lane's next chunk; its first one of the round if it is not among those begun: the state
+        before it is gone."""
         start, lane.start = lane.start, next_offset
         records = self.fetcher.records(messages) if messages else Records()
-        return RecordChunk(*partition.key, start, next_offset, records, lane=lane.number)
+        key = (*partition.key, lane.number)
+        first = key not in begun
+        begun.add(key)
+        return RecordChunk(*partition.key, start, next_offset, records, first, lane.number, last)
 
     def _due(self, lane: _Lane, flush: bool, busy: bool) -> int:
         waited_secs = self._timer() - lane.since
@@ -503,24 +513,19 @@ class RoundReader:
         partition.lost = error
 
 
-def _with_last(chunks: Iterator[tuple[RecordChunk, int]]) -> Iterator[tuple[RecordChunk, int]]:
-    """Mark the last chunk of a lane in a round."""
-    before: tuple[RecordChunk, int] | None = None
-    for each in chunks:
+_Part = tuple[int, list[Any], int]
+"""What becomes a chunk: where its range ends, its messages, their bytes."""
+
+
+def _with_last(parts: Iterator[_Part]) -> Iterator[tuple[_Part, bool]]:
+    """Each part, and whether it is the last one of its lane in a round."""
+    before: _Part | None = None
+    for each in parts:
         if before:
-            yield before
+            yield before, False
         before = each
     if before:
-        chunk, size = before
-        yield replace(chunk, last=True), size
-
-
-def _first(chunk: RecordChunk, begun: set[LaneKey]) -> RecordChunk:
-    """Mark a lane's first chunk of the round: the state before it is gone."""
-    if chunk.lane_key in begun:
-        return chunk
-    begun.add(chunk.lane_key)
-    return replace(chunk, first=True)
+        yield before, True
 
 
 def shared_reader(config: ReadConfig) -> RoundReader:

@@ -65,6 +65,9 @@ _LOGGER = logging.getLogger(__name__)
 _FLUSH_SECS = 10.0
 _BY_KEY = -1  # librdkafka's number for: as the partitioner says
 
+_WINDOW = GlobalWindow()
+_WINDOW_END = _WINDOW.max_timestamp()
+
 
 @dataclass(frozen=True, slots=True)
 class WriteConfig:
@@ -351,13 +354,16 @@ def error_writer(config: WriteConfig) -> TopicWriter:
     return per_process(_make_error_writer, config)
 
 
-def _make_response_format(which: tuple[WriteConfig, bool]) -> OutputFormat:
-    config, ranges = which
+def _make_response_format(config: WriteConfig, ranges: bool = False) -> OutputFormat:
     if config.response_format != formats.AVRO or not config.response_topic:
         return config.response_format
     assert config.registry
     schemas = formats.response_schemas(ranges, config.names)
     return _avro_encoders(config.registry, config.response_topic, schemas)
+
+
+def _make_range_format(config: WriteConfig) -> OutputFormat:
+    return _make_response_format(config, ranges=True)
 
 
 def _make_error_format(config: WriteConfig) -> OutputFormat:
@@ -397,7 +403,7 @@ def response_format(config: WriteConfig, ranges: bool) -> OutputFormat:
         config: The config of the step.
         ranges: Whether one response answers several records, by their range of offsets.
     """
-    return per_process(_make_response_format, (config, ranges))
+    return per_process(_make_range_format if ranges else _make_response_format, config)
 
 
 def error_format(config: WriteConfig) -> OutputFormat:
@@ -504,13 +510,12 @@ class _ProduceFn(beam.DoFn):
     def finish_bundle(self) -> Iterator[WindowedValue]:
         with self._fresh_after_failure():
             self._flush()
-        window = GlobalWindow()
         for written in self._all_written:
             if written.start < written.next_offset or written.halted:
                 progress = Progress(
                     *written.key, written.start, written.next_offset, written.lane, written.halted
                 )
-                yield WindowedValue(progress, window.max_timestamp(), (window,))
+                yield WindowedValue(progress, _WINDOW_END, (_WINDOW,))
 
     @contextmanager
     def _fresh_after_failure(self) -> Iterator[None]:
