@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 FUNCTION = "process-orders"
 ACCESS_KEY, SECRET_KEY = "AKIDFORTESTS", "secret-key-for-tests"
+MEMBERS = ROOT / "tests" / "members.properties"
+SAME_MEMBER = ROOT / "tests" / "static.properties"
+"""As `kafka_config_file`, for runs that are killed and started again."""
 RUN_SECS = 120.0
 """After so long a run is taken for stuck; none here needs a quarter of it."""
 
@@ -294,6 +297,7 @@ def arguments(broker: KafkaBroker, server: LambdaServer | None, **options: Any) 
         "lambda_endpoint_url": server.url if server else None,
         "until": "caught_up",
         "summary": "json",
+        **({} if "runner" in options else {"kafka_config_file": MEMBERS}),
         **options,
     }
     return [

@@ -51,6 +51,8 @@ class RunConfig:
         summary: ``text``, ``json`` or ``none``.
         log_format: ``text`` or ``json``.
         workers: Processes of the DirectRunner.
+        rebalance_wait_secs: How long calls are waited for whose partition the group asks for; None
+            for as long as the function may take.
     """
 
     preflight: bool
@@ -58,6 +60,7 @@ class RunConfig:
     summary: str
     log_format: str
     workers: int = 1
+    rebalance_wait_secs: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,7 @@ def _make_config(
         starting_position=values["starting_position"],
         # Below 0 are numbers that mean something else to Kafka.
         starting_timestamp_ms=max(0, int(moment.timestamp() * 1000)) if moment else None,
+        member=None if streaming else 0,
     )
     stream: NativeReadConfig | BeamReadConfig | None = None
     if streaming and values["kafka_reader"] == "beam":
@@ -260,6 +264,7 @@ def _make_config(
             summary=values["summary"],
             log_format=values["log_format"],
             workers=values["workers"],
+            rebalance_wait_secs=values["rebalance_wait_secs"],
         ),
         warnings=tuple(warnings_of(values, settings)),
     )

@@ -590,7 +590,7 @@ GROUPS = (
         (
             Option(
                 "workers",
-                "Processes of the DirectRunner, each with its share of the partitions: about one "
+                "Processes of the DirectRunner, each a member of the consumer group: about one "
                 "for each processor, not more than there are partitions. Each takes some 150 MB of "
                 "memory more. Together they invoke --max_concurrency at once, at most.",
                 kind="int",
@@ -598,6 +598,17 @@ GROUPS = (
                 unit="processes",
                 low=1,
                 high=64,
+            ),
+            Option(
+                "rebalance_wait_secs",
+                "How long to wait for running invocations when the consumer group moves their "
+                "partition to another member, on the DirectRunner. What has not ended then is left "
+                "to the next owner, which may invoke with the same records. By default as long as "
+                "--function_timeout_secs and the group (max.poll.interval.ms) allow.",
+                kind="float",
+                unit="seconds",
+                low=0,
+                high=3600,
             ),
             Option(
                 "preflight",

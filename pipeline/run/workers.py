@@ -1,9 +1,10 @@
-"""Workers: the rounds in several processes, each with its share of the partitions.
+"""Workers: the rounds in several processes, each a member of the consumer group.
 
 One interpreter runs one thread at a time, so one process uses little more than one processor. The
 workers are forked from a process that has imported everything and made nothing: they share its
-memory, and begin as soon as one would. They know nothing of each other; a partition belongs to one
-of them, so what holds for a partition holds as before.
+memory, and begin as soon as one would. They know nothing of each other; the group gives a partition
+to one of them, so what holds for a partition holds as before. They stay until all of them are done:
+who left before would hand over what it has stopped at.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from time import monotonic
 from typing import Any
 
 from pipeline.options.config import Config
-from pipeline.run.rounds import Rounds, Share, Status, Totals
+from pipeline.run.rounds import OTHERS_MOST_SECS, Rounds, Standing, Status, Totals
 from transforms.errors import SinkError, WorkerError
 from transforms.invoke.failures import Trouble
 from transforms.names import NUMBERS
@@ -60,7 +61,10 @@ def merge(statuses: Sequence[Status], elapsed_secs: float) -> Status:
     for status in statuses:
         counters.update(status.totals.counters)
         lags |= status.lags
-        committed |= status.committed
+        # One may have had a partition before another.
+        committed |= {k: max(at, committed.get(k, at)) for k, at in status.committed.items()}
+    standings = [status.standing for status in statuses]
+    elsewhere = [standing.elsewhere for standing in standings]
     return Status(
         totals=Totals(counters, sum(status.totals.rounds for status in statuses)),
         in_flight=sum(status.in_flight for status in statuses),
@@ -76,19 +80,33 @@ def merge(statuses: Sequence[Status], elapsed_secs: float) -> Status:
         begun=all(status.begun for status in statuses),
         trouble=Trouble.join([status.trouble for status in statuses]),
         names=next((status.names for status in statuses), NUMBERS),
+        standing=Standing(
+            all(standing.done for standing in standings),
+            any(standing.stopped for standing in standings),
+            elsewhere[0].intersection(*elsewhere) if elsewhere else frozenset(),
+        ),
     )
 
 
-def share_of(config: Config, share: Share) -> Config:
+def part_of(total: int, index: int, count: int) -> int:
+    """One of `count` parts of so many things; all parts together are the total. Pure."""
+    return total // count + (index < total % count)
+
+
+def member_of(config: Config, index: int, count: int) -> Config:
     """A worker's config: all of them together invoke no more at once than one process would."""
     invoke = config.invoke
     function = invoke.function
+    source = config.read.source.as_member(index)
+    most = part_of(function.max_concurrency, index, count)
     return replace(
         config,
+        read=replace(config.read, source=source),
+        commit=replace(config.commit, source=source),
         invoke=replace(
             invoke,
-            function=replace(function, max_concurrency=share.part_of(function.max_concurrency)),
-            min_concurrency=max(1, share.part_of(invoke.min_concurrency)),
+            function=replace(function, max_concurrency=most),
+            min_concurrency=max(1, part_of(invoke.min_concurrency, index, count)),
         ),
     )
 
@@ -125,6 +143,8 @@ class Workers:
         self._started = started
         self._timer = timer
         self._told = False
+        self._ends = config.run.until == "caught_up"
+        self._done_since: float | None = None
         self._error: BaseException | None = None
         self._workers: list[_Worker] = []
         fork = multiprocessing.get_context("fork")
@@ -135,7 +155,7 @@ class Workers:
             others = [ours, *(worker.connection for worker in self._workers)]
             process = fork.Process(
                 target=_work,
-                args=(config, Share(index, count), started, theirs, others),
+                args=(member_of(config, index, count), index, started, theirs, others),
                 name=f"worker-{index}",
                 daemon=True,
             )
@@ -155,7 +175,7 @@ class Workers:
                 for worker in running:
                     if worker.connection in ready:
                         self._take_in(worker)
-                if self._stop.is_set() or self._error or self._all_halted():
+                if self._stop.is_set() or self._error or self._all_done():
                     self._tell_all()
         finally:
             for worker in self._workers:
@@ -201,11 +221,18 @@ class Workers:
             with suppress(OSError):  # it has ended
                 worker.connection.send(_STOP)
 
-    def _all_halted(self) -> bool:
-        """Whether every partition there is was stopped by a failure."""
+    def _all_done(self) -> bool:
+        """Whether nothing more is to come, or nothing more can; see `Rounds`."""
         status = self.status()
-        halted = {finished.key for finished in status.halted}
-        return status.begun and bool(halted) and halted >= set(status.lags)
+        standing = status.standing
+        if not (status.begun and standing.done and (self._ends or standing.stopped)):
+            self._done_since = None
+            return False
+        if not standing.elsewhere:
+            return True
+        if self._done_since is None:
+            self._done_since = self._timer()
+        return self._ends and self._timer() - self._done_since > OTHERS_MOST_SECS
 
 
 class _Line(logging.handlers.QueueHandler):
@@ -235,7 +262,7 @@ class _Line(logging.handlers.QueueHandler):
 
 
 def _work(
-    config: Config, share: Share, started: float, connection: Connection, others: list[Connection]
+    config: Config, index: int, started: float, connection: Connection, others: list[Connection]
 ) -> None:
     """The life of a worker."""
     for other in others:
@@ -262,15 +289,19 @@ def _work(
                 # Nobody is there any more. Who runs us again must not find us at work.
                 os._exit(1)
 
+    def tell() -> None:
+        with suppress(OSError):  # noticed by who listens
+            line.say(Report(status()))
+
     threading.Thread(target=listen, name="listen", daemon=True).start()
     try:
-        runs.append(Rounds(share_of(config, share), stop, started, share=share))
+        runs.append(Rounds(config, stop, started, tell=tell))
         runs[0].run()
     except SinkError as raised:
         error = raised
     except BaseException as raised:
-        _LOGGER.exception("a bug in worker %d", share.index)
-        error = WorkerError(f"worker-{share.index} failed: {type(raised).__name__}: {raised}")
+        _LOGGER.exception("a bug in worker %d", index)
+        error = WorkerError(f"worker-{index} failed: {type(raised).__name__}: {raised}")
     with suppress(OSError):
         line.say(Report(status(), ended=True, error=error))
 

@@ -15,6 +15,7 @@ from pipeline.local.broker import KafkaBroker
 from pipeline.local.faults import unavailable
 from tests.conftest import Names
 from tests.sink import (
+    SAME_MEMBER,
     answered,
     assert_caught_up,
     assert_in_order,
@@ -136,6 +137,7 @@ def test_latest_misses_nothing_that_comes_after_the_start(
         "response_topic": responses,
         "starting_position": "LATEST",
         "until": "forever",
+        "kafka_config_file": SAME_MEMBER,
     }
     with serve() as server:
         with start(broker, server, **options) as sink:

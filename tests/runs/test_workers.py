@@ -17,6 +17,7 @@ from tests import ROOT
 from tests.conftest import Names
 from tests.pipeline.test_docs import example
 from tests.sink import (
+    SAME_MEMBER,
     Sink,
     answered,
     assert_answers_match,
@@ -168,7 +169,7 @@ def test_killed_again_and_again_no_worker_stays_and_nothing_is_lost(
 ) -> None:
     """A worker that outlived its run would call the function beside the next one."""
     chance = random.Random(seed)
-    topics["workers"] = 2 + seed
+    topics |= {"workers": 2 + seed, "kafka_config_file": SAME_MEMBER}
     with serve(faults=[slow(0.03, times=None)]) as server:
         for _ in range(3):
             wanted = len(server.calls) + chance.randrange(3, 25)

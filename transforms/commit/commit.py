@@ -104,6 +104,8 @@ class _CommitFn(_CommitBundleFn):
     def process(self, progress: Progress) -> Iterable[Any]:
         key = (progress.topic, progress.partition)
         done = shared_committer(self._config).done
+        if not done.marks(key):
+            return ()  # another process has it by now, and takes it on from what was committed
         done.add(progress)
         # Also if it is where it was: another lane may be further.
         marks = done.marks(key)

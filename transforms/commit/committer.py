@@ -68,8 +68,9 @@ class Committer:
         self._one = threading.Lock()
         self._changed = threading.Condition()
         self._put: dict[PartitionKey, tuple[int, str]] = {}
+        self._working: dict[PartitionKey, tuple[int, str]] = {}
         self._thread: threading.Thread | None = None
-        self._committing = self._flushing = False
+        self._flushing = False
         self._problem: BaseException | None = None
         self.done = ContiguousOffsets()
         self.committed: dict[PartitionKey, int] = {}
@@ -78,6 +79,22 @@ class Committer:
         """Say where each lane of a partition begins; nothing is committed by that."""
         self.done.begin(key, marks)
         self.committed[key] = min(marks)
+
+    def forget(self, key: PartitionKey) -> None:
+        """Commit nothing more of a partition, until `begin`."""
+        # A commit that is under way is waited for: it must not come behind another owner's.
+        with self._one, self._changed:
+            self._put.pop(key, None)
+            self._working.pop(key, None)
+            self._notes.pop(key, None)
+            self.committed.pop(key, None)
+            self.done.forget(key)
+            self._changed.notify_all()
+
+    def holds(self, key: PartitionKey) -> bool:
+        """Whether something of a partition was put and is not committed yet."""
+        with self._changed:
+            return key in self._put or key in self._working
 
     def commit(
         self,
@@ -93,16 +110,19 @@ class Committer:
         Raises:
             SinkError: They cannot be kept, or the source's store stays away.
         """
-        if not next_offsets:
-            return
+        self._commit({key: (at, metadata.get(key, "")) for key, at in next_offsets.items()})
+
+    def _commit(self, put: dict[PartitionKey, tuple[int, str]]) -> None:
+        """Commit what is in it each time that is tried: `forget` takes out of it."""
         deadline = self._timer() + _RETRY_SECS
-        while True:
+        while put:
             with self._one:
-                why = self._store.commit(next_offsets, metadata, self._timer() >= deadline)
+                offsets = {key: offset for key, (offset, _) in put.items()}
+                notes = {key: note for key, (_, note) in put.items()}
+                why = self._store.commit(offsets, notes, self._timer() >= deadline)
                 if why is None:
-                    self.committed.update(next_offsets)
-                    for key in next_offsets:
-                        self._notes[key] = metadata.get(key, "")
+                    self.committed.update(offsets)
+                    self._notes.update(notes)
                     return
             _LOGGER.warning("commit to %s is repeated: %s", self._ledger, why)
             time.sleep(0.5)
@@ -135,7 +155,7 @@ class Committer:
         with self._changed:
             self._flushing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not (self._put or self._committing) or self._problem)
+            self._changed.wait_for(lambda: not (self._put or self._working) or self._problem)
             self._flushing = False
             self._raise_problem()
 
@@ -148,14 +168,10 @@ class Committer:
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._put)
-                    put, self._put = self._put, {}
-                    self._committing = True
-                self.commit(
-                    {key: offset for key, (offset, _) in put.items()},
-                    {key: note for key, (_, note) in put.items()},
-                )
+                    self._working, self._put = self._put, {}
+                self._commit(self._working)
                 with self._changed:
-                    self._committing = False
+                    self._working = {}
                     self._changed.notify_all()
                     self._changed.wait_for(lambda: self._flushing, self._interval_secs)
         except BaseException as error:

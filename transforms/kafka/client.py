@@ -35,6 +35,19 @@ NO_COORDINATOR = frozenset(
     }
 )
 
+# Settings of a consumer as a member of its group.
+_OF_MEMBERS = frozenset(
+    {
+        "group.instance.id",
+        "group.protocol",
+        "group.remote.assignor",
+        "heartbeat.interval.ms",
+        "max.poll.interval.ms",
+        "partition.assignment.strategy",
+        "session.timeout.ms",
+    }
+)
+
 _WARN_SECS = 30.0
 _QUOTED_VALUE = re.compile(r'Invalid value "([^"]*)"')
 
@@ -70,11 +83,15 @@ def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
     return settings
 
 
-def make_consumer(config: KafkaConfig, **defaults: Any) -> confluent_kafka.Consumer:
-    """A consumer that is never subscribed: it reads and commits what it is told to.
+def make_consumer(
+    config: KafkaConfig, member: Mapping[str, Any] | None = None, **defaults: Any
+) -> confluent_kafka.Consumer:
+    """A consumer that reads and commits what it is told to.
 
     Args:
         config: The cluster, the group and the settings file.
+        member: Settings of one that will be subscribed, which the file may not change. None for
+            one that never is: what the file says of a member does not concern it.
         defaults: Settings that the file may change.
 
     Raises:
@@ -88,7 +105,10 @@ def make_consumer(config: KafkaConfig, **defaults: Any) -> confluent_kafka.Consu
         "auto.offset.reset": "error",
         "enable.partition.eof": True,
     }
-    return _client(confluent_kafka.Consumer, defaults | client_settings(config) | ours)
+    given = client_settings(config)
+    if member is None:
+        given = {name: value for name, value in given.items() if name not in _OF_MEMBERS}
+    return _client(confluent_kafka.Consumer, defaults | given | ours | dict(member or {}))
 
 
 def make_admin(config: KafkaConfig) -> AdminClient:

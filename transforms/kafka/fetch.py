@@ -63,6 +63,10 @@ class KafkaFetcher:
         self.consumer.incremental_unassign([TopicPartition(*key)])
         self.consumer.incremental_assign([TopicPartition(*key, position)])
 
+    def unassign(self, keys: Collection[PartitionKey]) -> None:
+        self._assigned -= set(keys)
+        self.consumer.incremental_unassign([TopicPartition(*key) for key in keys])
+
     def pause(self, keys: Collection[PartitionKey]) -> None:
         self.consumer.pause([TopicPartition(*key) for key in keys])
 

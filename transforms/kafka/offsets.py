@@ -31,6 +31,7 @@ from transforms.kafka.client import (
 )
 from transforms.kafka.committer import GroupOffsets
 from transforms.kafka.fetch import KafkaFetcher, fetch_again
+from transforms.kafka.members import Member, MemberConfig, shared_member
 from transforms.kafka.messages import PartitionError
 from transforms.names import NUMBERS, Names
 from transforms.records import PartitionKey, Records
@@ -57,6 +58,7 @@ class SourceConfig:
         topics_regex: Regex for whole topic names, or None.
         starting_position: For partitions without a committed offset.
         starting_timestamp_ms: With AT_TIMESTAMP.
+        member: Which of this machine's members of the group it is; None to be none, and read all.
     """
 
     kafka: KafkaConfig
@@ -64,6 +66,7 @@ class SourceConfig:
     topics_regex: str | None = None
     starting_position: str = TRIM_HORIZON
     starting_timestamp_ms: int | None = None
+    member: int | None = None
 
     def fetcher(self) -> KafkaFetcher:
         return KafkaFetcher(self.kafka)
@@ -72,8 +75,16 @@ class SourceConfig:
         assert isinstance(fetcher, KafkaFetcher)
         return SourceOffsets(self, fetcher.consumer)
 
-    def store(self) -> GroupOffsets:
-        return GroupOffsets(self.kafka)
+    def store(self) -> GroupOffsets | Member:
+        return self.members() or GroupOffsets(self.kafka)
+
+    def members(self) -> Member | None:
+        if self.member is None:
+            return None
+        return shared_member(MemberConfig(self.kafka, self.member))
+
+    def as_member(self, number: int) -> SourceConfig:
+        return replace(self, member=number)
 
     def fetch_again(self, key: PartitionKey, offsets: Sequence[int]) -> Records | None:
         return fetch_again(self.kafka, key, offsets)
@@ -181,6 +192,11 @@ class SourceOffsets:
         self._has_controller = False
         # Where the partitions ended when they were begun.
         self._targets: dict[PartitionKey, int] = {}
+        # Where those begin that were there at the start and that nothing is committed of.
+        self._begins: dict[PartitionKey, int] = {}
+        # Of those, the ones that others of their topic have an offset for, and of how many.
+        self._gaps: dict[PartitionKey, int] = {}
+        self._added: set[PartitionKey] = set()
 
     def find(self, quick: bool = False) -> list[Found]:
         """See `Partitions.find`."""
@@ -218,6 +234,9 @@ class SourceOffsets:
         ids = self.topic_ids(topics, LOOK_SECS if quick else _TIMEOUT_SECS)
         anew = {topic for topic, id in ids.items() if self._topic_ids.get(topic, id) != id}
         self._topic_ids |= ids
+        for known in (self._begins, self._gaps, self._targets):
+            for key in [key for key in known if key[0] in anew]:
+                del known[key]
         return anew
 
     def gone(self, key: PartitionKey) -> KafkaError:
@@ -226,7 +245,7 @@ class SourceOffsets:
 
     def caught_up(self, key: PartitionKey, position: int) -> bool:
         """Whether a position is where the partition ended when it was begun, or behind it."""
-        return position >= self._targets[key]
+        return position >= self._targets.get(key, 0)
 
     def restarts(self, positions: Mapping[PartitionKey, int]) -> dict[PartitionKey, int]:
         """See `Partitions.restarts`."""
@@ -275,62 +294,74 @@ class SourceOffsets:
             )
         return partitions_of(metadata, topics)
 
-    def starts(self, keys: list[PartitionKey], at_start: bool) -> dict[PartitionKey, Start]:
-        """Where to begin with partitions; where they end now counts as caught up.
+    def survey(self, keys: list[PartitionKey]) -> None:
+        """See `Partitions.survey`."""
+        position = self._config.starting_position
+        known = self.committed(keys)
+        ranges = self.ranges(keys)
+        self._targets |= {key: high for key, (_, high) in ranges.items()}
+        begins = {key: low for key, (low, _) in ranges.items()}
+        if position == LATEST:
+            self._added = added_meanwhile(keys, known, self._pattern is not None)
+            begins |= {key: high for key, (_, high) in ranges.items() if key not in self._added}
+        elif position == AT_TIMESTAMP:
+            assert self._config.starting_timestamp_ms is not None
+            begins = self.at_timestamp(ranges, self._config.starting_timestamp_ms)
+        if position != LATEST:
+            for topic, (unknown, count) in partly_known(keys, known).items():
+                self._gaps |= {(topic, number): count for number in unknown}
+        self._begins = begins
 
-        Args:
-            keys: The partitions.
-            at_start: False for partitions found later: all their records came after the
-                start, so they begin at their first one whatever the starting position.
-        """
+    def starts(self, keys: list[PartitionKey]) -> dict[PartitionKey, Start]:
+        """See `Partitions.starts`."""
         known = self.committed(keys)
         committed = {key: offset for key, (offset, _) in known.items()}
-        if at_start and self._config.starting_position != LATEST:
-            self._warn_of_gaps(keys, known)
+        fresh = [key for key in keys if key not in committed]
+        self._warn_of_gaps(fresh)
         ranges = self.ranges(keys)
-        wanted = {key: low for key, (low, _) in ranges.items()}
-        if at_start and self._config.starting_position == LATEST:
-            added = added_meanwhile(keys, committed, self._pattern is not None)
-            for key in keys:
-                low, high = ranges[key]
-                if key not in added:
-                    wanted[key] = high
-                elif low < high:
-                    _LOGGER.warning(
-                        "%s-%d has no committed offset, and others of --consumer_group=%s have: it "
-                        "was added while no run was up, or its offset has expired; going on at its "
-                        "first record, %d, in place of LATEST",
-                        *key,
-                        self._kafka.group,
-                        low,
-                    )
-        elif at_start and self._config.starting_position == AT_TIMESTAMP:
-            assert self._config.starting_timestamp_ms is not None
-            wanted = self.at_timestamp(ranges, self._config.starting_timestamp_ms)
         starts = {}
         for key in keys:
             low, high = ranges[key]
             if committed.get(key, 0) > high:
                 # An open transaction hides what is behind it; is the topic's end behind it too?
                 high = self._written_end(key)
-            start, warning = choose_start(committed.get(key), low, high, wanted[key])
+            wanted = max(low, self._begins.get(key, low))
+            start, warning = choose_start(committed.get(key), low, high, wanted)
             if warning:
                 _LOGGER.warning("%s-%d: %s", *key, warning)
             if start.offset == committed.get(key):
                 start = replace(start, note=known[key][1], end=high)
+            elif key in self._added and key not in committed and low < high:
+                _LOGGER.warning(
+                    "%s-%d has no committed offset, and others of --consumer_group=%s have: it "
+                    "was added while no run was up, or its offset has expired; going on at its "
+                    "first record, %d, in place of LATEST",
+                    *key,
+                    self._kafka.group,
+                    low,
+                )
             starts[key] = start
-        self._targets |= {key: high for key, (_, high) in ranges.items()}
+            self._targets.setdefault(key, high)
         return starts
 
-    def _warn_of_gaps(self, keys: list[PartitionKey], known: Container[PartitionKey]) -> None:
-        for topic, (unknown, count) in partly_known(keys, known).items():
+    def unfinished(self, keys: Collection[PartitionKey]) -> set[PartitionKey]:
+        """See `Partitions.unfinished`."""
+        known = self.committed(list(keys))
+        return {key for key in keys if not self.caught_up(key, known.get(key, (0, ""))[0])}
+
+    def _warn_of_gaps(self, keys: list[PartitionKey]) -> None:
+        by_topic: dict[str, list[int]] = {}
+        for topic, number in keys:
+            if (topic, number) in self._gaps:
+                by_topic.setdefault(topic, []).append(number)
+        for topic, unknown in by_topic.items():
             some = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
             _LOGGER.warning(
                 "group %s has no offset for %d of the %d partitions of topic %s (%s): they are "
                 "new, or the broker has forgotten it; they begin as --starting_position=%s says",
                 self._kafka.group,
                 len(unknown),
-                count,
+                self._gaps[topic, unknown[0]],
                 topic,
                 some,
                 self._config.starting_position,

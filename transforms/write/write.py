@@ -443,6 +443,11 @@ def _make_halted(_: WriteConfig) -> set[PartitionKey]:
     return set()
 
 
+def lift_halt(config: WriteConfig, key: PartitionKey) -> None:
+    """A partition that was stopped by what could not be written is begun again."""
+    per_process(_make_halted, config).discard(key)
+
+
 @dataclass(slots=True)
 class _Written:
     """What a bundle has written of one batch."""
