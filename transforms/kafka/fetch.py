@@ -65,7 +65,10 @@ class KafkaFetcher:
 
     def unassign(self, keys: Collection[PartitionKey]) -> None:
         self._assigned -= set(keys)
-        self.consumer.incremental_unassign([TopicPartition(*key) for key in keys])
+        partitions = [TopicPartition(*key) for key in keys]
+        # A pause outlives an assignment: it would still hold when they are assigned again.
+        self.consumer.resume(partitions)
+        self.consumer.incremental_unassign(partitions)
 
     def pause(self, keys: Collection[PartitionKey]) -> None:
         self.consumer.pause([TopicPartition(*key) for key in keys])
