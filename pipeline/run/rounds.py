@@ -28,7 +28,7 @@ from transforms.names import NUMBERS, Names
 from transforms.read.rounds import Room, Round, shared_reader
 from transforms.records import CallStats, Finished, PartitionKey
 from transforms.schemas.registry import shared_registry
-from transforms.source import Found, held_up, startable
+from transforms.source import Found, Members, held_up, startable
 from transforms.write.write import lift_halt
 
 _LOGGER = logging.getLogger(__name__)
@@ -39,10 +39,11 @@ _SETTLE_SECS = 0.2
 _MISSING_LOOKS = 4
 _MEND_SECS = 0.5
 _LAGS_SECS = 0.5
-# While partitions are asked for; how often it is looked at what others have; and how long a run
-# that ends waits for what is nobody's or does not get on elsewhere.
+# While partitions are asked for; how often it is looked at what others have; how long a run that
+# ends waits to be given something; and for what is nobody's or does not get on elsewhere.
 _LEAVE_SECS = 0.02
 _OTHERS_SECS = 0.5
+_JOIN_SECS = 5.0
 OTHERS_MOST_SECS = 30.0
 # What may be needed beside the function's own time.
 _AFTER_SECS = 10.0
@@ -294,6 +295,21 @@ def run_or_stop(graph: Graph, totals: Totals) -> None:
         _LOGGER.warning("%s; it goes on there with the next run", stopped)
 
 
+class _Heard(threading.Event):
+    """For what waits inside the steps: until the run is to stop. To wait is not to hang: the group
+    keeps what it has given."""
+
+    def __init__(self, stop: threading.Event, members: Members) -> None:
+        super().__init__()
+        self._stop = stop
+        self._members = members
+
+    def wait(self, timeout: float | None = None) -> bool:
+        with suppress(SinkError):  # said by the loop
+            self._members.deal()
+        return self._stop.wait(timeout)
+
+
 def hear(config: Config, stop: threading.Event) -> None:
     """Have what waits inside the steps, for as long as it takes, end when the run is to stop."""
     if config.write.registry:
@@ -360,8 +376,8 @@ class Rounds:
         self._left: dict[PartitionKey, bool] = {}
         self._standing = Standing()
         self._done_since = self._asked = float("-inf")
-        self._took = float("-inf")
-        hear(config, stop)
+        self._took = self._joined = float("-inf")
+        hear(config, _Heard(stop, self._members) if self._members else stop)
         self._found: list[Found] = []
         self._surveyed: frozenset[PartitionKey] = frozenset()
         self._missed: Counter[PartitionKey] = Counter()
@@ -593,6 +609,7 @@ class Rounds:
                 self._begin_anew(anew, keys)
             if at_start:
                 self._source.survey(keys)
+                self._joined = self._timer()
                 self._surveyed = frozenset(keys)
             known = set(self._reader.partitions)
             if self._members:
@@ -828,15 +845,23 @@ class Rounds:
             return Standing()
         if not going_on and not stopped and not (self._flush or self._members):
             return Standing()
+        if self._members and self._found and not self._reader.partitions and self._may_join:
+            # Of several workers others may have all of it.
+            keys = frozenset(each.key for each in self._found)
+            return Standing(True, elsewhere=keys) if self._tell else Standing()
         return Standing(True, bool(stopped), self._elsewhere())
+
+    @property
+    def _may_join(self) -> bool:
+        """Whether the group has had little time yet to give this member something."""
+        return self._timer() - self._joined < _JOIN_SECS
 
     def _elsewhere(self) -> frozenset[PartitionKey]:
         """Partitions that are not this process's and, in a run that ends, not done."""
         if not self._members:
             return frozenset()
-        keys = self._surveyed.union(each.key for each in self._found).difference(
-            self._reader.partitions
-        )
+        here = set(self._reader.partitions) - self._leaving.keys() - self._left.keys()
+        keys = self._surveyed.union(each.key for each in self._found) - here
         if not keys or not self._flush:
             return keys
         if self._timer() - self._asked < _OTHERS_SECS:

@@ -86,9 +86,12 @@ def test_the_deployment_fits_the_program(
 ) -> None:
     assert (deployment["apiVersion"], deployment["kind"]) == ("apps/v1", "Deployment")
     spec = deployment["spec"]
-    # Never two processes with one consumer group.
-    assert spec["replicas"] == 1
-    assert spec["strategy"] == {"type": "Recreate"}
+    # Who has partitions gives them up only when another is there.
+    assert spec["replicas"] == 2
+    assert spec["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
+    }
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     _check_arguments(container["args"], pod["terminationGracePeriodSeconds"], monkeypatch)

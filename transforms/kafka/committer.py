@@ -1,4 +1,4 @@
-"""Committer: offsets of a consumer group that no consumer of ours is subscribed to."""
+"""Committer: offsets of a consumer group of which we are no member; `members` has the others."""
 
 from __future__ import annotations
 

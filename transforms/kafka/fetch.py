@@ -1,4 +1,4 @@
-"""Fetch: one consumer for all partitions of a process, assigned and never subscribed."""
+"""Fetch: one consumer for all partitions of a process. It is told which; see `members`."""
 
 from __future__ import annotations
 

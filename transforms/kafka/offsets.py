@@ -347,7 +347,7 @@ class SourceOffsets:
     def unfinished(self, keys: Collection[PartitionKey]) -> set[PartitionKey]:
         """See `Partitions.unfinished`."""
         known = self.committed(list(keys))
-        return {key for key in keys if not self.caught_up(key, known.get(key, (0, ""))[0])}
+        return {key for key in keys if key not in known or not self.caught_up(key, known[key][0])}
 
     def _warn_of_gaps(self, keys: list[PartitionKey]) -> None:
         by_topic: dict[str, list[int]] = {}
