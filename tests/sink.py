@@ -41,6 +41,8 @@ ACCESS_KEY, SECRET_KEY = "AKIDFORTESTS", "secret-key-for-tests"
 MEMBERS = ROOT / "tests" / "members.properties"
 SAME_MEMBER = ROOT / "tests" / "static.properties"
 """As `kafka_config_file`, for runs that are killed and started again."""
+TRANSACTIONS = ROOT / "tests" / "transactions.properties"
+"""The same, for runs with --delivery=exactly_once."""
 RUN_SECS = 120.0
 """After so long a run is taken for stuck; none here needs a quarter of it."""
 

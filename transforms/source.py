@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from transforms.errors import SinkError
 from transforms.names import Names
@@ -219,6 +219,31 @@ class Store(Protocol):
 
     def listen(self) -> None:
         """Take in what the connections have said, where nobody else does."""
+
+
+@runtime_checkable
+class TransactionalStore(Store, Protocol):
+    """A store that is kept by what outcomes are written to."""
+
+    def settle(
+        self,
+        positions: Mapping[PartitionKey, int],
+        notes: Mapping[PartitionKey, str],
+        written: Collection[PartitionKey],
+    ) -> str | None:
+        """Keep positions together with what was written since it was called before, or neither.
+
+        Args:
+            positions: By partition.
+            notes: What to keep with them, where there is anything.
+            written: Partitions of which something was written.
+
+        Returns:
+            Why neither is kept.
+
+        Raises:
+            SinkError: It is not known.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,8 @@ _BROKER_CONFIG = {
     "group.consumer.session.timeout.ms": "3000",
     "group.consumer.min.heartbeat.interval.ms": "200",
     "group.consumer.heartbeat.interval.ms": "300",
+    # Nor for a transaction that was left open.
+    "transaction.abort.timed.out.transaction.cleanup.interval.ms": "500",
     # After a kill the new process may register only when the old one's session is over.
     "broker.session.timeout.ms": "3000",
     "broker.heartbeat.interval.ms": "500",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from typing import Any
 
-from pipeline.options.declare import NO_ATTRIBUTE, OPTIONS, Option
+from pipeline.options.declare import EXACTLY_ONCE, NO_ATTRIBUTE, OPTIONS, Option
 from transforms import envelope
 from transforms.aws.function import MAX_ASYNC_BYTES
 from transforms.invoke import reply
@@ -142,12 +142,47 @@ def check_together(
             f"invocations"
         )
     _check_start(values, now, problems)
+    if values["delivery"] == EXACTLY_ONCE:
+        _check_exactly_once(values, settings, problems)
 
 
 def _cluster(topic: str, values: dict[str, Any], settings: dict[str, str]) -> str:
     """The brokers of the topic that an option names."""
     prefix = topic.removesuffix("topic").replace("_", ".")
     return str(settings.get(f"{prefix}bootstrap.servers", values["kafka_bootstrap_servers"]))
+
+
+def _check_exactly_once(
+    values: dict[str, Any], settings: dict[str, str], problems: list[str]
+) -> None:
+    what = f"--delivery={EXACTLY_ONCE}"
+    if not (values["response_topic"] or values["error_topic"]):
+        problems.append(
+            f"{what} needs --response_topic or --error_topic: it is about what is written to them"
+        )
+    servers = values["kafka_bootstrap_servers"]
+    for name in ("response_topic", "error_topic"):
+        if values[name] and _cluster(name, values, settings) != servers:
+            problems.append(
+                f"{what} needs --{name}={values[name]} in the cluster that is read: a transaction "
+                f"is of one; take {name.split('_')[0]}.bootstrap.servers out of --kafka_config_file"
+            )
+    # One producer writes to both topics.
+    ours = sorted(
+        name
+        for name in settings
+        if name.startswith(PREFIXES[:2]) and not name.endswith(".bootstrap.servers")
+    )
+    if ours:
+        problems.append(
+            f"{what} has one producer for both topics: --kafka_config_file sets {', '.join(ours)}; "
+            f"give it without the prefix"
+        )
+    if settings.get("isolation.level") == "read_uncommitted":
+        problems.append(
+            f"{what} needs isolation.level=read_committed, the default: it is how a member waits "
+            f"for the transaction of another; take it out of --kafka_config_file"
+        )
 
 
 def warnings_of(values: dict[str, Any], settings: dict[str, str]) -> Iterator[str]:

@@ -13,7 +13,13 @@ from pipeline.options.checks import (
     parse_value,
     warnings_of,
 )
-from pipeline.options.declare import FLINK_RUNNERS, NO_ATTRIBUTE, OPTIONS, STREAM_RUNNERS
+from pipeline.options.declare import (
+    EXACTLY_ONCE,
+    FLINK_RUNNERS,
+    NO_ATTRIBUTE,
+    OPTIONS,
+    STREAM_RUNNERS,
+)
 from transforms import envelope
 from transforms.aws.function import MAX_ASYNC_BYTES, MAX_SYNC_BYTES, FunctionConfig
 from transforms.batch.batch import BatchConfig
@@ -31,6 +37,7 @@ from transforms.kafka.beam_reader import BeamReadConfig
 from transforms.kafka.client import KafkaConfig
 from transforms.kafka.offsets import SourceConfig
 from transforms.kafka.streaming import KafkaStream
+from transforms.kafka.transaction import TransactionConfig
 from transforms.lanes import Lanes
 from transforms.properties import load_properties
 from transforms.read.rounds import ReadConfig
@@ -123,6 +130,11 @@ class Config:
                 "--workers goes with the DirectRunner only; with Flink give --parallelism and "
                 "--sdk_worker_parallelism, with Dataflow --max_num_workers"
             )
+        if runner in STREAM_RUNNERS and values["delivery"] == EXACTLY_ONCE:
+            problems.append(
+                f"--delivery={EXACTLY_ONCE} goes with the DirectRunner only: on {runner} outputs "
+                f"are written at least once"
+            )
         if runner in STREAM_RUNNERS and values["kafka_reader"] == "beam":
             check_beam_reader(values, settings, problems)
         registry = values["schema_registry_url"]
@@ -172,6 +184,9 @@ def _make_config(
     limit = settings.get("error.message.max.bytes", settings.get("message.max.bytes", ""))
     max_error_bytes = int(limit) if limit.isdecimal() else 1_000_000
     lanes = Lanes(values["parallelization_factor"], run=values["batch_size"])
+    transaction = None
+    if values["delivery"] == EXACTLY_ONCE:
+        transaction = TransactionConfig(kafka, java_keys=aws_errors)
     source = SourceConfig(
         kafka,
         topics=values["topics"] or (),
@@ -180,6 +195,7 @@ def _make_config(
         # Below 0 are numbers that mean something else to Kafka.
         starting_timestamp_ms=max(0, int(moment.timestamp() * 1000)) if moment else None,
         member=None if streaming else 0,
+        transaction=transaction,
     )
     stream: NativeReadConfig | BeamReadConfig | None = None
     if streaming and values["kafka_reader"] == "beam":
@@ -251,12 +267,14 @@ def _make_config(
             registry=registry,
             destination=replace(wrapping, name=envelope.KAFKA_EVENT) if aws_errors else None,
             source=source,
+            transaction=transaction,
         ),
         commit=CommitConfig(
             source,
             lanes,
             None if stream and values["until"] == "caught_up" else values["commit_refresh_secs"],
             values["commit_interval_secs"],
+            settles=transaction is not None,
         ),
         run=RunConfig(
             preflight=values["preflight"],

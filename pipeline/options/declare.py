@@ -111,6 +111,7 @@ _RETRY_LIMIT: dict[str, Any] = {
 }
 
 NO_ATTRIBUTE = "NONE"
+EXACTLY_ONCE = "exactly_once"
 
 _TOPIC = "[a-zA-Z0-9._-]{1,249}"
 _SERVER = r"((SASL_)?(PLAINTEXT|SSL)://)?(\[[0-9a-fA-F:.]+\]|[^,:/\s\[\]]+):\d{1,5}"
@@ -558,6 +559,16 @@ GROUPS = (
                 "Topic for the error records of --on_error=log.",
                 example="orders-errors",
                 pattern=_TOPIC,
+            ),
+            Option(
+                "delivery",
+                "exactly_once writes responses, error records and the group's offsets in one Kafka "
+                "transaction: who reads with isolation.level=read_committed sees what became of "
+                "each record once, whatever crashes. The function may still be invoked twice with "
+                "a record. On the DirectRunner, with all topics in one cluster.",
+                kind="choice",
+                default="at_least_once",
+                choices=("at_least_once", EXACTLY_ONCE),
             ),
             Option(
                 "response_format",

@@ -29,7 +29,7 @@ from transforms.read.rounds import Room, Round, shared_reader
 from transforms.records import CallStats, Finished, PartitionKey
 from transforms.schemas.registry import shared_registry
 from transforms.source import Found, Members, held_up, startable
-from transforms.write.write import lift_halt
+from transforms.write.write import forget_partition, to_write_again
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -420,6 +420,7 @@ class Rounds:
                 self._pass()
         self._end_calls()
         drain(self._invoker, self._config.invoke, lambda: self._run_round([]))
+        self._settle()
         self._graph.close()
         self._committer.flush()
         self._committer.refresh(now=True)
@@ -499,7 +500,9 @@ class Rounds:
             self._discover(at_start=False)
         held = self._hold()
         limits = self._limits.among(held.values(), self._turn_records)
-        rooms = self._rooms(held, limits)
+        again = to_write_again(self._config.write)
+        # What is written again comes first: else more and more would wait for it.
+        rooms = [] if again else self._rooms(held, limits)
         ready = {
             key
             for key, each in held.items()
@@ -507,7 +510,8 @@ class Rounds:
         }
         self._fetch(held, limits, ready)
         due = {room.key for room in rooms} & ready
-        if self._due(due, limits) or any(map(self._invoker.has_finished_of, self._leaving)):
+        leaving = any(map(self._invoker.has_finished_of, self._leaving))
+        if again or leaving or self._due(due, limits):
             self._run_round(rooms)
         self._committer.refresh()
         windows = (
@@ -663,6 +667,7 @@ class Rounds:
             self._take_up(keys)
             self._taken |= {key: deal.given[key] for key in keys}
         except SinkError as error:
+            self._members.let_go(keys)
             self._took = self._timer()
             _LOGGER.debug("partitions are not begun now: %s", error)
 
@@ -674,7 +679,8 @@ class Rounds:
             self._reader.drop(key)
             invoker.retire(key)
         calls = invoker.queue(key).batches
-        if calls or invoker.has_finished_of(key) or self._committer.holds(key):
+        again = key in to_write_again(self._config.write)
+        if calls or again or invoker.has_finished_of(key) or self._committer.holds(key):
             if now < self._leaving[key]:
                 return
             _LOGGER.warning(
@@ -684,6 +690,8 @@ class Rounds:
                 "its invocation has ended" if calls else "all of it is committed",
                 self._committer.committed.get(key),
             )
+            # The next owner writes what becomes of its records.
+            self._abandon(key)
         self._leave(key)
 
     def _leave(self, key: PartitionKey, lost: bool = False) -> None:
@@ -739,6 +747,17 @@ class Rounds:
         while self._members and not self._invoker.join(1.0) and self._timer() < deadline:
             self._members.deal()
 
+    def _settle(self) -> None:
+        """Write again what could not be seen to its end, and be heard of meanwhile."""
+        deadline = self._timer() + OTHERS_MOST_SECS
+        while to_write_again(self._config.write) and self._timer() < deadline:
+            if self._members:
+                given = self._members.deal().given
+                for key in [key for key, each in self._taken.items() if given.get(key) != each]:
+                    self._abandon(key)
+            self._run_round([])
+            self._stop.wait(_LEAVE_SECS)
+
     def _take_up(self, keys: list[PartitionKey]) -> None:
         """Begin with partitions, each where it was left, or where a new one begins."""
         if not keys:
@@ -785,7 +804,7 @@ class Rounds:
     def _abandon(self, key: PartitionKey) -> None:
         for lane in range(self._config.lanes.count):
             self._invoker.abandon((*key, lane))
-        lift_halt(self._config.write, key)
+        forget_partition(self._config.write, key)
 
     def _mend(self) -> None:
         """Go on with partitions whose next offset does not exist any more."""
@@ -829,7 +848,7 @@ class Rounds:
 
     def _stand(self) -> Standing:
         invoker = self._invoker
-        if invoker.has_work or invoker.has_finished:
+        if invoker.has_work or invoker.has_finished or to_write_again(self._config.write):
             return Standing()
         halted = {finished.key for finished in invoker.halted}
         lost = self._reader.lost.keys()

@@ -102,6 +102,11 @@ def member_of(config: Config, index: int, count: int) -> Config:
     return replace(
         config,
         read=replace(config.read, source=source),
+        write=replace(
+            config.write,
+            transaction=config.write.transaction
+            and replace(config.write.transaction, number=index),
+        ),
         commit=replace(config.commit, source=source),
         invoke=replace(
             invoke,

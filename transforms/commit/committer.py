@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -14,7 +14,7 @@ from transforms.commit.contiguous import ContiguousOffsets
 from transforms.lanes import Lanes
 from transforms.per_process import per_process
 from transforms.records import PartitionKey
-from transforms.source import Source
+from transforms.source import Source, TransactionalStore
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -36,12 +36,14 @@ class CommitConfig:
             a streaming run that ends: there each is committed once more at the end, and a timer
             that is set far ahead would keep the run from ending.
         interval_secs: How long, at least, is between two commits of what rounds have finished.
+        settles: Whether positions are kept together with what is written of their records.
     """
 
     source: Source
     lanes: Lanes = Lanes()
     refresh_secs: float | None = REFRESH_SECS
     interval_secs: float = INTERVAL_SECS
+    settles: bool = False
 
 
 class Committer:
@@ -126,6 +128,35 @@ class Committer:
                     return
             _LOGGER.warning("commit to %s is repeated: %s", self._ledger, why)
             time.sleep(0.5)
+
+    def settle(
+        self,
+        next_offsets: Mapping[PartitionKey, tuple[int, str]],
+        written: Collection[PartitionKey],
+    ) -> bool:
+        """Commit together with what was written, and wait for the answer.
+
+        Args:
+            next_offsets: By partition, each with what to keep beside it.
+            written: Partitions of which something was written.
+
+        Returns:
+            Whether it is done; else nothing is to be seen of what was written.
+
+        Raises:
+            SinkError: It is not known.
+        """
+        assert isinstance(self._store, TransactionalStore)
+        offsets = {key: offset for key, (offset, _) in next_offsets.items()}
+        notes = {key: note for key, (_, note) in next_offsets.items()}
+        with self._one:
+            why = self._store.settle(offsets, notes, written)
+            if why is None:
+                self.committed.update(offsets)
+                self._notes.update(notes)
+                return True
+        _LOGGER.warning("what was written is not to be seen, and is written again: %s", why)
+        return False
 
     def put(self, next_offsets: Mapping[PartitionKey, tuple[int, str]]) -> None:
         """Have offsets committed soon, by a thread of the committer's own.

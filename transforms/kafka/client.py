@@ -83,6 +83,17 @@ def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
     return settings
 
 
+def instance_id(settings: Mapping[str, Any], number: int) -> str | None:
+    """The name that a member keeps when it is started again; None if it has none. Pure.
+
+    Args:
+        settings: The user's.
+        number: Which of the members that have the same settings it is.
+    """
+    name = settings.get("group.instance.id")
+    return f"{name}-{number}" if name and number else name
+
+
 def make_consumer(
     config: KafkaConfig, member: Mapping[str, Any] | None = None, **defaults: Any
 ) -> confluent_kafka.Consumer:

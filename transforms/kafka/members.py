@@ -19,8 +19,16 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaException, Message, Topic
 from confluent_kafka import KafkaError as ErrorCode
 
 from transforms.errors import KafkaError
-from transforms.kafka.client import KafkaConfig, client_settings, describe, make_consumer, reason
+from transforms.kafka.client import (
+    KafkaConfig,
+    client_settings,
+    describe,
+    instance_id,
+    make_consumer,
+    reason,
+)
 from transforms.kafka.committer import final_problem, foreign_members
+from transforms.kafka.transaction import TransactionConfig, shared_transaction
 from transforms.per_process import per_process
 from transforms.records import PartitionKey
 from transforms.source import Deal
@@ -60,12 +68,24 @@ _REFUSED = frozenset(
 
 @dataclass(slots=True, eq=False)
 class _Commit:
-    """What is to be committed, and what became of it."""
+    """What is to be committed, and what became of it.
+
+    Attributes:
+        offsets: By partition.
+        notes: What to keep with them.
+        written: Partitions of which something was written in the transaction that this is to end;
+            None if it belongs to none.
+        done: Whether nothing more becomes of it.
+        error: Why it was not committed.
+        why: The same of a transaction.
+    """
 
     offsets: Mapping[PartitionKey, int]
     notes: Mapping[PartitionKey, str]
+    written: Collection[PartitionKey] | None = None
     done: bool = False
     error: KafkaException | None = None
+    why: str | None = "the run has come to its end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +95,12 @@ class MemberConfig:
     Attributes:
         kafka: The cluster and the group.
         number: Which of this machine's members it is, for `group.instance.id`.
+        transaction: What is written in one together with the offsets; None if nothing is.
     """
 
     kafka: KafkaConfig
     number: int = 0
+    transaction: TransactionConfig | None = None
 
 
 def member_settings(settings: Mapping[str, Any], number: int) -> tuple[dict[str, Any], float]:
@@ -100,9 +122,8 @@ def member_settings(settings: Mapping[str, Any], number: int) -> tuple[dict[str,
         ours["session.timeout.ms"] = settings.get("session.timeout.ms", _SESSION_MS)
         ours["heartbeat.interval.ms"] = settings.get("heartbeat.interval.ms", _HEARTBEAT_MS)
         ours["partition.assignment.strategy"] = "cooperative-sticky"
-    instance = settings.get("group.instance.id")
-    if instance and number:
-        ours["group.instance.id"] = f"{instance}-{number}"
+    if instance := instance_id(settings, number):
+        ours["group.instance.id"] = instance
     interval_ms = int(settings.get("max.poll.interval.ms", _POLL_INTERVAL_MS))
     return ours, interval_ms / 1000
 
@@ -117,6 +138,7 @@ class Member:
 
     def __init__(self, config: MemberConfig, make: Callable[..., Consumer] = make_consumer) -> None:
         self._kafka = config.kafka
+        self._transaction = config.transaction
         settings, self._interval_secs = member_settings(
             client_settings(config.kafka), config.number
         )
@@ -130,7 +152,7 @@ class Member:
         self._topics: frozenset[str] = frozenset()
         self._subscribed: frozenset[str] = frozenset()
         self._looked = monotonic()
-        self._closing = False
+        self._closing = self._ended = False
         self._problem: KafkaError | None = None
         self._thread: threading.Thread | None = None
 
@@ -167,10 +189,9 @@ class Member:
         """See `Members.let_go`."""
         with self._changed:
             self._taken.difference_update(keys)
-            if self._leaving.intersection(keys):
-                for key in keys:
-                    self._given.pop(key, None)
-                self._leaving.difference_update(keys)
+            for key in self._leaving.intersection(keys):
+                self._given.pop(key, None)
+            self._leaving.difference_update(keys)
             self._changed.notify_all()
 
     @property
@@ -217,6 +238,28 @@ class Member:
             raise problem from None
         return reason(error)
 
+    def settle(
+        self,
+        offsets: Mapping[PartitionKey, int],
+        notes: Mapping[PartitionKey, str],
+        written: Collection[PartitionKey],
+    ) -> str | None:
+        """See `Store.settle`.
+
+        Raises:
+            KafkaError: It is not known whether they are kept.
+        """
+        asked = _Commit(offsets, notes, written)
+        with self._changed:
+            if self._problem:
+                raise self._problem
+            self._commits.append(asked)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: asked.done or self._ended)
+            if self._problem:
+                raise self._problem
+        return asked.why
+
     def listen(self) -> None:
         """See `Store.listen`: the member's own thread does."""
 
@@ -241,6 +284,8 @@ class Member:
                     )
             self._commit_all()
             self._consumer.close()
+        except KafkaError as error:
+            self._fail(error)
         except BaseException as error:
             _LOGGER.debug("member failed", exc_info=True)
             why = reason(error) if isinstance(error, KafkaException) else repr(error)
@@ -249,6 +294,7 @@ class Member:
             with self._changed:
                 for each in self._commits:
                     each.done = True
+                self._ended = True
                 self._taken.clear()
                 self._changed.notify_all()
 
@@ -262,6 +308,9 @@ class Member:
         with self._changed:
             commits, self._commits = self._commits, []
         for each in commits:
+            if each.written is not None:
+                self._settle(each, each.written)
+                continue
             with self._changed:
                 asked = [
                     TopicPartition(*key, offset, metadata=each.notes.get(key, ""))
@@ -278,6 +327,29 @@ class Member:
             with self._changed:
                 each.done = True
                 self._changed.notify_all()
+
+    def _settle(self, each: _Commit, written: Collection[PartitionKey]) -> None:
+        """End a transaction, in which nothing may be of partitions that are not this member's."""
+        assert self._transaction
+        transaction = shared_transaction(self._transaction)
+        with self._changed:
+            others = set(written) - self._taken
+        offsets = [
+            TopicPartition(*key, offset, metadata=each.notes.get(key, ""))
+            for key, offset in each.offsets.items()
+        ]
+        try:
+            if others:
+                transaction.abort()
+                each.why = "{}-{} is not this member's any more".format(*min(others))
+            else:
+                transaction.commit(offsets, self._consumer)
+                each.why = None
+        except KafkaException as error:
+            each.why = reason(error)
+        with self._changed:
+            each.done = True
+            self._changed.notify_all()
 
     def _subscribe(self) -> None:
         topics = self._topics

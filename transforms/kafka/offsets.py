@@ -33,6 +33,7 @@ from transforms.kafka.committer import GroupOffsets
 from transforms.kafka.fetch import KafkaFetcher, fetch_again
 from transforms.kafka.members import Member, MemberConfig, shared_member
 from transforms.kafka.messages import PartitionError
+from transforms.kafka.transaction import TransactionConfig
 from transforms.names import NUMBERS, Names
 from transforms.records import PartitionKey, Records
 from transforms.source import Detour, Fetcher, Found, Start
@@ -40,6 +41,8 @@ from transforms.source import Detour, Fetcher, Found, Start
 _LOGGER = logging.getLogger(__name__)
 
 _TIMEOUT_SECS = 15.0
+# For a transaction that somebody left open who is gone: at the start; and while others wait.
+_OPEN_SECS, _OPEN_LOOK_SECS = 90.0, 1.0
 LOOK_SECS = 3.0
 TRIM_HORIZON, LATEST, AT_TIMESTAMP = "TRIM_HORIZON", "LATEST", "AT_TIMESTAMP"
 
@@ -59,6 +62,7 @@ class SourceConfig:
         starting_position: For partitions without a committed offset.
         starting_timestamp_ms: With AT_TIMESTAMP.
         member: Which of this machine's members of the group it is; None to be none, and read all.
+        transaction: What is written in one together with offsets; None if nothing is.
     """
 
     kafka: KafkaConfig
@@ -67,6 +71,7 @@ class SourceConfig:
     starting_position: str = TRIM_HORIZON
     starting_timestamp_ms: int | None = None
     member: int | None = None
+    transaction: TransactionConfig | None = None
 
     def fetcher(self) -> KafkaFetcher:
         return KafkaFetcher(self.kafka)
@@ -81,10 +86,11 @@ class SourceConfig:
     def members(self) -> Member | None:
         if self.member is None:
             return None
-        return shared_member(MemberConfig(self.kafka, self.member))
+        return shared_member(MemberConfig(self.kafka, self.member, self.transaction))
 
     def as_member(self, number: int) -> SourceConfig:
-        return replace(self, member=number)
+        transaction = self.transaction and replace(self.transaction, number=number)
+        return replace(self, member=number, transaction=transaction)
 
     def fetch_again(self, key: PartitionKey, offsets: Sequence[int]) -> Records | None:
         return fetch_again(self.kafka, key, offsets)
@@ -297,7 +303,7 @@ class SourceOffsets:
     def survey(self, keys: list[PartitionKey]) -> None:
         """See `Partitions.survey`."""
         position = self._config.starting_position
-        known = self.committed(keys)
+        known = self.committed(keys, _OPEN_SECS if self._config.transaction else _TIMEOUT_SECS)
         ranges = self.ranges(keys)
         self._targets |= {key: high for key, (_, high) in ranges.items()}
         begins = {key: low for key, (low, _) in ranges.items()}
@@ -314,7 +320,7 @@ class SourceOffsets:
 
     def starts(self, keys: list[PartitionKey]) -> dict[PartitionKey, Start]:
         """See `Partitions.starts`."""
-        known = self.committed(keys)
+        known = self.committed(keys, self._look_secs)
         committed = {key: offset for key, (offset, _) in known.items()}
         fresh = [key for key in keys if key not in committed]
         self._warn_of_gaps(fresh)
@@ -346,7 +352,7 @@ class SourceOffsets:
 
     def unfinished(self, keys: Collection[PartitionKey]) -> set[PartitionKey]:
         """See `Partitions.unfinished`."""
-        known = self.committed(list(keys))
+        known = self.committed(list(keys), self._look_secs)
         return {key for key in keys if key not in known or not self.caught_up(key, known[key][0])}
 
     def _warn_of_gaps(self, keys: list[PartitionKey]) -> None:
@@ -460,13 +466,25 @@ class SourceOffsets:
             self._admin = make_admin(self._kafka)
         return self._admin
 
-    def committed(self, keys: list[PartitionKey]) -> dict[PartitionKey, tuple[int, str]]:
-        """The group's committed offsets, where there are any, and the metadata kept with them."""
+    @property
+    def _look_secs(self) -> float:
+        """How long to ask for committed offsets while other partitions wait."""
+        return _OPEN_LOOK_SECS if self._config.transaction else _TIMEOUT_SECS
+
+    def committed(
+        self, keys: list[PartitionKey], timeout_secs: float = _TIMEOUT_SECS
+    ) -> dict[PartitionKey, tuple[int, str]]:
+        """The group's committed offsets, where there are any, and the metadata kept with them.
+
+        There is no answer while a transaction is open that has some of them in it.
+        """
         partitions = [TopicPartition(*key) for key in keys]
-        deadline = monotonic() + _TIMEOUT_SECS
+        deadline = monotonic() + timeout_secs
+        not_yet = _NOT_YET | ({ErrorCode._TIMED_OUT} if timeout_secs == _OPEN_SECS else set())
         while True:
             try:
-                offsets = self._consumer.committed(partitions, timeout=_TIMEOUT_SECS)
+                secs = min(timeout_secs, _TIMEOUT_SECS)
+                offsets = self._consumer.committed(partitions, timeout=secs)
                 # Of a partition that could not be asked after nothing is known: not even that there
                 # is no offset.
                 for each in offsets:
@@ -475,7 +493,7 @@ class SourceOffsets:
                 break
             except KafkaException as error:
                 # A broker that has just begun knows no coordinator for the group yet.
-                if error.args[0].code() not in _NOT_YET or monotonic() > deadline:
+                if error.args[0].code() not in not_yet or monotonic() > deadline:
                     group = f"committed offsets of group {self._kafka.group}"
                     raise self._failed(group, error) from None
                 sleep(0.2)
