@@ -135,12 +135,15 @@ def check_together(
     low, high = values["min_concurrency"], values["max_concurrency"]
     if low and high and low > high:
         problems.append(f"--min_concurrency={low} is above --max_concurrency={high}")
-    workers = values["workers"]
-    if workers and high and workers > high:
-        problems.append(
-            f"--workers={workers} is above --max_concurrency={high}: each of them needs one of the "
-            f"invocations"
-        )
+    workers, most = values["workers"], values["max_workers"]
+    for name in ("workers", "max_workers"):
+        if values[name] and high and values[name] > high:
+            problems.append(
+                f"--{name}={values[name]} is above --max_concurrency={high}: each of them needs "
+                f"one of the invocations"
+            )
+    if workers and most and workers > most:
+        problems.append(f"--workers={workers} is above --max_workers={most}")
     _check_start(values, now, problems)
     if values["delivery"] == EXACTLY_ONCE:
         _check_exactly_once(values, settings, problems)
@@ -167,17 +170,13 @@ def _check_exactly_once(
                 f"{what} needs --{name}={values[name]} in the cluster that is read: a transaction "
                 f"is of one; take {name.split('_')[0]}.bootstrap.servers out of --kafka_config_file"
             )
-    # One producer writes to both topics.
-    ours = sorted(
-        name
-        for name in settings
-        if name.startswith(PREFIXES[:2]) and not name.endswith(".bootstrap.servers")
-    )
-    if ours:
-        problems.append(
-            f"{what} has one producer for both topics: --kafka_config_file sets {', '.join(ours)}; "
-            f"give it without the prefix"
-        )
+    for name in sorted(settings):
+        other = "error." + name.removeprefix("response.")
+        if name.startswith("response.") and settings.get(other, settings[name]) != settings[name]:
+            problems.append(
+                f"{what} has one producer for both topics: --kafka_config_file sets {name} and "
+                f"{other} to different values; give one"
+            )
     if settings.get("isolation.level") == "read_uncommitted":
         problems.append(
             f"{what} needs isolation.level=read_committed, the default: it is how a member waits "

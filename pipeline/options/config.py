@@ -58,6 +58,7 @@ class RunConfig:
         summary: ``text``, ``json`` or ``none``.
         log_format: ``text`` or ``json``.
         workers: Processes of the DirectRunner.
+        max_workers: How many there may be of them; None for as many as there are.
         rebalance_wait_secs: How long calls are waited for whose partition the group asks for; None
             for as long as the function may take.
     """
@@ -67,6 +68,7 @@ class RunConfig:
     summary: str
     log_format: str
     workers: int = 1
+    max_workers: int | None = None
     rebalance_wait_secs: float | None = None
 
 
@@ -125,11 +127,12 @@ class Config:
                 patterns = load_criteria(values["filter_criteria"])
             except UsageError as error:
                 problems += error.problems
-        if runner in STREAM_RUNNERS and given.get("workers") is not None:
-            problems.append(
-                "--workers goes with the DirectRunner only; with Flink give --parallelism and "
-                "--sdk_worker_parallelism, with Dataflow --max_num_workers"
-            )
+        problems += [
+            f"--{name} goes with the DirectRunner only; with Flink give --parallelism and "
+            f"--sdk_worker_parallelism, with Dataflow --max_num_workers"
+            for name in ("workers", "max_workers")
+            if runner in STREAM_RUNNERS and given.get(name) is not None
+        ]
         if runner in STREAM_RUNNERS and values["delivery"] == EXACTLY_ONCE:
             problems.append(
                 f"--delivery={EXACTLY_ONCE} goes with the DirectRunner only: on {runner} outputs "
@@ -282,6 +285,7 @@ def _make_config(
             summary=values["summary"],
             log_format=values["log_format"],
             workers=values["workers"],
+            max_workers=values["max_workers"],
             rebalance_wait_secs=values["rebalance_wait_secs"],
         ),
         warnings=tuple(warnings_of(values, settings)),

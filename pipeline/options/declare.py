@@ -611,6 +611,16 @@ GROUPS = (
                 high=64,
             ),
             Option(
+                "max_workers",
+                "Processes at most: looked at each minute, there are more while more and more "
+                "records wait and the machine has processors to spare, and fewer again, down to "
+                "--workers, when there is little to do. Not given: as many as --workers says.",
+                kind="int",
+                unit="processes",
+                low=1,
+                high=64,
+            ),
+            Option(
                 "rebalance_wait_secs",
                 "How long to wait for running invocations when the consumer group moves their "
                 "partition to another member, on the DirectRunner. What has not ended then is left "

@@ -260,6 +260,7 @@ class Status:
         trouble: What does not go well, as things are.
         names: How records' numbers are written.
         standing: How far it is from its end.
+        workers: How many processes it is in.
     """
 
     totals: Totals
@@ -276,6 +277,7 @@ class Status:
     trouble: Trouble = Trouble()
     names: Names = NUMBERS
     standing: Standing = Standing()
+    workers: int = 1
 
     @staticmethod
     def of_nothing(elapsed_secs: float) -> Status:
@@ -433,6 +435,10 @@ class Rounds:
             for key in sorted(self._standing.elsewhere - there):
                 raise self._source.gone(key)
         return self.status()
+
+    def allow(self, min_concurrency: int, max_concurrency: int) -> None:
+        """Make so many invocations at once from here on; may be called from another thread."""
+        self._invoker.allow(min_concurrency, max_concurrency)
 
     def status(self) -> Status:
         """How the run stands; may be called from another thread."""
@@ -756,7 +762,7 @@ class Rounds:
                 for key in [key for key, each in self._taken.items() if given.get(key) != each]:
                     self._abandon(key)
             self._run_round([])
-            self._stop.wait(_LEAVE_SECS)
+            self._invoker.wait(lambda _: False, _LEAVE_SECS)
 
     def _take_up(self, keys: list[PartitionKey]) -> None:
         """Begin with partitions, each where it was left, or where a new one begins."""

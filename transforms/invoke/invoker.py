@@ -241,6 +241,13 @@ class Invoker:
                 queue.bytes += size
                 self._schedule(queue)
 
+    def allow(self, min_concurrency: int, max_concurrency: int) -> None:
+        """Make so many calls at once from here on."""
+        with self._changed:
+            self._max_concurrency = max_concurrency
+            self._limit.bound(min_concurrency, max_concurrency)
+            self._wake()
+
     def collect(self) -> list[Finished]:
         """Take everything that has finished since the last call, in order per lane."""
         with self._changed:

@@ -67,8 +67,8 @@ class KafkaConfig:
     config_file: str | None = None
 
 
-def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
-    """Settings of one client: the common ones, then those with its prefix."""
+def client_settings(config: KafkaConfig, *prefixes: str) -> dict[str, Any]:
+    """Settings of one client: the common ones, then those with its prefixes."""
     settings: dict[str, Any] = {
         "bootstrap.servers": config.bootstrap_servers,
         "client.id": "beam-lambda-sink",
@@ -78,7 +78,7 @@ def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
     if config.config_file:
         properties = load_properties(config.config_file)
         settings |= {k: v for k, v in properties.items() if not k.startswith(PREFIXES)}
-        if prefix:
+        for prefix in prefixes:
             settings |= {k[len(prefix) :]: v for k, v in properties.items() if k.startswith(prefix)}
     return settings
 

@@ -122,7 +122,7 @@ def member_settings(settings: Mapping[str, Any], number: int) -> tuple[dict[str,
         ours["session.timeout.ms"] = settings.get("session.timeout.ms", _SESSION_MS)
         ours["heartbeat.interval.ms"] = settings.get("heartbeat.interval.ms", _HEARTBEAT_MS)
         ours["partition.assignment.strategy"] = "cooperative-sticky"
-    if instance := instance_id(settings, number):
+    if number and (instance := instance_id(settings, number)):
         ours["group.instance.id"] = instance
     interval_ms = int(settings.get("max.poll.interval.ms", _POLL_INTERVAL_MS))
     return ours, interval_ms / 1000

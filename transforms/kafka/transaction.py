@@ -102,7 +102,8 @@ class Transaction:
         self._kafka = config.kafka
         self._make = make
         self._settings = transaction_settings(
-            client_settings(config.kafka),
+            # It writes to both topics; settings of one that contradict the other's are refused.
+            client_settings(config.kafka, "response.", "error."),
             config.kafka.group,
             config.number,
             config.java_keys,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError as ErrorCode
 from confluent_kafka import KafkaException, TopicPartition
 
+from pipeline.local.broker import KafkaBroker
 from pipeline.local.processes import wait_until
+from tests.conftest import Names
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig
 from transforms.kafka.members import Member, MemberConfig, member_settings
@@ -170,3 +173,48 @@ def test_a_member_that_leaves_waits_for_nothing() -> None:
         group.say("on_revoke", A, B)
         wait_until(lambda: member.deal().leaving == {A, B}, "nothing is asked for")
     assert group.released == [A, B]
+
+
+def test_who_was_taken_for_dead_commits_nothing_of_others(
+    broker: KafkaBroker, names: Names, tmp_path: Path
+) -> None:
+    """With real ones: it hangs, is replaced, and goes on with what it had done before. Being a
+    member again, the broker would take that, and the group would be back where it was."""
+    topic = names.topic()
+    broker.create_topic(topic, partitions=2)
+    file = tmp_path / "kafka.properties"
+    file.write_text(
+        "session.timeout.ms=1500\nheartbeat.interval.ms=200\nmax.poll.interval.ms=2000\n"
+    )
+    kafka = KafkaConfig(broker.bootstrap_servers, names.group(), str(file))
+    both = [(topic, 0), (topic, 1)]
+    hangs, other = (Member(MemberConfig(kafka)) for _ in range(2))
+    try:
+        hangs.join([topic])
+        wait_until(lambda: set(hangs.deal().given) == {*both}, "nothing is given")
+        hangs.take(both)
+        before = set(hangs.deal().given.values())
+        assert hangs.commit(dict.fromkeys(both, 5), {}, late=False) is None
+        other.join([topic])
+        # Nobody asks the first one how things stand: it is not polled any more.
+        wait_until(lambda: set(other.deal().given) == {*both}, "it is not replaced")
+        other.take(both)
+        assert other.commit(dict.fromkeys(both, 50), {}, late=False) is None
+
+        def given_anew() -> bool:
+            other.let_go(other.deal().leaving)
+            given = hangs.deal().given
+            return len(given) == 1 and before.isdisjoint(given.values())
+
+        wait_until(given_anew, "it is no member again")
+        other.take(other.deal().given)
+        assert hangs.commit(dict.fromkeys(both, 6), {}, late=False) is None
+        assert broker.committed(kafka.group, topic) == {0: 50, 1: 50}
+        # Nor does it commit anything of what it is given anew before that is taken up.
+        hangs.take(hangs.deal().given)
+        (key,) = hangs.deal().given
+        assert hangs.commit({key: 60}, {}, late=False) is None
+        assert broker.committed(kafka.group, topic)[key[1]] == 60
+    finally:
+        hangs.close()
+        other.close()
