@@ -257,8 +257,8 @@ def test_workers_come_and_go(broker: KafkaBroker, topics: dict[str, Any]) -> Non
         Sink(arguments(broker, server, **topics), environment(), ("-c", _IN_SECONDS)) as sink,
     ):
         sink.until(lambda: "workers: 3 in place of 1: a test" in sink.stderr, "none has come")
-        first, *_ = pids = _workers(sink)
-        assert len(pids) == 3
+        sink.until(lambda: len(_workers(sink)) == 3, "none has come")
+        first, *_ = _workers(sink)
         sink.until(lambda: "workers: 1 in place of 3: a test" in sink.stderr, "none has gone")
         sink.until(lambda: len(_workers(sink)) == 1, "they stay")
         assert _workers(sink) == [first]

@@ -160,8 +160,9 @@ class Transaction:
 
     def write_smaller(self) -> bool:
         """Put less into each request from the next producer on. Says whether that can be."""
-        size = self._settings["batch.size"] = int(self._settings["batch.size"]) // 2
-        return size > 0
+        size = int(self._settings["batch.size"])
+        self._settings["batch.size"] = max(1, size // 8)
+        return size > 1
 
     def commit(self, offsets: Sequence[TopicPartition], member: Consumer) -> None:
         """End it, with the group's offsets in it.
