@@ -16,6 +16,7 @@ LEFT_OUT = {
     "delivery": "streaming runners write at least once",
     "workers": "they are Dataflow's",
     "max_workers": "they are Dataflow's",
+    "rebalance_wait_secs": "a job's partitions move to no other member of a group",
     "log_format": "the log is Cloud Logging's",
 }
 """Options that are no parameters of the template, and why."""
