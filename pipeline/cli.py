@@ -94,7 +94,7 @@ def _run(resolved: Resolved, started: float) -> int:
     live = sys.stderr.isatty() and config.run.log_format == "text"
     run: Rounds | Workers | StreamRun | None = None
     try:
-        if direct and config.run.workers > 1:
+        if direct and max(config.run.workers, config.run.max_workers or 1) > 1:
             from pipeline.run.workers import Workers
 
             run = Workers(config, stop, started)

@@ -17,9 +17,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
 
 FUNCTION = "process-orders"
 ACCESS_KEY, SECRET_KEY = "AKIDFORTESTS", "secret-key-for-tests"
+MEMBERS = ROOT / "tests" / "members.properties"
+SAME_MEMBER = ROOT / "tests" / "static.properties"
+"""As `kafka_config_file`, for runs that are killed and started again."""
+TRANSACTIONS = ROOT / "tests" / "transactions.properties"
+"""The same, for runs with --delivery=exactly_once."""
 RUN_SECS = 120.0
 """After so long a run is taken for stuck; none here needs a quarter of it."""
 
@@ -195,12 +201,17 @@ class Ended:
 class Sink:
     """A process of the pipeline, just started. Leaving the context kills it if it still runs."""
 
-    def __init__(self, arguments: Iterable[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        arguments: Iterable[str],
+        env: Mapping[str, str],
+        program: Sequence[str] = ("-m", "pipeline"),
+    ) -> None:
         # Files and not pipes, which would have to be emptied while it runs.
         self._stdout = tempfile.TemporaryFile()  # noqa: SIM115 (closed on leaving)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *arguments],
+            [sys.executable, *program, *arguments],
             cwd=ROOT,
             env=dict(env),
             stdin=subprocess.DEVNULL,
@@ -309,6 +320,7 @@ def arguments(broker: KafkaBroker, server: LambdaServer | None, **options: Any) 
         "lambda_endpoint_url": server.url if server else None,
         "until": "caught_up",
         "summary": "json",
+        **({} if "runner" in options else {"kafka_config_file": MEMBERS}),
         **options,
     }
     return [
@@ -410,6 +422,31 @@ class Topics:
     def assert_caught_up(self) -> None:
         """All of the source is committed."""
         assert_caught_up(self.broker, self.group, self.source)
+
+
+@contextmanager
+def load(topics: Topics, partitions: int) -> Iterator[None]:
+    """Some records for each partition, again and again."""
+    ended = threading.Event()
+
+    def work() -> None:
+        step = 0
+        while not ended.wait(0.1):
+            records = [
+                (p, b"k%d" % n, b"order %d/%d" % (p, step * 5 + n))
+                for p in range(partitions)
+                for n in range(5)
+            ]
+            topics.broker.produce(topics.source, records)
+            step += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def commit(broker: KafkaBroker, group: str, topic: str, offsets: dict[int, int]) -> None:

@@ -34,7 +34,7 @@ _OURS = {
     "enable.idempotence": "it is always on, since it keeps order and loses nothing",
     "acks": "it is always all",
     "request.required.acks": "it is always all",
-    "transactional.id": "nothing begins or ends transactions; delivery is at least once",
+    "transactional.id": "with --delivery=exactly_once each member has one of its own",
     "enable.partition.eof": "the reader needs it on",
 }
 

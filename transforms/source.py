@@ -3,7 +3,8 @@
 A `Source` is a value: it says what is read, travels with the steps' configurations to each process,
 and makes there what does the work. That is three things. `Partitions` knows which partitions there
 are, where to begin with each, and when one is caught up. A `Fetcher` brings records. A `Store`
-keeps how far they are done.
+keeps how far they are done. Where several processes may share a source there is a fourth: `Members`
+says which partitions are this process's; they come and go while it runs.
 
 A position is an int, as large as the source needs: where reading goes on, so the last record's
 number + 1. The numbers of a partition rise; they may have holes of any size. A partition may end
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from transforms.errors import SinkError
 from transforms.names import Names
@@ -113,6 +114,9 @@ class Fetcher(Protocol):
     def assign_again(self, key: PartitionKey, position: int) -> None:
         """Fetch a partition from here on, and not from where it stands; nothing is paused then."""
 
+    def unassign(self, keys: Collection[PartitionKey]) -> None:
+        """Fetch these no more."""
+
     def pause(self, keys: Collection[PartitionKey]) -> None:
         """Fetch nothing of these. What was fetched of them may be thrown away."""
 
@@ -172,13 +176,16 @@ class Partitions(Protocol):
     def gone(self, key: PartitionKey) -> SinkError:
         """What to say of a partition that is not there any more."""
 
-    def starts(self, keys: list[PartitionKey], at_start: bool) -> dict[PartitionKey, Start]:
-        """Where to begin with partitions, and what counts as caught up.
+    def survey(self, keys: list[PartitionKey]) -> None:
+        """Note how the partitions stand that there are at the start, whoever works them: where to
+        begin with those of which nothing is kept, and what counts as caught up. Partitions that are
+        found later begin at their first record."""
 
-        Args:
-            keys: The partitions.
-            at_start: False for partitions found later: all their records came after the start.
-        """
+    def starts(self, keys: list[PartitionKey]) -> dict[PartitionKey, Start]:
+        """Where to begin with partitions: where they were left, or else by `survey`."""
+
+    def unfinished(self, keys: Collection[PartitionKey]) -> set[PartitionKey]:
+        """Which of these are not kept as caught up, whoever works them."""
 
     def restarts(self, positions: Mapping[PartitionKey, int]) -> dict[PartitionKey, int]:
         """The first position there is of each, from the one given on; caught up is counted anew."""
@@ -214,6 +221,82 @@ class Store(Protocol):
         """Take in what the connections have said, where nobody else does."""
 
 
+@runtime_checkable
+class TransactionalStore(Store, Protocol):
+    """A store that is kept by what outcomes are written to."""
+
+    def settle(
+        self,
+        positions: Mapping[PartitionKey, int],
+        notes: Mapping[PartitionKey, str],
+        written: Collection[PartitionKey],
+    ) -> str | None:
+        """Keep positions together with what was written since it was called before, or neither.
+
+        Args:
+            positions: By partition.
+            notes: What to keep with them, where there is anything.
+            written: Partitions of which something was written.
+
+        Returns:
+            Why neither is kept.
+
+        Raises:
+            SinkError: It is not known.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """Which partitions are this process's now.
+
+    Attributes:
+        given: By partition, a number that is another one each time it is given.
+        leaving: Those of them that are asked for.
+    """
+
+    given: Mapping[PartitionKey, int]
+    leaving: frozenset[PartitionKey] = frozenset()
+
+
+class Members(Protocol):
+    """Deals partitions out among the processes that share a source's store.
+
+    Used by one thread. What is given may be asked for: then nothing further is begun with it, and
+    `let_go` says that all is committed, or that it is left to the next owner. It may be lost, too:
+    then it is not in the deal any more, or under another number. The store keeps nothing of
+    partitions that were not taken since they were given.
+
+    Attributes:
+        wait_secs: How long one may keep what is asked for, at most.
+    """
+
+    @property
+    def wait_secs(self) -> float: ...
+
+    def join(self, names: Collection[str]) -> None:
+        """Have partitions dealt out of what has these names; they may be others each time."""
+
+    def deal(self) -> Deal:
+        """How things stand. Asked again and again: who does not ask loses its partitions.
+
+        Raises:
+            SinkError: This process cannot be a member.
+        """
+
+    def wait(self, timeout_secs: float) -> None:
+        """Wait until something changes."""
+
+    def take(self, keys: Collection[PartitionKey]) -> None:
+        """Positions of these are kept from here on."""
+
+    def let_go(self, keys: Collection[PartitionKey]) -> None:
+        """Nothing more comes of these."""
+
+    def close(self) -> None:
+        """Leave; others get what was given."""
+
+
 class Source(Hashable, Protocol):
     """What is read. A value: frozen, picklable, equal to any other that says the same."""
 
@@ -225,6 +308,12 @@ class Source(Hashable, Protocol):
 
     def store(self) -> Store:
         """A new store of positions."""
+
+    def members(self) -> Members | None:
+        """What deals the partitions out; None if all of them are this process's."""
+
+    def as_member(self, number: int) -> Source:
+        """The same, for one of several processes of this machine."""
 
     def fetch_again(self, key: PartitionKey, offsets: Sequence[int]) -> Records | None:
         """Records as the source has them; None if they are not all there any more."""

@@ -68,6 +68,14 @@ _BROKER_CONFIG = {
     "transaction.state.log.min.isr": "1",
     "transaction.state.log.num.partitions": "4",
     "group.initial.rebalance.delay.ms": "0",
+    # Tests do not wait long for what a member left that was killed.
+    "group.min.session.timeout.ms": "1000",
+    "group.consumer.min.session.timeout.ms": "1000",
+    "group.consumer.session.timeout.ms": "3000",
+    "group.consumer.min.heartbeat.interval.ms": "200",
+    "group.consumer.heartbeat.interval.ms": "300",
+    # Nor for a transaction that was left open.
+    "transaction.abort.timed.out.transaction.cleanup.interval.ms": "500",
     # After a kill the new process may register only when the old one's session is over.
     "broker.session.timeout.ms": "3000",
     "broker.heartbeat.interval.ms": "500",

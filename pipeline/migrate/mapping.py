@@ -39,6 +39,7 @@ _LIST = "EventSourceMappings"
 _RETRIES_WITH_DESTINATION = "10"
 _CALLS_PER_POLLER = 5
 _MAX_CONCURRENCY = 1000
+_MAX_WORKERS = 64
 
 _DESTINATIONS = {"sqs": "a queue", "sns": "an SNS topic", "s3": "a bucket"}
 
@@ -67,6 +68,21 @@ def _calls(value: Any) -> str:
     if not single(value).isdecimal():
         raise ValueError("it is not a whole number")
     return str(min(_CALLS_PER_POLLER * int(value), _MAX_CONCURRENCY))
+
+
+def _workers(value: Any) -> str:
+    """Processes for so many pollers, as many as there can be."""
+    if not single(value).isdecimal():
+        raise ValueError("it is not a whole number")
+    return str(min(int(value), _MAX_WORKERS))
+
+
+def _pollers(carried: Carried, name: str, value: Any) -> None:
+    try:
+        carried.take("max_workers", _workers(value), name)
+        carried.take("max_concurrency", _calls(value), name)
+    except ValueError as error:
+        carried.refuse(name, str(error), "max_concurrency")
 
 
 def _event_source(value: Any) -> str:
@@ -232,7 +248,12 @@ ROWS = (
         "a queue has no order and no offsets; topics are read in order here",
         harmless=("Stream",),
     ),
-    becomes("ProvisionedPollerConfig.MaximumPollers", "max_concurrency", convert=_calls),
+    becomes("ProvisionedPollerConfig.MinimumPollers", "workers", convert=_workers),
+    Row(
+        ("ProvisionedPollerConfig.MaximumPollers",),
+        "--max_workers, and --max_concurrency: five for each",
+        _pollers,
+    ),
     unneeded("ProvisionedPollerConfig.*", "nothing has to be kept ready"),
     Row(("State", "Enabled"), "disable the mapping before the pipeline runs", _state),
     refused("TumblingWindowInSeconds", "windows with a state are not known here", harmless=("0",)),

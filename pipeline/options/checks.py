@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from pipeline.options.checks_login import any_iam, check_login
-from pipeline.options.declare import NO_ATTRIBUTE, OPTIONS, Option
+from pipeline.options.declare import EXACTLY_ONCE, NO_ATTRIBUTE, OPTIONS, Option
 from transforms import envelope, java_login
 from transforms.aws.function import MAX_ASYNC_BYTES
 from transforms.invoke import reply
@@ -142,13 +142,18 @@ def check_together(
     low, high = values["min_concurrency"], values["max_concurrency"]
     if low and high and low > high:
         problems.append(f"--min_concurrency={low} is above --max_concurrency={high}")
-    workers = values["workers"]
-    if workers and high and workers > high:
-        problems.append(
-            f"--workers={workers} is above --max_concurrency={high}: each of them needs one of the "
-            f"invocations"
-        )
+    workers, most = values["workers"], values["max_workers"]
+    for name in ("workers", "max_workers"):
+        if values[name] and high and values[name] > high:
+            problems.append(
+                f"--{name}={values[name]} is above --max_concurrency={high}: each of them needs "
+                f"one of the invocations"
+            )
+    if workers and most and workers > most:
+        problems.append(f"--workers={workers} is above --max_workers={most}")
     _check_start(values, now, problems)
+    if values["delivery"] == EXACTLY_ONCE:
+        _check_exactly_once(values, settings, problems)
 
 
 def has_otel() -> bool:
@@ -163,6 +168,35 @@ def _cluster(topic: str, values: dict[str, Any], settings: dict[str, str]) -> st
     """The brokers of the topic that an option names."""
     prefix = topic.removesuffix("topic").replace("_", ".")
     return str(settings.get(f"{prefix}bootstrap.servers", values["kafka_bootstrap_servers"]))
+
+
+def _check_exactly_once(
+    values: dict[str, Any], settings: dict[str, str], problems: list[str]
+) -> None:
+    what = f"--delivery={EXACTLY_ONCE}"
+    if not (values["response_topic"] or values["error_topic"]):
+        problems.append(
+            f"{what} needs --response_topic or --error_topic: it is about what is written to them"
+        )
+    servers = values["kafka_bootstrap_servers"]
+    for name in ("response_topic", "error_topic"):
+        if values[name] and _cluster(name, values, settings) != servers:
+            problems.append(
+                f"{what} needs --{name}={values[name]} in the cluster that is read: a transaction "
+                f"is of one; take {name.split('_')[0]}.bootstrap.servers out of --kafka_config_file"
+            )
+    for name in sorted(settings):
+        other = "error." + name.removeprefix("response.")
+        if name.startswith("response.") and settings.get(other, settings[name]) != settings[name]:
+            problems.append(
+                f"{what} has one producer for both topics: --kafka_config_file sets {name} and "
+                f"{other} to different values; give one"
+            )
+    if settings.get("isolation.level") == "read_uncommitted":
+        problems.append(
+            f"{what} needs isolation.level=read_committed, the default: it is how a member waits "
+            f"for the transaction of another; take it out of --kafka_config_file"
+        )
 
 
 def warnings_of(values: dict[str, Any], settings: dict[str, str]) -> Iterator[str]:

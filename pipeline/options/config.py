@@ -15,7 +15,13 @@ from pipeline.options.checks import (
     warnings_of,
 )
 from pipeline.options.checks_login import login_of
-from pipeline.options.declare import FLINK_RUNNERS, NO_ATTRIBUTE, OPTIONS, STREAM_RUNNERS
+from pipeline.options.declare import (
+    EXACTLY_ONCE,
+    FLINK_RUNNERS,
+    NO_ATTRIBUTE,
+    OPTIONS,
+    STREAM_RUNNERS,
+)
 from transforms import envelope
 from transforms.access import (
     KINDS,
@@ -42,6 +48,7 @@ from transforms.kafka.client import KafkaConfig
 from transforms.kafka.login import put_over
 from transforms.kafka.offsets import SourceConfig
 from transforms.kafka.streaming import KafkaStream
+from transforms.kafka.transaction import TransactionConfig
 from transforms.lanes import Lanes
 from transforms.properties import load_properties
 from transforms.read.rounds import ReadConfig
@@ -63,6 +70,9 @@ class RunConfig:
         summary: ``text``, ``json`` or ``none``.
         log_format: ``text`` or ``json``.
         workers: Processes of the DirectRunner.
+        max_workers: How many there may be of them; None for as many as there are.
+        rebalance_wait_secs: How long calls are waited for whose partition the group asks for; None
+            for as long as the function may take.
     """
 
     preflight: bool
@@ -70,6 +80,8 @@ class RunConfig:
     summary: str
     log_format: str
     workers: int = 1
+    max_workers: int | None = None
+    rebalance_wait_secs: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +147,16 @@ class Config:
                 patterns = load_criteria(values["filter_criteria"])
             except UsageError as error:
                 problems += error.problems
-        if runner in STREAM_RUNNERS and given.get("workers") is not None:
+        problems += [
+            f"--{name} goes with the DirectRunner only; with Flink give --parallelism and "
+            f"--sdk_worker_parallelism, with Dataflow --max_num_workers"
+            for name in ("workers", "max_workers")
+            if runner in STREAM_RUNNERS and given.get(name) is not None
+        ]
+        if runner in STREAM_RUNNERS and values["delivery"] == EXACTLY_ONCE:
             problems.append(
-                "--workers goes with the DirectRunner only; with Flink give --parallelism and "
-                "--sdk_worker_parallelism, with Dataflow --max_num_workers"
+                f"--delivery={EXACTLY_ONCE} goes with the DirectRunner only: on {runner} outputs "
+                f"are written at least once"
             )
         if runner in STREAM_RUNNERS and values["kafka_reader"] == "beam":
             check_beam_reader(values, settings, problems)
@@ -209,6 +227,9 @@ def _make_config(
     limit = settings.get("error.message.max.bytes", settings.get("message.max.bytes", ""))
     max_error_bytes = int(limit) if limit.isdecimal() else 1_000_000
     lanes = Lanes(values["parallelization_factor"], run=values["batch_size"])
+    transaction = None
+    if values["delivery"] == EXACTLY_ONCE:
+        transaction = TransactionConfig(kafka, java_keys=aws_errors)
     source = SourceConfig(
         kafka,
         topics=values["topics"] or (),
@@ -216,6 +237,8 @@ def _make_config(
         starting_position=values["starting_position"],
         # Below 0 are numbers that mean something else to Kafka.
         starting_timestamp_ms=max(0, int(moment.timestamp() * 1000)) if moment else None,
+        member=None if streaming else 0,
+        transaction=transaction,
     )
     stream: NativeReadConfig | BeamReadConfig | None = None
     if streaming and values["kafka_reader"] == "beam":
@@ -288,12 +311,14 @@ def _make_config(
             registry=registry,
             destination=replace(wrapping, name=envelope.KAFKA_EVENT) if aws_errors else None,
             source=source,
+            transaction=transaction,
         ),
         commit=CommitConfig(
             source,
             lanes,
             None if stream and values["until"] == "caught_up" else values["commit_refresh_secs"],
             values["commit_interval_secs"],
+            settles=transaction is not None,
         ),
         run=RunConfig(
             preflight=values["preflight"],
@@ -301,6 +326,8 @@ def _make_config(
             summary=values["summary"],
             log_format=values["log_format"],
             workers=values["workers"],
+            max_workers=values["max_workers"],
+            rebalance_wait_secs=values["rebalance_wait_secs"],
         ),
         warnings=tuple(warnings_of(values, settings)),
     )

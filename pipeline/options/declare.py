@@ -111,6 +111,7 @@ _RETRY_LIMIT: dict[str, Any] = {
 }
 
 NO_ATTRIBUTE = "NONE"
+EXACTLY_ONCE = "exactly_once"
 
 _TOPIC = "[a-zA-Z0-9._-]{1,249}"
 _ROLE = r"arn:aws[a-zA-Z-]*:iam::\d{12}:role/\S+"
@@ -590,6 +591,16 @@ GROUPS = (
                 pattern=_TOPIC,
             ),
             Option(
+                "delivery",
+                "exactly_once writes responses, error records and the group's offsets in one Kafka "
+                "transaction: who reads with isolation.level=read_committed sees what became of "
+                "each record once, whatever crashes. The function may still be invoked twice with "
+                "a record. On the DirectRunner, with all topics in one cluster.",
+                kind="choice",
+                default="at_least_once",
+                choices=("at_least_once", EXACTLY_ONCE),
+            ),
+            Option(
                 "response_format",
                 "json, json_schema (with Connect's schema envelope), string (as Connect's "
                 "StringConverter prints it) or avro (with the schema in the registry).",
@@ -620,7 +631,7 @@ GROUPS = (
         (
             Option(
                 "workers",
-                "Processes of the DirectRunner, each with its share of the partitions: about one "
+                "Processes of the DirectRunner, each a member of the consumer group: about one "
                 "for each processor, not more than there are partitions. Each takes some 150 MB of "
                 "memory more. Together they invoke --max_concurrency at once, at most.",
                 kind="int",
@@ -628,6 +639,27 @@ GROUPS = (
                 unit="processes",
                 low=1,
                 high=64,
+            ),
+            Option(
+                "max_workers",
+                "Processes at most: looked at each minute, there are more while more and more "
+                "records wait and the machine has processors to spare, and fewer again, down to "
+                "--workers, when there is little to do. Not given: as many as --workers says.",
+                kind="int",
+                unit="processes",
+                low=1,
+                high=64,
+            ),
+            Option(
+                "rebalance_wait_secs",
+                "How long to wait for running invocations when the consumer group moves their "
+                "partition to another member, on the DirectRunner. What has not ended then is left "
+                "to the next owner, which may invoke with the same records. By default as long as "
+                "--function_timeout_secs and the group (max.poll.interval.ms) allow.",
+                kind="float",
+                unit="seconds",
+                low=0,
+                high=3600,
             ),
             Option(
                 "preflight",

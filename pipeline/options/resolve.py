@@ -127,6 +127,11 @@ def resolve(
         problems += [f"--config={path}: {note.name}: {note.why}" for note in carried.refused]
     values, unasked = complete(_merge(given, carried), carried, ask)
     problems += unasked
+    if runner in STREAM_RUNNERS and carried and carried.system != OWN:
+        # There the runner has processes of its own, and another system's pollers say nothing of it.
+        for name in ("workers", "max_workers"):
+            if name not in given:
+                values.pop(name, None)
     config = None
     try:
         config = Config.from_options(

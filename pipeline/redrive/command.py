@@ -165,6 +165,11 @@ def main(arguments: Sequence[str], started: float) -> int:
             f"--workers={resolved.config.run.workers}: {COMMAND} runs in one process; give "
             f"--workers=1"
         )
+    if resolved.config and resolved.config.write.transaction:
+        problems.append(
+            f"--delivery=exactly_once: {COMMAND} writes at least once; give "
+            f"--delivery=at_least_once"
+        )
     if resolved.explain:
         logs.show(explain(resolved))
     if problems or resolved.config is None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from time import monotonic, thread_time, time
-from zlib import crc32
 
 from pipeline.build import build
 from pipeline.options.config import Config
@@ -29,8 +28,9 @@ from transforms.names import NUMBERS, Names
 from transforms.read.rounds import Room, Round, shared_reader
 from transforms.records import CallStats, Finished, PartitionKey
 from transforms.schemas.registry import shared_registry
-from transforms.source import Found, held_up, startable
+from transforms.source import Found, Members, held_up, startable
 from transforms.tracing import close_tracer
+from transforms.write.write import forget_partition, to_write_again
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -40,6 +40,14 @@ _SETTLE_SECS = 0.2
 _MISSING_LOOKS = 4
 _MEND_SECS = 0.5
 _LAGS_SECS = 1.0
+# While partitions are asked for; how often it is looked at what others have; how long a run that
+# ends waits to be given something; and for what is nobody's or does not get on elsewhere.
+_LEAVE_SECS = 0.02
+_OTHERS_SECS = 0.5
+_JOIN_SECS = 5.0
+OTHERS_MOST_SECS = 30.0
+# What may be needed beside the function's own time.
+_AFTER_SECS = 10.0
 # How long the loop may wait for a record to come. While calls are running it waits for these too,
 # in slices: an eighth of the time that has gone by since one ended or began.
 _IDLE_SECS = 0.5
@@ -182,29 +190,6 @@ class PartitionLimits:
         return 2 * self.turn_records if self.full or queue.stuck else self.records
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What belongs to one of several processes that run the same. Pure.
-
-    Attributes:
-        index: Which of them it is.
-        count: How many there are.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def has(self, key: PartitionKey) -> bool:
-        """Whether a partition is its own: each topic's are dealt out in turn, so that every
-        process gets as many as any other, more or less by one."""
-        topic, partition = key
-        return (crc32(topic.encode()) + partition) % self.count == self.index
-
-    def part_of(self, total: int) -> int:
-        """Its part of so many things; all parts together are the total."""
-        return total // self.count + (self.index < total % self.count)
-
-
 @dataclass(slots=True)
 class Totals:
     """Sums over all rounds, by the metrics' names."""
@@ -242,6 +227,21 @@ def with_calls(totals: Totals, invoker: Invoker, before: CallStats) -> Totals:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a run is from its end, as it sees that by itself.
+
+    Attributes:
+        done: Whether all that it has of the source is done, or stopped.
+        stopped: Whether something of it is stopped.
+        elsewhere: Partitions that it does not have and that are not known to be done.
+    """
+
+    done: bool = False
+    stopped: bool = False
+    elsewhere: frozenset[PartitionKey] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """How a run stands; what progress and summary show.
 
@@ -260,6 +260,8 @@ class Status:
         begun: Whether the partitions are known.
         trouble: What does not go well, as things are.
         names: How records' numbers are written.
+        standing: How far it is from its end.
+        workers: How many processes it is in.
     """
 
     totals: Totals
@@ -275,6 +277,8 @@ class Status:
     begun: bool = False
     trouble: Trouble = Trouble()
     names: Names = NUMBERS
+    standing: Standing = Standing()
+    workers: int = 1
 
     @staticmethod
     def of_nothing(elapsed_secs: float) -> Status:
@@ -292,6 +296,21 @@ def run_or_stop(graph: Graph, totals: Totals) -> None:
         totals.add(graph.run())
     except Stopped as stopped:
         _LOGGER.warning("%s; it goes on there with the next run", stopped)
+
+
+class _Heard(threading.Event):
+    """For what waits inside the steps: until the run is to stop. To wait is not to hang: the group
+    keeps what it has given."""
+
+    def __init__(self, stop: threading.Event, members: Members) -> None:
+        super().__init__()
+        self._stop = stop
+        self._members = members
+
+    def wait(self, timeout: float | None = None) -> bool:
+        with suppress(SinkError):  # said by the loop
+            self._members.deal()
+        return self._stop.wait(timeout)
 
 
 def hear(config: Config, stop: threading.Event) -> None:
@@ -328,7 +347,7 @@ class Rounds:
         started: When the program began, by `timer`.
         limits: What bounds a round.
         timer: Monotonic seconds.
-        share: Which partitions to read, if other processes read the others.
+        tell: Called when `Standing` has changed, where it is decided elsewhere when to end.
     """
 
     def __init__(
@@ -338,10 +357,10 @@ class Rounds:
         started: float | None = None,
         limits: RoundLimits = RoundLimits(),
         timer: Callable[[], float] = monotonic,
-        share: Share = Share(),
+        tell: Callable[[], None] | None = None,
     ) -> None:
         self._config = config
-        self._share = share
+        self._tell = tell
         self._stop = stop
         self._limits = limits
         self._timer = timer
@@ -352,8 +371,18 @@ class Rounds:
         self._reader = shared_reader(config.read)
         self._committer = shared_committer(config.commit)
         self._source = config.read.source.partitions(self._reader.fetcher)
-        hear(config, stop)
+        self._members = config.read.source.members()
+        # What was taken of what was given, and until when what is asked for may stay.
+        self._taken: dict[PartitionKey, int] = {}
+        self._leaving: dict[PartitionKey, float] = {}
+        # What was let go of, and whether it was lost.
+        self._left: dict[PartitionKey, bool] = {}
+        self._standing = Standing()
+        self._done_since = self._asked = float("-inf")
+        self._took = self._joined = float("-inf")
+        hear(config, _Heard(stop, self._members) if self._members else stop)
         self._found: list[Found] = []
+        self._surveyed: frozenset[PartitionKey] = frozenset()
         self._missed: Counter[PartitionKey] = Counter()
         self._mended = float("-inf")
         self._discovered = float("-inf")
@@ -381,6 +410,8 @@ class Rounds:
                 self._committer.flush()
             raise
         finally:
+            if self._members:
+                self._members.close()
             if trace := self._config.invoke.trace:
                 close_tracer(trace)
 
@@ -389,20 +420,28 @@ class Rounds:
             preflight(self._config, self._source)
         self._discover(at_start=True)
         self._look_at_lags(0)
-        ended = False
-        while not (self._stop.is_set() or self._invoker.broken or (ended := self._ended())):
-            if self._reader.fill(self._wait_secs()) or self._is_time():
+        while not (self._stop.is_set() or self._invoker.broken or self._ended()):
+            if self._wait() or self._is_time():
                 self._pass()
+        self._end_calls()
         drain(self._invoker, self._config.invoke, lambda: self._run_round([]))
+        self._settle()
         self._graph.close()
         self._committer.flush()
         self._committer.refresh(now=True)
         self._look_at_lags(0)
-        if ended:
+        if self._standing.done:
             for key, error in self._reader.lost.items():
                 if not self._at_target(key):
                     raise error
+            there = {each.key for each in self._found}
+            for key in sorted(self._standing.elsewhere - there):
+                raise self._source.gone(key)
         return self.status()
+
+    def allow(self, min_concurrency: int, max_concurrency: int) -> None:
+        """Make so many invocations at once from here on; may be called from another thread."""
+        self._invoker.allow(min_concurrency, max_concurrency)
 
     def status(self) -> Status:
         """How the run stands; may be called from another thread."""
@@ -421,6 +460,7 @@ class Rounds:
             begun=lags is not None,
             trouble=self._trouble(),
             names=self._config.read.source.names,
+            standing=self._standing,
         )
 
     def _trouble(self) -> Trouble:
@@ -431,6 +471,13 @@ class Rounds:
         return replace(trouble, oldest_age_secs=age_secs)
 
     # -- one pass of the loop --------------------------------------------------------------
+
+    def _wait(self) -> int:
+        """Wait for records, or to be given something. Returns how many have come."""
+        if self._members and not self._taken:
+            self._members.wait(self._wait_secs())
+            return self._reader.fill(0)
+        return self._reader.fill(self._wait_secs())
 
     def _wait_secs(self) -> float:
         """How long to wait for records, with an eye on what else may come."""
@@ -455,13 +502,16 @@ class Rounds:
             self._done_batches, self._ended_at = self._invoker.done_batches, self._passed_at
         self._mend()
         self._look_at_lags()
+        self._meet()
         if self._passed_at - self._discovered > (
             _SETTLE_SECS if self._unsettled else _DISCOVER_SECS
         ):
             self._discover(at_start=False)
         held = self._hold()
         limits = self._limits.among(held.values(), self._turn_records)
-        rooms = self._rooms(held, limits)
+        again = to_write_again(self._config.write)
+        # What is written again comes first: else more and more would wait for it.
+        rooms = [] if again else self._rooms(held, limits)
         ready = {
             key
             for key, each in held.items()
@@ -469,7 +519,8 @@ class Rounds:
         }
         self._fetch(held, limits, ready)
         due = {room.key for room in rooms} & ready
-        if self._due(due, limits):
+        leaving = any(map(self._invoker.has_finished_of, self._leaving))
+        if again or leaving or self._due(due, limits):
             self._run_round(rooms)
         self._committer.refresh()
         windows = (
@@ -477,7 +528,7 @@ class Rounds:
             for key, each in held.items()
             if key not in ready
         )
-        secs = min(_IDLE_SECS, min(windows, default=_IDLE_SECS))
+        secs = min(_LEAVE_SECS if self._leaving else _IDLE_SECS, min(windows, default=_IDLE_SECS))
         if self._invoker.has_finished:
             secs = min(secs, max(0.0, self._patience_secs(due) - self._invoker.finished_age_secs))
         self._pass_at = self._timer() + max(secs, _SLICE_SECS[0])
@@ -566,12 +617,18 @@ class Rounds:
         self._committer.listen()
         try:
             self._found = self._source.find(quick=not at_start)
-            keys = [each.key for each in self._found if self._share.has(each.key)]
+            keys = [each.key for each in self._found]
             if anew := self._source.made_anew(keys, quick=not at_start):
                 self._begin_anew(anew, keys)
+            if at_start:
+                self._source.survey(keys)
+                self._joined = self._timer()
+                self._surveyed = frozenset(keys)
             known = set(self._reader.partitions)
-            fresh = [key for key in startable(self._found) if self._share.has(key)]
-            self._take_up([key for key in fresh if key not in known], at_start)
+            if self._members:
+                self._members.join({topic for topic, _ in known.union(keys)})
+            else:
+                self._take_up([key for key in startable(self._found) if key not in known])
             self._miss(known - set(keys), known)
         except SinkError as error:
             if at_start:
@@ -590,11 +647,131 @@ class Rounds:
             if self._missed[key] >= _MISSING_LOOKS:
                 self._reader.lose(key, self._source.gone(key))
 
-    def _take_up(self, keys: list[PartitionKey], at_start: bool) -> None:
+    def _meet(self) -> None:
+        """Take up what this member of several is given, and let go of what it is asked for."""
+        if not self._members:
+            return
+        deal = self._members.deal()
+        for key, number in list(self._taken.items()):
+            if deal.given.get(key) != number:
+                self._abandon(key)
+                self._leave(key, lost=True)
+            elif key in deal.leaving:
+                self._see_off(key)
+        self._clear_up()
+        self._members.let_go(deal.leaving - self._taken.keys())
+        fresh = deal.given.keys() - self._taken.keys() - deal.leaving
+        if not fresh or self._timer() - self._took < _MEND_SECS:
+            return
+        keys = [key for key in startable(self._found) if key in fresh]
+        if not keys:
+            # The group may have found them first.
+            self._discovered = min(self._discovered, self._timer() - _DISCOVER_SECS + _SETTLE_SECS)
+            return
+        for key in self._reader.partitions:
+            if key in fresh:
+                self._forget(key)
+        try:
+            self._members.take(keys)
+            self._take_up(keys)
+            self._taken |= {key: deal.given[key] for key in keys}
+        except SinkError as error:
+            self._members.let_go(keys)
+            self._took = self._timer()
+            _LOGGER.debug("partitions are not begun now: %s", error)
+
+    def _see_off(self, key: PartitionKey) -> None:
+        """Let go of a partition as soon as what is under way of it has ended and is committed."""
+        invoker, now = self._invoker, self._timer()
+        if key not in self._leaving:
+            self._leaving[key] = now + self._rebalance_wait_secs
+            self._reader.drop(key)
+            invoker.retire(key)
+        calls = invoker.queue(key).batches
+        again = key in to_write_again(self._config.write)
+        if calls or again or invoker.has_finished_of(key) or self._committer.holds(key):
+            if now < self._leaving[key]:
+                return
+            _LOGGER.warning(
+                "%s-%d is let go of before %s, after --rebalance_wait_secs: the next owner goes on "
+                "at %s, and may invoke with the same records",
+                *key,
+                "its invocation has ended" if calls else "all of it is committed",
+                self._committer.committed.get(key),
+            )
+            # The next owner writes what becomes of its records.
+            self._abandon(key)
+        self._leave(key)
+
+    def _leave(self, key: PartitionKey, lost: bool = False) -> None:
+        """Have nothing to do with a partition any more."""
+        assert self._members
+        self._reader.drop(key)
+        self._members.let_go([key])
+        del self._taken[key]
+        self._leaving.pop(key, None)
+        self._left[key] = lost
+        # The group takes back what is not there any more, too.
+        self._discovered = float("-inf")
+
+    def _clear_up(self) -> None:
+        """Forget what was left; if it is not there any more, that is to be said."""
+        if not self._left or self._discovered == float("-inf"):
+            return
+        there = {each.key for each in self._found}
+        if lost := [key for key, lost in self._left.items() if lost and key in there]:
+            _LOGGER.warning(
+                "this member of the group was not heard of in time, so others have %s-%d%s by now; "
+                "what is under way of that counts for nothing",
+                *lost[0],
+                f" and {len(lost) - 1} more partitions" if lost[1:] else "",
+            )
+        for key in list(self._left):
+            if key in there:
+                self._forget(key)
+            else:
+                self._reader.lose(key, self._source.gone(key), dropped=True)
+        self._left = {}
+
+    @property
+    def _rebalance_wait_secs(self) -> float:
+        assert self._members
+        wanted = self._config.run.rebalance_wait_secs
+        if wanted is None:
+            wanted = self._config.invoke.function.timeout_secs + _AFTER_SECS
+        return min(wanted, self._members.wait_secs)
+
+    def _forget(self, key: PartitionKey) -> None:
+        """Know nothing of a partition any more. What its calls still come to counts for nothing."""
+        self._abandon(key)
+        self._reader.release(key)
+        self._committer.forget(key)
+        self._missed.pop(key, None)
+        self._left.pop(key, None)
+
+    def _end_calls(self) -> None:
+        """Wait for the calls that are running, and be heard of meanwhile."""
+        self._invoker.stop()
+        deadline = self._timer() + self._config.invoke.function.timeout_secs + _AFTER_SECS
+        while self._members and not self._invoker.join(1.0) and self._timer() < deadline:
+            self._members.deal()
+
+    def _settle(self) -> None:
+        """Write again what could not be seen to its end, and be heard of meanwhile."""
+        deadline = self._timer() + OTHERS_MOST_SECS
+        while to_write_again(self._config.write) and self._timer() < deadline:
+            if self._members:
+                given = self._members.deal().given
+                for key in [key for key, each in self._taken.items() if given.get(key) != each]:
+                    self._abandon(key)
+            self._run_round([])
+            self._invoker.wait(lambda _: False, _LEAVE_SECS)
+
+    def _take_up(self, keys: list[PartitionKey]) -> None:
         """Begin with partitions, each where it was left, or where a new one begins."""
         if not keys:
             return
-        starts = self._source.starts(keys, at_start)
+        starts = self._source.starts(keys)
         marks = {
             key: self._config.lanes.marks(start.note, start.offset, start.end)
             for key, start in starts.items()
@@ -636,6 +813,7 @@ class Rounds:
     def _abandon(self, key: PartitionKey) -> None:
         for lane in range(self._config.lanes.count):
             self._invoker.abandon((*key, lane))
+        forget_partition(self._config.write, key)
 
     def _mend(self) -> None:
         """Go on with partitions whose next offset does not exist any more."""
@@ -664,25 +842,66 @@ class Rounds:
 
     def _ended(self) -> bool:
         """Whether nothing more is to come, or nothing more can."""
-        invoker = self._invoker
-        if invoker.has_work or invoker.has_finished:
+        standing = self._stand()
+        if standing != self._standing:
+            if standing.done and not self._standing.done:
+                self._done_since = self._timer()
+            self._standing = standing
+            if self._tell:
+                self._tell()
+        if self._tell or not standing.done or not (self._flush or standing.stopped):
             return False
+        if not standing.elsewhere:
+            return True
+        return self._flush and self._timer() - self._done_since > OTHERS_MOST_SECS
+
+    def _stand(self) -> Standing:
+        invoker = self._invoker
+        if invoker.has_work or invoker.has_finished or to_write_again(self._config.write):
+            return Standing()
         halted = {finished.key for finished in invoker.halted}
         lost = self._reader.lost.keys()
         stopped = halted | lost
-        if not stopped and not self._flush:
-            return False
+        if not stopped and not self._flush and self._reader.partitions:
+            return Standing()
         if (unsettled := self._unsettled - stopped) and unsettled - held_up(self._found, stopped):
-            return False
+            return Standing()
         going_on = [
             key
             for key in self._reader.partitions
             if key not in halted and key not in lost and not self._reader.is_dropped(key)
         ]
-        if (halted or lost) and not going_on:
-            # Of several processes another may go on, and partitions be found for this one.
-            return self._flush or self._share.count == 1
-        return self._flush and all(map(self._at_target, going_on))
+        if going_on and not (self._flush and all(map(self._at_target, going_on))):
+            return Standing()
+        if not going_on and not stopped and not (self._flush or self._members):
+            return Standing()
+        if self._members and self._found and not self._reader.partitions and self._may_join:
+            # Of several workers others may have all of it.
+            keys = frozenset(each.key for each in self._found)
+            return Standing(True, elsewhere=keys) if self._tell else Standing()
+        return Standing(True, bool(stopped), self._elsewhere())
+
+    @property
+    def _may_join(self) -> bool:
+        """Whether the group has had little time yet to give this member something."""
+        return self._timer() - self._joined < _JOIN_SECS
+
+    def _elsewhere(self) -> frozenset[PartitionKey]:
+        """Partitions that are not this process's and, in a run that ends, not done."""
+        if not self._members:
+            return frozenset()
+        here = set(self._reader.partitions) - self._leaving.keys() - self._left.keys()
+        keys = self._surveyed.union(each.key for each in self._found) - here
+        if not keys or not self._flush:
+            return keys
+        if self._timer() - self._asked < _OTHERS_SECS:
+            return self._standing.elsewhere & keys if self._standing.done else keys
+        self._asked = self._timer()
+        try:
+            return frozenset(self._source.unfinished(keys))
+        except SinkError as error:
+            _LOGGER.debug("asked again: %s", error)
+            return keys
 
     def _at_target(self, key: PartitionKey) -> bool:
         """Whether a run that ends has read what was there when it found the partition."""
@@ -697,8 +916,7 @@ class Rounds:
             each.key
             for each in self._found
             if not each.ended
-            and self._share.has(each.key)
-            and (each.key not in read or self._reader.has_ended(each.key))
+            and (self._reader.has_ended(each.key) if each.key in read else not self._members)
         }
 
     def _look_at_lags(self, every_secs: float = _LAGS_SECS) -> None:

@@ -1,9 +1,11 @@
-"""Workers: the rounds in several processes, each with its share of the partitions.
+"""Workers: the rounds in several processes, each a member of the consumer group.
 
 One interpreter runs one thread at a time, so one process uses little more than one processor. The
 workers are forked from a process that has imported everything and made nothing: they share its
-memory, and begin as soon as one would. They know nothing of each other; a partition belongs to one
-of them, so what holds for a partition holds as before.
+memory, and begin as soon as one would. They know nothing of each other; the group gives a partition
+to one of them, so what holds for a partition holds as before. They stay until all of them are done:
+who left before would hand over what it has stopped at. With `--max_workers` some come and go as
+`pipeline.run.scaling` says.
 """
 
 from __future__ import annotations
@@ -14,21 +16,27 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from time import monotonic
-from typing import Any
+from time import monotonic, process_time
+from typing import TYPE_CHECKING, Any
 
 from pipeline.options.config import Config
-from pipeline.run.rounds import Rounds, Share, Status, Totals
+from pipeline.run.rounds import OTHERS_MOST_SECS, Rounds, Standing, Status, Totals
+from pipeline.run.scaling import LOOK_SECS, Look, Machine, wanted_workers
 from transforms.errors import SinkError, WorkerError
 from transforms.invoke.failures import Trouble
 from transforms.names import NUMBERS
 from transforms.records import Finished
+
+if TYPE_CHECKING:
+    # What a worker is told: to stop, or how many invocations at once there may be, from and to.
+    Message = str | tuple[int, int]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -45,24 +53,36 @@ class Report:
         status: How its run stands.
         ended: Whether that is its last word.
         error: What ended its run, None if it came to its end.
+        used_secs: Processor time that it has used.
     """
 
     status: Status
     ended: bool = False
     error: BaseException | None = None
+    used_secs: float = 0.0
 
 
-def merge(statuses: Sequence[Status], elapsed_secs: float) -> Status:
-    """How the runs of all workers stand together. Pure."""
+def merge(statuses: Sequence[Status], elapsed_secs: float, left: Sequence[Status] = ()) -> Status:
+    """How the runs of all workers stand together. Pure.
+
+    Args:
+        statuses: Of those that there are.
+        elapsed_secs: Since the program began.
+        left: Of those that were taken away: what they have done counts.
+    """
     counters: Counter[str] = Counter()
     lags: dict[Any, int | None] = {}
     committed: dict[Any, int] = {}
-    for status in statuses:
+    for status in (*left, *statuses):
         counters.update(status.totals.counters)
-        lags |= status.lags
-        committed |= status.committed
+        if status not in left:
+            lags |= status.lags
+        # One may have had a partition before another.
+        committed |= {k: max(at, committed.get(k, at)) for k, at in status.committed.items()}
+    standings = [status.standing for status in statuses]
+    elsewhere = [standing.elsewhere for standing in standings]
     return Status(
-        totals=Totals(counters, sum(status.totals.rounds for status in statuses)),
+        totals=Totals(counters, sum(status.totals.rounds for status in (*left, *statuses))),
         in_flight=sum(status.in_flight for status in statuses),
         lags=lags,
         halted=[finished for status in statuses for finished in status.halted],
@@ -72,23 +92,43 @@ def merge(statuses: Sequence[Status], elapsed_secs: float) -> Status:
         # Not all of them need to have had their most at the same moment: it was that many or less.
         in_flight_max=sum(status.in_flight_max for status in statuses),
         breaker_open=any(status.breaker_open for status in statuses),
-        breaker_openings=sum(status.breaker_openings for status in statuses),
+        breaker_openings=sum(status.breaker_openings for status in (*left, *statuses)),
         begun=all(status.begun for status in statuses),
         trouble=Trouble.join([status.trouble for status in statuses]),
         names=next((status.names for status in statuses), NUMBERS),
+        standing=Standing(
+            all(standing.done for standing in standings),
+            any(standing.stopped for standing in standings),
+            elsewhere[0].intersection(*elsewhere) if elsewhere else frozenset(),
+        ),
+        workers=len(statuses),
     )
 
 
-def share_of(config: Config, share: Share) -> Config:
+def part_of(total: int, index: int, count: int) -> int:
+    """One of `count` parts of so many things; all parts together are the total. Pure."""
+    return total // count + (index < total % count)
+
+
+def member_of(config: Config, index: int, count: int) -> Config:
     """A worker's config: all of them together invoke no more at once than one process would."""
     invoke = config.invoke
     function = invoke.function
+    source = config.read.source.as_member(index)
+    most = part_of(function.max_concurrency, index, count)
     return replace(
         config,
+        read=replace(config.read, source=source),
+        write=replace(
+            config.write,
+            transaction=config.write.transaction
+            and replace(config.write.transaction, number=index),
+        ),
+        commit=replace(config.commit, source=source),
         invoke=replace(
             invoke,
-            function=replace(function, max_concurrency=share.part_of(function.max_concurrency)),
-            min_concurrency=max(1, share.part_of(invoke.min_concurrency)),
+            function=replace(function, max_concurrency=most),
+            min_concurrency=max(1, part_of(invoke.min_concurrency, index, count)),
         ),
     )
 
@@ -97,18 +137,21 @@ def share_of(config: Config, share: Share) -> Config:
 class _Worker:
     """One of the processes, as the first one sees it."""
 
+    index: int
     process: BaseProcess
     connection: Connection
+    leaves: bool = False
     report: Report = field(default_factory=lambda: Report(Status.of_nothing(0)))
 
 
 class Workers:
     """Runs the rounds in processes of their own.
 
-    Forks when it is made, so nothing that has threads or connections may have been made before.
+    Forks when it is made, so nothing that has connections may have been made before.
 
     Args:
-        config: What to run; `config.run.workers` says in how many processes.
+        config: What to run; `config.run.workers` says in how many processes, and
+            `config.run.max_workers` in how many at most.
         stop: Set from outside to end.
         started: When the program began, by `timer`.
         timer: Monotonic seconds.
@@ -121,27 +164,44 @@ class Workers:
         started: float,
         timer: Callable[[], float] = monotonic,
     ) -> None:
+        self._config = config
+        self._most = max(config.run.workers, config.run.max_workers or 0)
+        self._machine = Machine()
+        self._look_at = timer() + LOOK_SECS
+        self._look: Look | None = None
+        self._used_secs: dict[int, float] = {}
+        self._left: list[Status] = []
         self._stop = stop
         self._started = started
         self._timer = timer
         self._told = False
+        self._ends = config.run.until == "caught_up"
+        self._done_since: float | None = None
         self._error: BaseException | None = None
         self._workers: list[_Worker] = []
+        for _ in range(config.run.workers):
+            self._add(config.run.workers)
+
+    def _add(self, count: int) -> None:
+        """Fork one more, of so many."""
         fork = multiprocessing.get_context("fork")
-        count = config.run.workers
-        for index in range(count):
-            ours, theirs = fork.Pipe()
-            # What is open here is open there too, and would hide from the others that we are gone.
-            others = [ours, *(worker.connection for worker in self._workers)]
-            process = fork.Process(
-                target=_work,
-                args=(config, Share(index, count), started, theirs, others),
-                name=f"worker-{index}",
-                daemon=True,
-            )
+        taken = {worker.index for worker in self._workers}
+        index = min({*range(len(taken) + 1)} - taken)
+        ours, theirs = fork.Pipe()
+        # What is open here is open there too, and would hide from the others that we are gone.
+        others = [ours, *(worker.connection for worker in self._workers)]
+        process = fork.Process(
+            target=_work,
+            args=(member_of(self._config, index, count), index, self._started, theirs, others),
+            name=f"worker-{index}",
+            daemon=True,
+        )
+        with warnings.catch_warnings():
+            # There is the thread that shows progress by then, and it is nothing to the worker.
+            warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
-            theirs.close()
-            self._workers.append(_Worker(process, ours))
+        theirs.close()
+        self._workers.append(_Worker(index, process, ours))
 
     def run(self) -> Status:
         """Wait for the end of all workers.
@@ -155,8 +215,11 @@ class Workers:
                 for worker in running:
                     if worker.connection in ready:
                         self._take_in(worker)
-                if self._stop.is_set() or self._error or self._all_halted():
+                self._say_goodbye()
+                if self._stop.is_set() or self._error or self._all_done():
                     self._tell_all()
+                elif self._most > self._config.run.workers and self._timer() >= self._look_at:
+                    self._scale()
         finally:
             for worker in self._workers:
                 if not worker.report.ended:
@@ -168,8 +231,66 @@ class Workers:
 
     def status(self) -> Status:
         """How all of them stand together; may be called from another thread."""
-        statuses = [worker.report.status for worker in self._workers]
-        return merge(statuses, self._timer() - self._started)
+        statuses = [worker.report.status for worker in list(self._workers)]
+        return merge(statuses, self._timer() - self._started, list(self._left))
+
+    # -- more and fewer of them ------------------------------------------------------------
+
+    def _scale(self) -> None:
+        """Have as many as are wanted."""
+        self._look_at = self._timer() + LOOK_SECS
+        if any(worker.leaves for worker in self._workers):
+            return
+        look, before = self._look_around(), self._look
+        self._look = look
+        count = len(self._workers)
+        wanted, why = wanted_workers(look, before, count, self._config.run.workers, self._most)
+        if wanted == count:
+            return
+        _LOGGER.info("workers: %d in place of %d: %s", wanted, count, why)
+        for _ in range(count, wanted):
+            self._add(wanted)
+        for worker in self._workers[wanted:]:
+            worker.leaves = True
+            self._tell(worker, _STOP)
+        self._share_out(wanted)
+
+    def _look_around(self) -> Look:
+        status, used = self.status(), 0.0
+        for worker in self._workers:
+            secs = worker.report.used_secs
+            used += max(0.0, secs - self._used_secs.get(worker.index, 0.0))
+            self._used_secs[worker.index] = secs
+        known = [lag for lag in status.lags.values() if lag is not None]
+        calls = status.limit or 0
+        return Look(
+            lag=sum(known) if known and status.begun else None,
+            partitions=len(status.lags),
+            used=used / LOOK_SECS,
+            idle=self._machine.idle(),
+            # As many as may run are running, or a call waits for the breaker.
+            held_back=status.in_flight >= calls or status.breaker_open,
+        )
+
+    def _share_out(self, count: int) -> None:
+        """Say to each how many invocations at once are its part."""
+        stay = [worker for worker in self._workers if not worker.leaves]
+        for place, worker in enumerate(stay):
+            part = member_of(self._config, place, count).invoke
+            self._tell(worker, (part.min_concurrency, part.function.max_concurrency))
+
+    def _say_goodbye(self) -> None:
+        """Count only what they have done, of those that were taken away."""
+        for worker in [each for each in self._workers if each.leaves and each.report.ended]:
+            self._left.append(worker.report.status)
+            self._workers.remove(worker)
+            self._used_secs.pop(worker.index, None)
+            worker.process.join()
+            worker.connection.close()
+
+    def _tell(self, worker: _Worker, message: Message) -> None:
+        with suppress(OSError):  # it has ended
+            worker.connection.send(message)
 
     def _take_in(self, worker: _Worker) -> None:
         try:
@@ -198,14 +319,20 @@ class Workers:
             return
         self._told = True
         for worker in self._workers:
-            with suppress(OSError):  # it has ended
-                worker.connection.send(_STOP)
+            self._tell(worker, _STOP)
 
-    def _all_halted(self) -> bool:
-        """Whether every partition there is was stopped by a failure."""
+    def _all_done(self) -> bool:
+        """Whether nothing more is to come, or nothing more can; see `Rounds`."""
         status = self.status()
-        halted = {finished.key for finished in status.halted}
-        return status.begun and bool(halted) and halted >= set(status.lags)
+        standing = status.standing
+        if not (status.begun and standing.done and (self._ends or standing.stopped)):
+            self._done_since = None
+            return False
+        if not standing.elsewhere:
+            return True
+        if self._done_since is None:
+            self._done_since = self._timer()
+        return self._ends and self._timer() - self._done_since > OTHERS_MOST_SECS
 
 
 class _Line(logging.handlers.QueueHandler):
@@ -235,7 +362,7 @@ class _Line(logging.handlers.QueueHandler):
 
 
 def _work(
-    config: Config, share: Share, started: float, connection: Connection, others: list[Connection]
+    config: Config, index: int, started: float, connection: Connection, others: list[Connection]
 ) -> None:
     """The life of a worker."""
     for other in others:
@@ -248,6 +375,7 @@ def _work(
     stop = threading.Event()
     error: BaseException | None = None
     runs: list[Rounds] = []
+    allowed: list[tuple[int, int]] = []
 
     def status() -> Status:
         return _slim(runs[0].status()) if runs else Status.of_nothing(0)
@@ -255,22 +383,31 @@ def _work(
     def listen() -> None:
         while True:
             try:
-                if connection.poll(_REPORT_SECS) and connection.recv() == _STOP:
+                told = connection.recv() if connection.poll(_REPORT_SECS) else None
+                if told == _STOP:
                     stop.set()
-                line.say(Report(status()))
+                elif told:
+                    allowed[:] = [told]
+                if allowed and runs:
+                    runs[0].allow(*allowed.pop())
+                line.say(Report(status(), used_secs=process_time()))
             except (EOFError, OSError):
                 # Nobody is there any more. Who runs us again must not find us at work.
                 os._exit(1)
 
+    def tell() -> None:
+        with suppress(OSError):  # noticed by who listens
+            line.say(Report(status(), used_secs=process_time()))
+
     threading.Thread(target=listen, name="listen", daemon=True).start()
     try:
-        runs.append(Rounds(share_of(config, share), stop, started, share=share))
+        runs.append(Rounds(config, stop, started, tell=tell))
         runs[0].run()
     except SinkError as raised:
         error = raised
     except BaseException as raised:
-        _LOGGER.exception("a bug in worker %d", share.index)
-        error = WorkerError(f"worker-{share.index} failed: {type(raised).__name__}: {raised}")
+        _LOGGER.exception("a bug in worker %d", index)
+        error = WorkerError(f"worker-{index} failed: {type(raised).__name__}: {raised}")
     with suppress(OSError):
         line.say(Report(status(), ended=True, error=error))
 

@@ -13,7 +13,10 @@ LEFT_OUT = {
     "explain": "nobody sees what the launcher prints",
     "expansion_service": "the image brings its own",
     "summary": "the launcher ends when the job begins, so there is nothing to sum up",
+    "delivery": "streaming runners write at least once",
     "workers": "they are Dataflow's",
+    "max_workers": "they are Dataflow's",
+    "rebalance_wait_secs": "a job's partitions move to no other member of a group",
     "log_format": "the log is Cloud Logging's",
 }
 """Options that are no parameters of the template, and why."""

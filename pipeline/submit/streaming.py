@@ -252,7 +252,8 @@ class StreamRun:
     def _resolve(self, config: Config, stream: BeamReadConfig) -> Config:
         """What Beam's reader cannot do: find topics by regex, and begin where it is told to."""
         keys = self._source.partitions()
-        starts = self._source.starts(keys, at_start=True)
+        self._source.survey(keys)
+        starts = self._source.starts(keys)
         shared_committer(config.commit).commit({key: start.offset for key, start in starts.items()})
         topics = tuple(dict.fromkeys(topic for topic, _ in keys))
         as_source = AS_SOURCE in (getattr(self._beam, "experiments", None) or ())

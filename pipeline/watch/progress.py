@@ -42,6 +42,7 @@ def summary(status: Status) -> dict[str, Any]:
         "bisections": totals["invoke.bisections"],
         "throttles": totals["invoke.throttles"],
         "concurrency": {"limit": status.limit, "in_flight_max": status.in_flight_max},
+        "workers": status.workers,
         "breaker": {"open": status.breaker_open, "openings": status.breaker_openings},
         "filtered": totals["filter.filtered"],
         "halted": [_halt(finished, status.names) for finished in status.halted],

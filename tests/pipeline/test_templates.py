@@ -46,11 +46,15 @@ def deployment() -> dict[str, Any]:
         return yaml.load(file, _StrictLoader)
 
 
-@pytest.fixture
-def unit() -> ConfigParser:
+def _documents(name: str) -> list[dict[str, Any]]:
+    with (DIRECT / name).open(encoding="utf-8") as file:
+        return list(yaml.load_all(file, _StrictLoader))
+
+
+def _unit(name: str) -> ConfigParser:
     parser = ConfigParser(interpolation=None, strict=True, delimiters=("=",))
     parser.optionxform = str  # type: ignore[assignment,method-assign]
-    with (DIRECT / "beam-lambda-sink.service").open(encoding="utf-8") as file:
+    with (DIRECT / name).open(encoding="utf-8") as file:
         parser.read_file(file)
     return parser
 
@@ -67,7 +71,9 @@ def _check_arguments(arguments: list[str], stop_secs: int, monkeypatch: pytest.M
     assert config.run.until == "forever"
 
 
-def test_the_unit_fits_the_program(unit: ConfigParser, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["beam-lambda-sink.service", "beam-lambda-sink@.service"])
+def test_the_unit_fits_the_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = _unit(name)
     assert unit.sections() == ["Unit", "Service", "Install"]
     service = unit["Service"]
     program, *arguments = shlex.split(service["ExecStart"].replace("\\\n", " "))
@@ -86,12 +92,75 @@ def test_the_deployment_fits_the_program(
 ) -> None:
     assert (deployment["apiVersion"], deployment["kind"]) == ("apps/v1", "Deployment")
     spec = deployment["spec"]
-    # Never two processes with one consumer group.
-    assert spec["replicas"] == 1
-    assert spec["strategy"] == {"type": "Recreate"}
+    # Who has partitions gives them up only when another is there.
+    assert spec["replicas"] == 2
+    assert spec["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
+    }
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     _check_arguments(container["args"], pod["terminationGracePeriodSeconds"], monkeypatch)
+
+
+def test_the_units_differ_in_the_instance_only() -> None:
+    one, several = _unit("beam-lambda-sink.service"), _unit("beam-lambda-sink@.service")
+    instance = several["Service"].pop("Environment")
+    assert several["Unit"].pop("Description") == one["Unit"].pop("Description") + ", instance %i"
+    assert one == several
+    name, value = instance.split("=")
+    assert "%i" in value
+    properties = PROPERTIES.read_text(encoding="utf-8")
+    assert f"#group.instance.id=${{env:{name}}}" in properties
+    settings = parse_properties(
+        properties.replace("#group.instance", "group.instance"), ENVIRONMENT | {name: "m-1"}
+    )
+    assert settings["group.instance.id"] == "m-1"
+
+
+def test_what_scales_fits_the_deployment(deployment: dict[str, Any]) -> None:
+    """And the options that it has of the group."""
+    name = deployment["metadata"]["name"]
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    given = dict(each.removeprefix("--").partition("=")[::2] for each in container["args"])
+    (budget,) = _documents("disruption-budget.yaml")
+    assert (budget["apiVersion"], budget["kind"]) == ("policy/v1", "PodDisruptionBudget")
+    assert budget["spec"]["maxUnavailable"] == 1 < deployment["spec"]["replicas"]
+    assert budget["spec"]["selector"] == deployment["spec"]["selector"]
+
+    (scaler,) = _documents("autoscaler.yaml")
+    assert (scaler["apiVersion"], scaler["kind"]) == ("autoscaling/v2", "HorizontalPodAutoscaler")
+    assert scaler["spec"]["scaleTargetRef"] == {
+        "apiVersion": deployment["apiVersion"],
+        "kind": deployment["kind"],
+        "name": name,
+    }
+    (metric,) = scaler["spec"]["metrics"]
+    # A share of what is requested, so that has to be there.
+    assert metric["resource"]["name"] in container["resources"]["requests"]
+    assert scaler["spec"]["minReplicas"] == deployment["spec"]["replicas"]
+
+    login, scaled = _documents("keda.yaml")
+    assert [each["kind"] for each in (login, scaled)] == ["TriggerAuthentication", "ScaledObject"]
+    assert scaled["spec"]["scaleTargetRef"] == {"name": name}
+    (environment,) = container["envFrom"]
+    for each in login["spec"]["secretTargetRef"]:
+        assert each["name"] == environment["secretRef"]["name"]
+        assert each["key"] in ENVIRONMENT
+    (trigger,) = scaled["spec"]["triggers"]
+    assert trigger["authenticationRef"]["name"] == login["metadata"]["name"]
+    facts = trigger["metadata"]
+    assert facts["bootstrapServers"] == given["kafka_bootstrap_servers"]
+    assert facts["consumerGroup"] == given["consumer_group"]
+    assert facts["topic"] == given["topics"]
+    assert "starting_position" not in given and facts["offsetResetPolicy"] == "earliest"
+    settings = parse_properties(PROPERTIES.read_text(encoding="utf-8"), ENVIRONMENT)
+    assert (
+        settings["sasl.mechanisms"].replace("-", "_").replace("SHA_", "SHA").lower()
+        == (facts["sasl"])
+    )
+    assert settings["security.protocol"] == "SASL_SSL" and facts["tls"] == "enable"
 
 
 def test_the_parts_of_the_deployment_fit_each_other(deployment: dict[str, Any]) -> None:
@@ -123,7 +192,7 @@ def test_the_properties_need_just_the_environment_that_is_given() -> None:
     settings = parse_properties(text, ENVIRONMENT)
     assert settings["sasl.username"] == "someone"
     assert settings["sasl.password"] == "a=secret"
-    assert set(re.findall(r"\$\{env:(\w+)\}", text)) - {"NAME"} == set(ENVIRONMENT)
+    assert set(re.findall(r"\$\{env:(\w+)\}", text)) - {"NAME", "INSTANCE"} == set(ENVIRONMENT)
 
 
 def test_librdkafka_takes_the_properties(monkeypatch: pytest.MonkeyPatch) -> None:

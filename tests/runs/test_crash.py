@@ -13,6 +13,7 @@ from pipeline.local.broker import KafkaBroker
 from pipeline.local.faults import slow
 from tests.conftest import Names
 from tests.sink import (
+    SAME_MEMBER,
     Invocation,
     Partition,
     answered,
@@ -55,6 +56,7 @@ def test_killed_ten_times_nothing_is_lost(broker: KafkaBroker, names: Names) -> 
         "consumer_group": group,
         "response_topic": responses,
         "batch_size": 10,
+        "kafka_config_file": SAME_MEMBER,
     }
     for kill in range(KILLS):
         calls_wanted = chance.randrange(1, 120)

@@ -15,6 +15,7 @@ from pipeline.local.broker import KafkaBroker
 from pipeline.local.faults import drop_connection, slow, throttle, unavailable
 from tests.conftest import Names
 from tests.sink import (
+    SAME_MEMBER,
     Coordinates,
     Invocation,
     Partition,
@@ -218,6 +219,7 @@ def test_killed_again_and_again_lanes_lose_nothing_and_keep_order(
         "batch_size": lanes.run,
         "parallelization_factor": lanes.count,
         "workers": 1 + seed % 3,
+        "kafka_config_file": SAME_MEMBER,
     }
     # A server for each attempt: what one of a killed run still reads is no call of the next one's.
     attempts: list[list[Invocation]] = []

@@ -250,8 +250,12 @@ def test_where_no_redrive_is_known_one_begins_only_if_told_to(
 
 def test_one_process_redrives(broker: KafkaBroker, names: Names) -> None:
     """More are refused, not taken and ignored."""
-    ended = Failing(broker, names).redrive(None, 2, workers=4)
+    topics = Failing(broker, names)
+    ended = topics.redrive(None, 2, workers=4)
     assert ended.errors == ["error: --workers=4: redrive runs in one process; give --workers=1"]
+    ended = topics.redrive(None, 2, delivery="exactly_once")
+    (error,) = ended.errors
+    assert error.startswith("error: --delivery=exactly_once: redrive writes at least once")
 
 
 def test_a_record_in_two_error_records_is_sent_once(broker: KafkaBroker, names: Names) -> None:

@@ -19,6 +19,7 @@ from pipeline.local.faults import unavailable
 from tests import ROOT
 from tests.conftest import Names
 from tests.sink import (
+    SAME_MEMBER,
     answered,
     arguments,
     assert_caught_up,
@@ -142,6 +143,7 @@ def test_latest_misses_nothing_that_comes_after_the_start(
         "response_topic": responses,
         "starting_position": "LATEST",
         "until": "forever",
+        "kafka_config_file": SAME_MEMBER,
     }
     with serve() as server:
         with start(broker, server, **options) as sink:

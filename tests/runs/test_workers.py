@@ -17,8 +17,10 @@ from tests import ROOT
 from tests.conftest import Names
 from tests.pipeline.test_docs import example
 from tests.sink import (
+    SAME_MEMBER,
     Sink,
     answered,
+    arguments,
     assert_answers_match,
     assert_caught_up,
     assert_exactly_once,
@@ -26,6 +28,7 @@ from tests.sink import (
     assert_one_at_a_time,
     assert_rising,
     by_partition,
+    environment,
     invocations,
     is_there,
     numbered,
@@ -35,7 +38,7 @@ from tests.sink import (
     start,
 )
 
-PAGE = ROOT / "docs" / "workers.md"
+PAGE = ROOT / "docs" / "scaling.md"
 
 
 def _workers(sink: Sink) -> list[int]:
@@ -168,7 +171,7 @@ def test_killed_again_and_again_no_worker_stays_and_nothing_is_lost(
 ) -> None:
     """A worker that outlived its run would call the function beside the next one."""
     chance = random.Random(seed)
-    topics["workers"] = 2 + seed
+    topics |= {"workers": 2 + seed, "kafka_config_file": SAME_MEMBER}
     with serve(faults=[slow(0.03, times=None)]) as server:
         for _ in range(3):
             wanted = len(server.calls) + chance.randrange(3, 25)
@@ -231,6 +234,46 @@ def test_partitions_made_later_are_found_by_their_worker(
     found = by_partition(answered(broker, topics["response_topic"]))
     assert found == {(topic, p): list(range(50 if p == 0 else 20)) for p in range(4)}
     assert_caught_up(broker, topics["consumer_group"], topic)
+
+
+# The minutes are seconds, and what is wanted does not hang on how busy this machine is.
+_IN_SECONDS = """
+import sys
+from pipeline import cli
+from pipeline.run import workers
+looks = iter([1, 3, 3, 3, 3])
+workers.LOOK_SECS = 2.0
+workers.wanted_workers = lambda now, before, count, least, most: (next(looks, least), "a test")
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_workers_come_and_go(broker: KafkaBroker, topics: dict[str, Any]) -> None:
+    """More of them, then fewer: they share the partitions and the invocations, and what those have
+    done that went is counted."""
+    topics |= {"workers": 1, "max_workers": 3, "max_concurrency": 9, "until": "forever"}
+    with (
+        serve(faults=[slow(0.05, times=None)]) as server,
+        Sink(arguments(broker, server, **topics), environment(), ("-c", _IN_SECONDS)) as sink,
+    ):
+        sink.until(lambda: "workers: 3 in place of 1: a test" in sink.stderr, "none has come")
+        sink.until(lambda: len(_workers(sink)) == 3, "none has come")
+        first, *_ = _workers(sink)
+        sink.until(lambda: "workers: 1 in place of 3: a test" in sink.stderr, "none has gone")
+        sink.until(lambda: len(_workers(sink)) == 1, "they stay")
+        assert _workers(sink) == [first]
+        broker.produce(topics["topics"], numbered(4, 20))
+        sink.until(lambda: len(answered(broker, topics["response_topic"])) == 1280, "no answers")
+        sink.send(signal.SIGTERM)
+        ended = sink.wait()
+        calls = invocations(server)
+
+    _assert_done(broker, topics)
+    assert_one_at_a_time(calls)
+    assert_in_order(calls)
+    summary = ended.summary
+    assert (summary["records"], summary["workers"]) == (1280, 1)
+    assert summary["concurrency"]["limit"] == 9
 
 
 def test_what_keeps_all_from_beginning_is_said_once(

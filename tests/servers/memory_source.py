@@ -98,6 +98,12 @@ class MemorySource:
             [row for row in STREAMS[key[0]].shards[key[1]].rows if row.number in wanted]
         )
 
+    def members(self) -> None:
+        return None
+
+    def as_member(self, number: int) -> MemorySource:
+        return self
+
     @property
     def label(self) -> dict[str, str]:
         return {"stream": self.name}
@@ -124,6 +130,10 @@ class MemoryFetcher:
     def assign_again(self, key: PartitionKey, position: int) -> None:
         self._positions[key] = position
         self._paused.discard(key)
+
+    def unassign(self, keys: Collection[PartitionKey]) -> None:
+        for key in keys:
+            del self._positions[key]
 
     def pause(self, keys: Collection[PartitionKey]) -> None:
         self._paused |= set(keys)
@@ -208,7 +218,13 @@ class MemoryPartitions:
     def gone(self, key: PartitionKey) -> SinkError:
         return SinkError(f"shard {key[1]} is gone")
 
-    def starts(self, keys: list[PartitionKey], at_start: bool) -> dict[PartitionKey, Start]:
+    def survey(self, keys: list[PartitionKey]) -> None:
+        pass
+
+    def unfinished(self, keys: Collection[PartitionKey]) -> set[PartitionKey]:
+        return set()
+
+    def starts(self, keys: list[PartitionKey]) -> dict[PartitionKey, Start]:
         found = {}
         for key in keys:
             self._stream.begun.append(key[1])

@@ -93,17 +93,31 @@ class _CommitBundleFn(beam.DoFn):
 
 
 class _CommitFn(_CommitBundleFn):
-    """In rounds nobody waits for the answer: the next round begins meanwhile."""
+    """In rounds nobody waits for the answer: the next round begins meanwhile. Where outcomes are
+    written in a transaction it ends here."""
+
+    def __init__(self, config: CommitConfig) -> None:
+        super().__init__(config)
+        self._written: set[PartitionKey] = set()
+
+    def start_bundle(self) -> None:
+        super().start_bundle()
+        self._written = set()
 
     def _commit(self, committer: Committer) -> None:
-        if self._next_offsets:
-            committer.put(
-                {key: (offset, self._notes[key]) for key, offset in self._next_offsets.items()}
-            )
+        put = {key: (offset, self._notes[key]) for key, offset in self._next_offsets.items()}
+        if self._config.settles and self._written:
+            if not committer.settle(put, self._written):
+                self._next_offsets = {}
+        elif put:
+            committer.put(put)
 
     def process(self, progress: Progress) -> Iterable[Any]:
         key = (progress.topic, progress.partition)
+        self._written.add(key)
         done = shared_committer(self._config).done
+        if not done.marks(key):
+            return ()  # another process has it by now, and takes it on from what was committed
         done.add(progress)
         # Also if it is where it was: another lane may be further.
         marks = done.marks(key)

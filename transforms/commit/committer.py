@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -14,7 +14,7 @@ from transforms.commit.contiguous import ContiguousOffsets
 from transforms.lanes import Lanes
 from transforms.per_process import per_process
 from transforms.records import PartitionKey
-from transforms.source import Source
+from transforms.source import Source, TransactionalStore
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -36,12 +36,14 @@ class CommitConfig:
             a streaming run that ends: there each is committed once more at the end, and a timer
             that is set far ahead would keep the run from ending.
         interval_secs: How long, at least, is between two commits of what rounds have finished.
+        settles: Whether positions are kept together with what is written of their records.
     """
 
     source: Source
     lanes: Lanes = Lanes()
     refresh_secs: float | None = REFRESH_SECS
     interval_secs: float = INTERVAL_SECS
+    settles: bool = False
 
 
 class Committer:
@@ -68,8 +70,9 @@ class Committer:
         self._one = threading.Lock()
         self._changed = threading.Condition()
         self._put: dict[PartitionKey, tuple[int, str]] = {}
+        self._working: dict[PartitionKey, tuple[int, str]] = {}
         self._thread: threading.Thread | None = None
-        self._committing = self._flushing = False
+        self._flushing = False
         self._problem: BaseException | None = None
         self.done = ContiguousOffsets()
         self.committed: dict[PartitionKey, int] = {}
@@ -78,6 +81,22 @@ class Committer:
         """Say where each lane of a partition begins; nothing is committed by that."""
         self.done.begin(key, marks)
         self.committed[key] = min(marks)
+
+    def forget(self, key: PartitionKey) -> None:
+        """Commit nothing more of a partition, until `begin`."""
+        # A commit that is under way is waited for: it must not come behind another owner's.
+        with self._one, self._changed:
+            self._put.pop(key, None)
+            self._working.pop(key, None)
+            self._notes.pop(key, None)
+            self.committed.pop(key, None)
+            self.done.forget(key)
+            self._changed.notify_all()
+
+    def holds(self, key: PartitionKey) -> bool:
+        """Whether something of a partition was put and is not committed yet."""
+        with self._changed:
+            return key in self._put or key in self._working
 
     def commit(
         self,
@@ -93,19 +112,51 @@ class Committer:
         Raises:
             SinkError: They cannot be kept, or the source's store stays away.
         """
-        if not next_offsets:
-            return
+        self._commit({key: (at, metadata.get(key, "")) for key, at in next_offsets.items()})
+
+    def _commit(self, put: dict[PartitionKey, tuple[int, str]]) -> None:
+        """Commit what is in it each time that is tried: `forget` takes out of it."""
         deadline = self._timer() + _RETRY_SECS
-        while True:
+        while put:
             with self._one:
-                why = self._store.commit(next_offsets, metadata, self._timer() >= deadline)
+                offsets = {key: offset for key, (offset, _) in put.items()}
+                notes = {key: note for key, (_, note) in put.items()}
+                why = self._store.commit(offsets, notes, self._timer() >= deadline)
                 if why is None:
-                    self.committed.update(next_offsets)
-                    for key in next_offsets:
-                        self._notes[key] = metadata.get(key, "")
+                    self.committed.update(offsets)
+                    self._notes.update(notes)
                     return
             _LOGGER.warning("commit to %s is repeated: %s", self._ledger, why)
             time.sleep(0.5)
+
+    def settle(
+        self,
+        next_offsets: Mapping[PartitionKey, tuple[int, str]],
+        written: Collection[PartitionKey],
+    ) -> bool:
+        """Commit together with what was written, and wait for the answer.
+
+        Args:
+            next_offsets: By partition, each with what to keep beside it.
+            written: Partitions of which something was written.
+
+        Returns:
+            Whether it is done; else nothing is to be seen of what was written.
+
+        Raises:
+            SinkError: It is not known.
+        """
+        assert isinstance(self._store, TransactionalStore)
+        offsets = {key: offset for key, (offset, _) in next_offsets.items()}
+        notes = {key: note for key, (_, note) in next_offsets.items()}
+        with self._one:
+            why = self._store.settle(offsets, notes, written)
+            if why is None:
+                self.committed.update(offsets)
+                self._notes.update(notes)
+                return True
+        _LOGGER.warning("what was written is not to be seen, and is written again: %s", why)
+        return False
 
     def put(self, next_offsets: Mapping[PartitionKey, tuple[int, str]]) -> None:
         """Have offsets committed soon, by a thread of the committer's own.
@@ -138,7 +189,7 @@ class Committer:
         with self._changed:
             self._flushing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not (self._put or self._committing) or self._problem)
+            self._changed.wait_for(lambda: not (self._put or self._working) or self._problem)
             self._flushing = False
             self._raise_problem()
 
@@ -151,14 +202,10 @@ class Committer:
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._put)
-                    put, self._put = self._put, {}
-                    self._committing = True
-                self.commit(
-                    {key: offset for key, (offset, _) in put.items()},
-                    {key: note for key, (_, note) in put.items()},
-                )
+                    self._working, self._put = self._put, {}
+                self._commit(self._working)
                 with self._changed:
-                    self._committing = False
+                    self._working = {}
                     self._changed.notify_all()
                     self._changed.wait_for(lambda: self._flushing, self._interval_secs)
         except BaseException as error:

@@ -25,6 +25,11 @@ class ContiguousOffsets:
         for lane in range(len(marks)):
             self._advance(key, lane)
 
+    def forget(self, key: PartitionKey) -> None:
+        """Know nothing of a partition any more."""
+        for lane in range(len(self._marks.pop(key, ()))):
+            self._held.pop((*key, lane), None)
+
     def marks(self, key: PartitionKey) -> Sequence[int]:
         """How far each lane of a partition is done; empty until `begin`."""
         return self._marks.get(key, ())

@@ -37,6 +37,12 @@ class ConcurrencyLimit:
         self._throttled_at = math.inf
         self._cuts = 0
 
+    def bound(self, minimum: int, maximum: int) -> None:
+        """Bound it otherwise from here on. Where nothing was throttled it is the new maximum."""
+        unhurt = self._limit == self._maximum
+        self._minimum, self._maximum = minimum, maximum
+        self._limit = min(float(maximum), maximum if unhurt else max(self._limit, minimum))
+
     @property
     def allowed(self) -> int:
         """Calls at once, from the minimum to the maximum."""

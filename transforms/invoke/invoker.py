@@ -92,6 +92,12 @@ class _Partition:
 
     lanes: dict[int, _Queue] = field(default_factory=dict)
     halted: Finished | None = None
+    retired: bool = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no further call may begin."""
+        return self.retired or self.halted is not None
 
 
 @dataclass(slots=True, eq=False)
@@ -229,7 +235,7 @@ class Invoker:
         with self._changed:
             for batch in batches:
                 partition = self._partitions.setdefault(batch.key, _Partition())
-                if partition.halted or self._stopping:
+                if partition.stopped or self._stopping:
                     continue
                 queue = partition.lanes.setdefault(batch.lane, _Queue(batch.lane_key, partition))
                 queue.batches.append(batch)
@@ -237,6 +243,13 @@ class Invoker:
                 queue.records += records
                 queue.bytes += size
                 self._schedule(queue)
+
+    def allow(self, min_concurrency: int, max_concurrency: int) -> None:
+        """Make so many calls at once from here on."""
+        with self._changed:
+            self._max_concurrency = max_concurrency
+            self._limit.bound(min_concurrency, max_concurrency)
+            self._wake()
 
     def collect(self) -> list[Finished]:
         """Take everything that has finished since the last call, in order per lane."""
@@ -271,6 +284,21 @@ class Invoker:
             self._halt(partition, finished)
             self._changed.notify_all()
 
+    def retire(self, key: PartitionKey) -> None:
+        """Begin no further call of a partition. What runs ends, what waits is left where it stands,
+        with the records it has done; then there are no batches of it any more, and what has
+        finished can be collected. `abandon` takes it back."""
+        with self._changed:
+            partition = self._partitions.setdefault(key, _Partition())
+            partition.retired = True
+            self._cut_off(partition)
+            self._changed.notify_all()
+
+    def has_finished_of(self, key: PartitionKey) -> bool:
+        """Whether there is anything of a partition to collect."""
+        with self._changed:
+            return any(finished.key == key for finished in self._finished)
+
     def abandon(self, key: LaneKey, lift_halt: bool = True) -> None:
         """Forget a lane: what has not begun never does, what is running counts for nothing.
 
@@ -285,7 +313,7 @@ class Invoker:
             partition = self._partitions.get((topic, partition_number))
             if partition:
                 if lift_halt:
-                    partition.halted = None
+                    partition.halted, partition.retired = None, False
                 if lane in partition.lanes:
                     self._abandon(partition.lanes[lane])
             dropped = [finished for finished in self._finished if finished.lane_key == key]
@@ -582,7 +610,7 @@ class Invoker:
         return following
 
     def _goes_on(self, queue: _Queue) -> bool:
-        return not (self._ending or queue.partition.halted or queue.abandoned)
+        return not (self._ending or queue.partition.stopped or queue.abandoned)
 
     def _put_aside(self, queue: _Queue) -> bool:
         """Whether a queue's next call must not begin now; then somebody takes it up later."""
@@ -802,7 +830,7 @@ class Invoker:
             self._break(delivery.config_error)
         elif finished.halted or queue.partition.halted:
             self._halt(queue.partition, finished)
-        else:
+        elif not queue.partition.retired:
             self._pass_on(queue)
         self._changed.notify_all()
 
@@ -820,6 +848,10 @@ class Invoker:
                 partition.halted = finished
             return
         partition.halted = finished
+        self._cut_off(partition)
+
+    def _cut_off(self, partition: _Partition) -> None:
+        """Take all that has not begun out of a partition's queues. Holds the lock."""
         queues = partition.lanes.values()
         idle = [queue for queue in self._ready if queue in queues]
         idle += [queue for queue in queues if queue.waiting]

@@ -51,6 +51,19 @@ _RIGHTS = {
     ErrorCode.CLUSTER_AUTHORIZATION_FAILED: "kafka-cluster:WriteDataIdempotently",
 }
 
+# Settings of a consumer as a member of its group.
+_OF_MEMBERS = frozenset(
+    {
+        "group.instance.id",
+        "group.protocol",
+        "group.remote.assignor",
+        "heartbeat.interval.ms",
+        "max.poll.interval.ms",
+        "partition.assignment.strategy",
+        "session.timeout.ms",
+    }
+)
+
 _WARN_SECS = 30.0
 _LOOK_SECS = 5.0
 _NOT_SET = "OAuth token not set"
@@ -78,8 +91,8 @@ class KafkaConfig:
     access: tuple[Access, ...] = ()
 
 
-def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
-    """Settings of one client: the common ones, then those with its prefix.
+def client_settings(config: KafkaConfig, *prefixes: str) -> dict[str, Any]:
+    """Settings of one client: the common ones, then those with its prefixes.
 
     With IAM, what makes tokens is among them, and with a password what looks for another one when
     it is refused; both belong to this process.
@@ -101,7 +114,7 @@ def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
         properties = load_properties(config.config_file)
         common = {k: v for k, v in properties.items() if not k.startswith(PREFIXES)}
         settings = put_over(settings, common)
-        if prefix:
+        for prefix in prefixes:
             own = {k[len(prefix) :]: v for k, v in properties.items() if k.startswith(prefix)}
             settings = put_over(settings, own)
     try:
@@ -111,7 +124,7 @@ def client_settings(config: KafkaConfig, prefix: str = "") -> dict[str, Any]:
     if tokens:
         settings["oauth_cb"] = per_process(IamLogin, tokens)
     if "sasl.password" in settings:
-        settings["error_cb"] = ErrorLog(again=partial(client_settings, config, prefix))
+        settings["error_cb"] = ErrorLog(again=partial(client_settings, config, *prefixes))
     return settings
 
 
@@ -171,11 +184,26 @@ class _Admin(AdminClient):
     """A client that asks."""
 
 
-def make_consumer(config: KafkaConfig, **defaults: Any) -> confluent_kafka.Consumer:
-    """A consumer that is never subscribed: it reads and commits what it is told to.
+def instance_id(settings: Mapping[str, Any], number: int) -> str | None:
+    """The name that a member keeps when it is started again; None if it has none. Pure.
+
+    Args:
+        settings: The user's.
+        number: Which of the members that have the same settings it is.
+    """
+    name = settings.get("group.instance.id")
+    return f"{name}-{number}" if name and number else name
+
+
+def make_consumer(
+    config: KafkaConfig, member: Mapping[str, Any] | None = None, **defaults: Any
+) -> confluent_kafka.Consumer:
+    """A consumer that reads and commits what it is told to.
 
     Args:
         config: The cluster, the group and the settings file.
+        member: Settings of one that will be subscribed, which the file may not change. None for
+            one that never is: what the file says of a member does not concern it.
         defaults: Settings that the file may change.
 
     Raises:
@@ -189,7 +217,10 @@ def make_consumer(config: KafkaConfig, **defaults: Any) -> confluent_kafka.Consu
         "auto.offset.reset": "error",
         "enable.partition.eof": True,
     }
-    return _client(_Consumer, defaults | client_settings(config) | ours)
+    given = client_settings(config)
+    if member is None:
+        given = {name: value for name, value in given.items() if name not in _OF_MEMBERS}
+    return _client(_Consumer, defaults | given | ours | dict(member or {}))
 
 
 def make_admin(config: KafkaConfig) -> AdminClient:

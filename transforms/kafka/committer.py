@@ -1,4 +1,4 @@
-"""Committer: offsets of a consumer group that no consumer of ours is subscribed to."""
+"""Committer: offsets of a consumer group of which we are no member; `members` has the others."""
 
 from __future__ import annotations
 
@@ -68,13 +68,18 @@ def final_problem(error: KafkaException, kafka: KafkaConfig, late: bool) -> Kafk
     """
     code, group = error.args[0].code(), kafka.group
     if code in _FOREIGN_MEMBER:
-        return KafkaError(
-            f"offsets of --consumer_group={group} cannot be committed: the group has active "
-            f"members ({reason(error)}); stop the other consumer or use another group"
-        )
+        return foreign_members(kafka, reason(error))
     if late or code == ErrorCode.GROUP_AUTHORIZATION_FAILED:
         return KafkaError(
             f"offsets of --consumer_group={group} cannot be committed to "
             f"{describe(kafka)}: {reason(error)}"
         )
     return None
+
+
+def foreign_members(kafka: KafkaConfig, why: str) -> KafkaError:
+    """What to end with when another program has the group. Pure."""
+    return KafkaError(
+        f"offsets of --consumer_group={kafka.group} cannot be committed: the group has active "
+        f"members ({why}); stop the other consumer or use another group"
+    )

@@ -1,4 +1,4 @@
-"""Fetch: one consumer for all partitions of a process, assigned and never subscribed."""
+"""Fetch: one consumer for all partitions of a process. It is told which; see `members`."""
 
 from __future__ import annotations
 
@@ -62,6 +62,13 @@ class KafkaFetcher:
     def assign_again(self, key: PartitionKey, position: int) -> None:
         self.consumer.incremental_unassign([TopicPartition(*key)])
         self.consumer.incremental_assign([TopicPartition(*key, position)])
+
+    def unassign(self, keys: Collection[PartitionKey]) -> None:
+        self._assigned -= set(keys)
+        partitions = [TopicPartition(*key) for key in keys]
+        # A pause outlives an assignment: it would still hold when they are assigned again.
+        self.consumer.resume(partitions)
+        self.consumer.incremental_unassign(partitions)
 
     def pause(self, keys: Collection[PartitionKey]) -> None:
         self.consumer.pause([TopicPartition(*key) for key in keys])

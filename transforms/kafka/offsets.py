@@ -32,7 +32,9 @@ from transforms.kafka.client import (
 )
 from transforms.kafka.committer import GroupOffsets
 from transforms.kafka.fetch import KafkaFetcher, fetch_again
+from transforms.kafka.members import Member, MemberConfig, shared_member
 from transforms.kafka.messages import PartitionError
+from transforms.kafka.transaction import TransactionConfig
 from transforms.names import NUMBERS, Names
 from transforms.records import PartitionKey, Records
 from transforms.source import Detour, Fetcher, Found, Start
@@ -40,6 +42,8 @@ from transforms.source import Detour, Fetcher, Found, Start
 _LOGGER = logging.getLogger(__name__)
 
 _TIMEOUT_SECS = 15.0
+# For a transaction that somebody left open who is gone: at the start; and while others wait.
+_OPEN_SECS, _OPEN_LOOK_SECS = 90.0, 1.0
 LOOK_SECS = 3.0
 TRIM_HORIZON, LATEST, AT_TIMESTAMP = "TRIM_HORIZON", "LATEST", "AT_TIMESTAMP"
 
@@ -58,6 +62,8 @@ class SourceConfig:
         topics_regex: Regex for whole topic names, or None.
         starting_position: For partitions without a committed offset.
         starting_timestamp_ms: With AT_TIMESTAMP.
+        member: Which of this machine's members of the group it is; None to be none, and read all.
+        transaction: What is written in one together with offsets; None if nothing is.
     """
 
     kafka: KafkaConfig
@@ -65,6 +71,8 @@ class SourceConfig:
     topics_regex: str | None = None
     starting_position: str = TRIM_HORIZON
     starting_timestamp_ms: int | None = None
+    member: int | None = None
+    transaction: TransactionConfig | None = None
 
     def fetcher(self) -> KafkaFetcher:
         return KafkaFetcher(self.kafka)
@@ -73,8 +81,17 @@ class SourceConfig:
         assert isinstance(fetcher, KafkaFetcher)
         return SourceOffsets(self, fetcher.consumer)
 
-    def store(self) -> GroupOffsets:
-        return GroupOffsets(self.kafka)
+    def store(self) -> GroupOffsets | Member:
+        return self.members() or GroupOffsets(self.kafka)
+
+    def members(self) -> Member | None:
+        if self.member is None:
+            return None
+        return shared_member(MemberConfig(self.kafka, self.member, self.transaction))
+
+    def as_member(self, number: int) -> SourceConfig:
+        transaction = self.transaction and replace(self.transaction, number=number)
+        return replace(self, member=number, transaction=transaction)
 
     def fetch_again(self, key: PartitionKey, offsets: Sequence[int]) -> Records | None:
         return fetch_again(self.kafka, key, offsets)
@@ -182,6 +199,11 @@ class SourceOffsets:
         self._has_controller = False
         # Where the partitions ended when they were begun.
         self._targets: dict[PartitionKey, int] = {}
+        # Where those begin that were there at the start and that nothing is committed of.
+        self._begins: dict[PartitionKey, int] = {}
+        # Of those, the ones that others of their topic have an offset for, and of how many.
+        self._gaps: dict[PartitionKey, int] = {}
+        self._added: set[PartitionKey] = set()
 
     def find(self, quick: bool = False) -> list[Found]:
         """See `Partitions.find`."""
@@ -223,6 +245,9 @@ class SourceOffsets:
         ids = self.topic_ids(topics, LOOK_SECS if quick else _TIMEOUT_SECS)
         anew = {topic for topic, id in ids.items() if self._topic_ids.get(topic, id) != id}
         self._topic_ids |= ids
+        for known in (self._begins, self._gaps, self._targets):
+            for key in [key for key in known if key[0] in anew]:
+                del known[key]
         return anew
 
     def gone(self, key: PartitionKey) -> KafkaError:
@@ -231,7 +256,7 @@ class SourceOffsets:
 
     def caught_up(self, key: PartitionKey, position: int) -> bool:
         """Whether a position is where the partition ended when it was begun, or behind it."""
-        return position >= self._targets[key]
+        return position >= self._targets.get(key, 0)
 
     def restarts(self, positions: Mapping[PartitionKey, int]) -> dict[PartitionKey, int]:
         """See `Partitions.restarts`."""
@@ -282,62 +307,74 @@ class SourceOffsets:
             )
         return partitions_of(metadata, topics)
 
-    def starts(self, keys: list[PartitionKey], at_start: bool) -> dict[PartitionKey, Start]:
-        """Where to begin with partitions; where they end now counts as caught up.
-
-        Args:
-            keys: The partitions.
-            at_start: False for partitions found later: all their records came after the
-                start, so they begin at their first one whatever the starting position.
-        """
-        known = self.committed(keys)
-        committed = {key: offset for key, (offset, _) in known.items()}
-        if at_start and self._config.starting_position != LATEST:
-            self._warn_of_gaps(keys, known)
+    def survey(self, keys: list[PartitionKey]) -> None:
+        """See `Partitions.survey`."""
+        position = self._config.starting_position
+        known = self.committed(keys, _OPEN_SECS if self._config.transaction else _TIMEOUT_SECS)
         ranges = self.ranges(keys)
-        wanted = {key: low for key, (low, _) in ranges.items()}
-        if at_start and self._config.starting_position == LATEST:
-            added = added_meanwhile(keys, committed, self._pattern is not None)
-            for key in keys:
-                low, high = ranges[key]
-                if key not in added:
-                    wanted[key] = high
-                elif low < high:
-                    _LOGGER.warning(
-                        "%s-%d has no committed offset, and others of --consumer_group=%s have: it "
-                        "was added while no run was up, or its offset has expired; going on at its "
-                        "first record, %d, in place of LATEST",
-                        *key,
-                        self._kafka.group,
-                        low,
-                    )
-        elif at_start and self._config.starting_position == AT_TIMESTAMP:
+        self._targets |= {key: high for key, (_, high) in ranges.items()}
+        begins = {key: low for key, (low, _) in ranges.items()}
+        if position == LATEST:
+            self._added = added_meanwhile(keys, known, self._pattern is not None)
+            begins |= {key: high for key, (_, high) in ranges.items() if key not in self._added}
+        elif position == AT_TIMESTAMP:
             assert self._config.starting_timestamp_ms is not None
-            wanted = self.at_timestamp(ranges, self._config.starting_timestamp_ms)
+            begins = self.at_timestamp(ranges, self._config.starting_timestamp_ms)
+        if position != LATEST:
+            for topic, (unknown, count) in partly_known(keys, known).items():
+                self._gaps |= {(topic, number): count for number in unknown}
+        self._begins = begins
+
+    def starts(self, keys: list[PartitionKey]) -> dict[PartitionKey, Start]:
+        """See `Partitions.starts`."""
+        known = self.committed(keys, self._look_secs)
+        committed = {key: offset for key, (offset, _) in known.items()}
+        fresh = [key for key in keys if key not in committed]
+        self._warn_of_gaps(fresh)
+        ranges = self.ranges(keys)
         starts = {}
         for key in keys:
             low, high = ranges[key]
             if committed.get(key, 0) > high:
                 # An open transaction hides what is behind it; is the topic's end behind it too?
                 high = self._written_end(key)
-            start, warning = choose_start(committed.get(key), low, high, wanted[key])
+            wanted = max(low, self._begins.get(key, low))
+            start, warning = choose_start(committed.get(key), low, high, wanted)
             if warning:
                 _LOGGER.warning("%s-%d: %s", *key, warning)
             if start.offset == committed.get(key):
                 start = replace(start, note=known[key][1], end=high)
+            elif key in self._added and key not in committed and low < high:
+                _LOGGER.warning(
+                    "%s-%d has no committed offset, and others of --consumer_group=%s have: it "
+                    "was added while no run was up, or its offset has expired; going on at its "
+                    "first record, %d, in place of LATEST",
+                    *key,
+                    self._kafka.group,
+                    low,
+                )
             starts[key] = start
-        self._targets |= {key: high for key, (_, high) in ranges.items()}
+            self._targets.setdefault(key, high)
         return starts
 
-    def _warn_of_gaps(self, keys: list[PartitionKey], known: Container[PartitionKey]) -> None:
-        for topic, (unknown, count) in partly_known(keys, known).items():
+    def unfinished(self, keys: Collection[PartitionKey]) -> set[PartitionKey]:
+        """See `Partitions.unfinished`."""
+        known = self.committed(list(keys), self._look_secs)
+        return {key for key in keys if key not in known or not self.caught_up(key, known[key][0])}
+
+    def _warn_of_gaps(self, keys: list[PartitionKey]) -> None:
+        by_topic: dict[str, list[int]] = {}
+        for topic, number in keys:
+            if (topic, number) in self._gaps:
+                by_topic.setdefault(topic, []).append(number)
+        for topic, unknown in by_topic.items():
             some = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
             _LOGGER.warning(
                 "group %s has no offset for %d of the %d partitions of topic %s (%s): they are "
                 "new, or the broker has forgotten it; they begin as --starting_position=%s says",
                 self._kafka.group,
                 len(unknown),
-                count,
+                self._gaps[topic, unknown[0]],
                 topic,
                 some,
                 self._config.starting_position,
@@ -436,13 +473,25 @@ class SourceOffsets:
             self._admin = make_admin(self._kafka)
         return self._admin
 
-    def committed(self, keys: list[PartitionKey]) -> dict[PartitionKey, tuple[int, str]]:
-        """The group's committed offsets, where there are any, and the metadata kept with them."""
+    @property
+    def _look_secs(self) -> float:
+        """How long to ask for committed offsets while other partitions wait."""
+        return _OPEN_LOOK_SECS if self._config.transaction else _TIMEOUT_SECS
+
+    def committed(
+        self, keys: list[PartitionKey], timeout_secs: float = _TIMEOUT_SECS
+    ) -> dict[PartitionKey, tuple[int, str]]:
+        """The group's committed offsets, where there are any, and the metadata kept with them.
+
+        There is no answer while a transaction is open that has some of them in it.
+        """
         partitions = [TopicPartition(*key) for key in keys]
-        deadline = monotonic() + _TIMEOUT_SECS
+        deadline = monotonic() + timeout_secs
+        not_yet = _NOT_YET | ({ErrorCode._TIMED_OUT} if timeout_secs == _OPEN_SECS else set())
         while True:
             try:
-                offsets = self._consumer.committed(partitions, timeout=_TIMEOUT_SECS)
+                secs = min(timeout_secs, _TIMEOUT_SECS)
+                offsets = self._consumer.committed(partitions, timeout=secs)
                 # Of a partition that could not be asked after nothing is known: not even that there
                 # is no offset.
                 for each in offsets:
@@ -451,7 +500,7 @@ class SourceOffsets:
                 break
             except KafkaException as error:
                 # A broker that has just begun knows no coordinator for the group yet.
-                if error.args[0].code() not in _NOT_YET or monotonic() > deadline:
+                if error.args[0].code() not in not_yet or monotonic() > deadline:
                     group = f"committed offsets of group {self._kafka.group}"
                     raise self._failed(group, error) from None
                 sleep(0.2)

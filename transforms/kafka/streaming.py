@@ -69,7 +69,9 @@ class PartitionFinder:
         keys = [key for key in self._source.partitions() if key not in (known or ())]
         if not keys:
             return {}
-        starts = self._source.starts(keys, at_start=known is None)
+        if known is None:
+            self._source.survey(keys)
+        starts = self._source.starts(keys)
         # What a starting position came to is committed at once, so that a restart before the
         # first batch is finished does not move it. And an earlier run's halt is over.
         shared_committer(CommitConfig(self._config)).commit(

@@ -7,6 +7,7 @@ yet) stays with it, unread as far as the pipeline is concerned.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from bisect import bisect_right
@@ -183,6 +184,7 @@ class RoundReader:
         self._partitions: dict[PartitionKey, _Partition] = {}
         self._round = _NOTHING
         self._served = -1
+        self._places = itertools.count()
 
     # -- what the rounds' loop needs -------------------------------------------------------
 
@@ -194,9 +196,13 @@ class RoundReader:
         """Begin to read partitions, each lane at its offset, besides those already read."""
         for key, offsets in marks.items():
             lanes = [_Lane(number, offset) for number, offset in enumerate(offsets)]
-            place = len(self._partitions)
-            self._partitions[key] = _Partition(key, place, lanes, min(offsets))
+            self._partitions[key] = _Partition(key, next(self._places), lanes, min(offsets))
         self.fetcher.assign({key: min(offsets) for key, offsets in marks.items()})
+
+    def release(self, key: PartitionKey) -> None:
+        """Know a partition no more."""
+        del self._partitions[key]
+        self.fetcher.unassign([key])
 
     def position(self, key: PartitionKey) -> int:
         """Everything below it was handed out."""
@@ -271,9 +277,17 @@ class RoundReader:
         are left that were read before."""
         return {p.key: p.lost for p in self._partitions.values() if p.lost and not p.waiting}
 
-    def lose(self, key: PartitionKey, error: SinkError) -> None:
-        """Say that a partition is not there any more, and how that is said."""
-        self._trouble(self._partitions[key], error)
+    def lose(self, key: PartitionKey, error: SinkError, dropped: bool = False) -> None:
+        """Say that a partition is not there any more, and how that is said.
+
+        Args:
+            key: The partition.
+            error: How.
+            dropped: Whether to say it of one that is not read any more.
+        """
+        partition = self._partitions[key]
+        if dropped or not partition.dropped:
+            self._trouble(partition, error)
 
     def find(self, key: PartitionKey) -> None:
         """Say that a partition is there."""
@@ -506,8 +520,6 @@ class RoundReader:
         return divided
 
     def _trouble(self, partition: _Partition, error: SinkError) -> None:
-        if partition.dropped:
-            return
         if partition.lost is None:
             _LOGGER.warning("%s-%d: %s; the others go on", *partition.key, error)
         partition.lost = error

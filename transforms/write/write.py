@@ -1,16 +1,20 @@
 """Write: Finished -> Progress, once its responses and error records are acknowledged by Kafka.
 
-Own producers instead of Beam's WriteToKafka, which gives nothing that a commit could wait for.
+Own producers instead of Beam's WriteToKafka, which gives nothing that a commit could wait for. With
+`--delivery=exactly_once` they are written in a transaction, which Commit ends:
+docs/adr/0032-exactly-once.md.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -32,12 +36,14 @@ from transforms.kafka.client import (
     reason,
     said,
 )
+from transforms.kafka.transaction import Transaction, TransactionConfig, shared_transaction
 from transforms.names import NUMBERS, Names
 from transforms.per_process import forget, per_process
 from transforms.records import (
     NO_TIMESTAMP,
     Failure,
     Finished,
+    LaneKey,
     PartitionKey,
     Progress,
     Records,
@@ -87,6 +93,7 @@ class WriteConfig:
             connector's error records.
         source: What the records are from, to ask it for one again. None if it cannot be asked.
         names: How records' numbers are written.
+        transaction: Whose transactions outcomes are written in; None if in none.
     """
 
     kafka: KafkaConfig
@@ -101,6 +108,7 @@ class WriteConfig:
     destination: Envelope | None = None
     source: Source | None = None
     names: Names = NUMBERS
+    transaction: TransactionConfig | None = None
 
 
 # What Kafka says of a record, and not of itself: others may be written all the same.
@@ -166,12 +174,12 @@ class TopicWriter:
 
     Args:
         topic: Where to write.
-        settings: Producer settings, as librdkafka has them.
+        producer: What writes.
     """
 
-    def __init__(self, topic: str, settings: dict[str, Any]) -> None:
+    def __init__(self, topic: str, producer: Producer) -> None:
         self.topic = topic
-        self._producer: Producer = make_producer(settings)
+        self._producer = producer
         self._partitions = 0
         self._turn = 0
 
@@ -285,10 +293,14 @@ class TopicWriter:
         return at_fault
 
     def _wait(self, delivered: Delivered) -> None:
-        while self._producer.flush(_FLUSH_SECS):
-            _LOGGER.warning("waiting for Kafka to acknowledge records of topic %s", self.topic)
+        self.acknowledge()
         if delivered.failures:
             raise WriteError(self._failed(delivered.failures[0]))
+
+    def acknowledge(self) -> None:
+        """Wait until it is known of everything what became of it."""
+        while self._producer.flush(_FLUSH_SECS):
+            _LOGGER.warning("waiting for Kafka to acknowledge records of topic %s", self.topic)
 
     def _failed(self, why: str) -> str:
         return (
@@ -332,16 +344,21 @@ def _refuse(note: Note, error: Any, key: bytes | None, value: bytes | None) -> N
 
 def _make_response_writer(config: WriteConfig) -> TopicWriter:
     assert config.response_topic
-    return TopicWriter(config.response_topic, client_settings(config.kafka, "response."))
+    if config.transaction:
+        return TopicWriter(config.response_topic, shared_transaction(config.transaction).producer)
+    settings = client_settings(config.kafka, "response.")
+    return TopicWriter(config.response_topic, make_producer(settings))
 
 
 def _make_error_writer(config: WriteConfig) -> TopicWriter:
     assert config.error_topic
+    if config.transaction:
+        return TopicWriter(config.error_topic, shared_transaction(config.transaction).producer)
     settings = client_settings(config.kafka, "error.")
     if config.destination:
         # As Java's producers place keys, and so AWS.
         settings = {"partitioner": "murmur2_random"} | settings
-    return TopicWriter(config.error_topic, settings)
+    return TopicWriter(config.error_topic, make_producer(settings))
 
 
 def response_writer(config: WriteConfig) -> TopicWriter:
@@ -426,6 +443,10 @@ class WriteToKafka(beam.PTransform):
     error record that it refuses goes without its largest parts. What cannot be written even so
     halts the partition in front of the record.
 
+    With `config.transaction` all of a bundle is in one transaction, which is open when the bundle
+    has ended: the step behind ends it. What is not to be seen after all is written again with the
+    next bundle (`to_write_again`).
+
     Args:
         config: Where outcomes go.
         halt: Told of partitions that are halted here.
@@ -437,7 +458,8 @@ class WriteToKafka(beam.PTransform):
         self._halt = halt
 
     def expand(self, finished: beam.PCollection[Finished]) -> beam.PCollection[Progress]:
-        produce = beam.ParDo(_ProduceFn(self._config, self._halt))
+        kind = _TransactFn if self._config.transaction else _ProduceFn
+        produce = beam.ParDo(kind(self._config, self._halt))
         return finished | "Produce" >> produce.with_output_types(Progress)
 
     def display_data(self) -> dict[str, Any]:
@@ -449,6 +471,21 @@ class WriteToKafka(beam.PTransform):
 
 def _make_halted(_: WriteConfig) -> set[PartitionKey]:
     return set()
+
+
+def forget_partition(config: WriteConfig, key: PartitionKey) -> None:
+    """A partition is begun again, or is another process's: what stopped it stops it no more, and
+    what is to be written of it again is not."""
+    per_process(_make_halted, config).discard(key)
+    if config.transaction:
+        per_process(_make_kept, config).forget(key)
+
+
+def to_write_again(config: WriteConfig) -> set[PartitionKey]:
+    """Partitions of which something is to be written again, with the next bundle."""
+    if config.transaction is None:
+        return set()
+    return {finished.key for finished in per_process(_make_kept, config).finished}
 
 
 @dataclass(slots=True)
@@ -477,10 +514,10 @@ class _ProduceFn(beam.DoFn):
         self._config = config
         self._halt = halt
         counter = beam.metrics.Metrics.counter
-        self._responses = counter("write", "responses")
-        self._errors = counter("write", "errors")
-        self._error_records = counter("write", "error_records")
-        self._refusals = counter("write", "refused_responses")
+        self._responses: Any = counter("write", "responses")
+        self._errors: Any = counter("write", "errors")
+        self._error_records: Any = counter("write", "error_records")
+        self._refusals: Any = counter("write", "refused_responses")
         self._all_written: list[_Written] = []
         self._delivered, self._errors_delivered = Delivered(), Delivered()
 
@@ -510,6 +547,9 @@ class _ProduceFn(beam.DoFn):
     def finish_bundle(self) -> Iterator[WindowedValue]:
         with self._fresh_after_failure():
             self._flush()
+        yield from self._progress()
+
+    def _progress(self) -> Iterator[WindowedValue]:
         for written in self._all_written:
             if written.start < written.next_offset or written.halted:
                 progress = Progress(
@@ -523,9 +563,12 @@ class _ProduceFn(beam.DoFn):
         try:
             yield
         except WriteError:
-            forget(_make_response_writer, self._config)
-            forget(_make_error_writer, self._config)
+            self._forget_writers()
             raise
+
+    def _forget_writers(self) -> None:
+        forget(_make_response_writer, self._config)
+        forget(_make_error_writer, self._config)
 
     def _flush(self) -> None:
         """Wait until all is acknowledged, and see to what is refused."""
@@ -617,7 +660,7 @@ class _ProduceFn(beam.DoFn):
                 partition, message["key"], message["value"], headers, self._delivered, owner
             )
 
-    def _write_failure(self, written: _Written, failure: Failure) -> None:
+    def _write_failure(self, written: _Written, failure: Failure, omitted: int = 0) -> None:
         config = self._config
         if config.on_error == "ignore":
             return
@@ -627,7 +670,7 @@ class _ProduceFn(beam.DoFn):
             _LOGGER.error("%s-%d@%d-%d failed: %s", *written.key, offsets[0], offsets[-1], facts)
             return
         # Without entries it is not known what was sent.
-        self._write_error(_Owner(written, failure, 0 if failure.entries else 1))
+        self._write_error(_Owner(written, failure, omitted or (0 if failure.entries else 1)))
 
     def _write_error(self, owner: _Owner) -> None:
         """Write the error records of a failure, with what is to be omitted left out."""
@@ -676,6 +719,329 @@ class _ProduceFn(beam.DoFn):
         why = f"topic {self._config.error_topic} refuses the error record: {error.str()}"
         self._stop_at(written, replace(failure, message=why, error_type=error.name()))
 
+
+class _Tally:
+    """A counter of what is written in transactions: what is not to be seen was not counted."""
+
+    def __init__(self, counter: Any, counted: Counter[str], name: str) -> None:
+        self._counter, self._counted, self._name = counter, counted, name
+
+    def inc(self, count: int = 1) -> None:
+        self._counter.inc(count)
+        self._counted[self._name] += count
+
+    def take_back(self) -> None:
+        self._counter.inc(-self._counted.pop(self._name, 0))
+
+
+_Place = tuple[LaneKey, int]
+"""Which batch it is: its lane, and where it begins."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is to be written, until it can be seen, and what is known of it from other tries.
+
+    Attributes:
+        finished: In order per lane.
+        counted: What was counted of it.
+        refused: By batch, the responses that are refused: the offsets they answer, and why.
+        omitted: By batch and offset, how much is left out of the error record.
+        stopped: By batch, the failures whose error records are refused whatever is left out.
+        recounted: Whether it was tried again since the topics' partitions had changed.
+        written: Whether Kafka has all of it, in a transaction.
+        since: Since when nothing gets through, None while it does.
+        again_at: When it is worth another try.
+    """
+
+    finished: list[Finished] = field(default_factory=list)
+    counted: Counter[str] = field(default_factory=Counter)
+    refused: dict[_Place, list[tuple[Sequence[int], Any]]] = field(default_factory=dict)
+    omitted: dict[_Place, dict[int, int]] = field(default_factory=dict)
+    stopped: dict[_Place, list[Failure]] = field(default_factory=dict)
+    recounted: bool = False
+    written: bool = False
+    since: float | None = None
+    again_at: float = 0.0
+
+    def forget(self, key: PartitionKey) -> None:
+        """Nothing of a partition is to be written."""
+        self.finished = [finished for finished in self.finished if finished.key != key]
+
+    def settle(self) -> None:
+        """All of it can be seen."""
+        self.finished = []
+        self.counted.clear()
+        for known in (self.refused, self.omitted, self.stopped):
+            known.clear()
+        self.recounted = self.written = False
+        self.since, self.again_at = None, 0.0
+
+    def put_off(self, error: WriteError) -> None:
+        """Try again soon.
+
+        Raises:
+            WriteError: It was tried for long enough.
+        """
+        now = time.monotonic()
+        self.since = self.since or now
+        if now - self.since > _PATIENCE_SECS:
+            raise error
+        self.again_at = now + _AGAIN_SECS
+
+
+def _make_kept(_: WriteConfig) -> _Kept:
+    return _Kept()
+
+
+class _TransactFn(_ProduceFn):
+    """All of a bundle in one transaction. What Kafka refuses makes an end of it, so what is at
+    fault is found first, in transactions that are not to be seen, and all the rest is written again
+    by what is known then."""
+
+    def __init__(self, config: WriteConfig, halt: HaltPartition) -> None:
+        super().__init__(config, halt)
+        assert config.transaction
+        self._transaction_config = config.transaction
+        self._counters = {
+            "responses": self._responses,
+            "errors": self._errors,
+            "error_records": self._error_records,
+            "refusals": self._refusals,
+        }
+        self._tallies: dict[str, _Tally] = {}
+        self._producer: Producer | None = None
+
+    @property
+    def _kept(self) -> _Kept:
+        return per_process(_make_kept, self._config)
+
+    @property
+    def _transaction(self) -> Transaction:
+        return shared_transaction(self._transaction_config)
+
+    def start_bundle(self) -> None:
+        super().start_bundle()
+        self._tallies = {
+            name: _Tally(counter, self._kept.counted, name)
+            for name, counter in self._counters.items()
+        }
+        self._responses = self._tallies["responses"]
+        self._errors = self._tallies["errors"]
+        self._error_records = self._tallies["error_records"]
+        self._refusals = self._tallies["refusals"]
+
+    def process(self, finished: Finished) -> None:
+        self._kept.finished.append(finished)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        kept = self._kept
+        if not kept.finished or time.monotonic() < kept.again_at:
+            return
+        if kept.written:
+            kept.put_off(WriteError("transactions do not come to their end, see the log"))
+        try:
+            while not self._write_all():
+                pass
+        except WriteError as error:
+            self._abort()
+            _LOGGER.debug("nothing can be written now", exc_info=True)
+            kept.put_off(error)
+            return
+        kept.written = True
+        progress = list(self._progress())
+        if not progress:
+            # Nothing of it is done: it will be read again.
+            self._abort()
+            kept.settle()
+        yield from progress
+
+    def _write_all(self) -> bool:
+        """Write everything. Says whether Kafka takes it, all but what is known to be refused."""
+        kept = self._kept
+        for tally in self._tallies.values():
+            tally.take_back()
+        self._all_written = []
+        self._delivered, self._errors_delivered = Delivered(), Delivered()
+        halted = per_process(_make_halted, self._config)
+        for key in {finished.key for finished in kept.finished} & halted:
+            kept.forget(key)  # it will be read again
+        problem: WriteError | None = None
+        self._begin(kept.settle)
+        try:
+            for finished in list(kept.finished):
+                self._write(finished)
+        except WriteError as error:
+            # After the first message that is refused no others are taken.
+            problem = error
+        self._acknowledge()
+        refused = [self._delivered.refused, self._errors_delivered.refused]
+        if any(refused):
+            self._abort()
+            self._learn(*refused)
+            return False
+        for failure in (*self._delivered.failures, *self._errors_delivered.failures):
+            problem = problem or WriteError(f"Kafka has not acknowledged all records: {failure}")
+        if problem:
+            raise problem
+        return True
+
+    def _acknowledge(self) -> None:
+        config = self._config
+        if config.response_topic:
+            response_writer(config).acknowledge()
+        elif config.error_topic:
+            error_writer(config).acknowledge()
+
+    def _begin(self, then: Callable[[], None] = lambda: None) -> None:
+        self._transaction.begin(then)
+        if self._producer is not self._transaction.producer:
+            self._producer = self._transaction.producer
+            self._forget_writers()
+
+    def _abort(self) -> None:
+        self._transaction.abort()
+        self._producer = None
+        self._forget_writers()
+
+    def _write(self, finished: Finished) -> None:
+        place = (finished.lane_key, finished.start)
+        kept = self._kept
+        if finished.key in per_process(_make_halted, self._config):
+            return
+        written = _Written(
+            finished.key,
+            finished.start,
+            _whole(finished),
+            finished.lane,
+            halt_name(finished),
+            list(kept.refused.get(place, ())),
+        )
+        self._all_written.append(written)
+        for failure in kept.stopped.get(place, ())[:1]:
+            self._stop_at(written, failure)
+        refused = {offset for offsets, _ in written.refused for offset in offsets}
+        self._see_to_responses(written)
+        for part in finished.parts:
+            if isinstance(part, Responses):
+                chosen = [o < written.next_offset and o not in refused for o in part.offsets]
+                if any(chosen):
+                    self._write_responses(written, _responses_where(part, chosen))
+            elif rest := _failure_where(
+                part, [o < written.next_offset for o in part.records.offsets]
+            ):
+                self._errors.inc(len(rest))
+                self._write_failure(written, rest)
+
+    def _write_failure(self, written: _Written, failure: Failure, omitted: int = 0) -> None:
+        place = ((*written.key, written.lane), written.start)
+        known = self._kept.omitted.get(place, {})
+        levels = [known.get(offset, omitted) for offset in failure.records.offsets]
+        for level in sorted({*levels}):
+            if part := _failure_where(failure, [each == level for each in levels]):
+                super()._write_failure(written, part, level)
+
+    def _learn(self, responses: list[Refused], errors: list[Refused]) -> None:
+        """Find out what is at fault of the messages that were refused, or shared a request with one
+        that is."""
+        kept, config = self._kept, self._config
+        for each in (*responses, *errors):
+            if each.error.code() in _OF_THE_COUNT:
+                if kept.recounted:
+                    raise WriteError(f"topics cannot be written: {each.error.str()}")
+                kept.recounted = True
+                return
+        found = False
+        for refused in self._at_fault(responses, response_writer):
+            found = True
+            written, answered = refused.owner
+            place = ((*written.key, written.lane), written.start)
+            kept.refused.setdefault(place, []).append((answered[refused.key], refused.error))
+        for refused in self._at_fault(errors, error_writer):
+            found = True
+            self._leave_out(refused)
+        if not found and not self._transaction.write_smaller():
+            raise WriteError(
+                f"topics {config.response_topic}, {config.error_topic} cannot be written: "
+                f"{(responses + errors)[0].error.str()}"
+            )
+
+    def _leave_out(self, refused: Refused) -> None:
+        """An error record is refused: next time with less in it, or not at all."""
+        owner: _Owner = refused.owner
+        failure, written = owner.failure, owner.written
+        place = ((*written.key, written.lane), written.start)
+        if owner.omitted < _WITHOUT_ORIGINAL:
+            levels = self._kept.omitted.setdefault(place, {})
+            levels |= dict.fromkeys(failure.records.offsets, owner.omitted + 1)
+            return
+        why = f"topic {self._config.error_topic} refuses the error record: {refused.error.str()}"
+        stopped = self._kept.stopped.setdefault(place, [])
+        stopped.append(replace(failure, message=why, error_type=refused.error.name()))
+        stopped.sort(key=lambda each: each.records.offsets[0])
+
+    def _at_fault(
+        self, refused: list[Refused], writer: Callable[[WriteConfig], TopicWriter]
+    ) -> Iterator[Refused]:
+        parts = [refused] if refused else []
+        while parts:
+            part = parts.pop()
+            delivered = Delivered()
+            self._begin()
+            try:
+                for each in part:
+                    writer(self._config).write(
+                        each.source_partition,
+                        each.key,
+                        each.value,
+                        each.headers,
+                        delivered,
+                        each,
+                    )
+            except WriteError:
+                _LOGGER.debug("no more is taken after a message that is refused")
+            writer(self._config).acknowledge()
+            self._abort()
+            again = delivered.refused
+            if not again and delivered.failures:
+                raise WriteError(f"Kafka has not acknowledged all: {delivered.failures[0]}")
+            if len(again) == 1:
+                yield again[0].owner
+                if rest := [each for each in part if each is not again[0].owner]:
+                    parts.append(rest)
+            elif again:
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+
+
+def _whole(finished: Finished) -> int:
+    """How far a batch is done without a response that answers records on both sides of that."""
+    bound = finished.next_offset
+    for part in reversed(finished.parts):
+        if isinstance(part, Responses) and part.body is not None:
+            first, last = part.offsets[0], part.offsets[-1]
+            bound = first if first < bound <= last else bound
+    return bound
+
+
+def _responses_where(part: Responses, chosen: Sequence[bool]) -> Responses:
+    if all(chosen):
+        return part
+    offsets = list(compress(part.offsets, chosen))
+    results = None if part.results is None else list(compress(part.results, chosen))
+    return replace(part, offsets=offsets, results=results)
+
+
+def _failure_where(failure: Failure, chosen: Sequence[bool]) -> Failure | None:
+    if all(chosen):
+        return failure
+    if not any(chosen):
+        return None
+    entries = list(compress(failure.entries, chosen)) if failure.entries else ()
+    return replace(failure, records=failure.records.where(chosen), entries=entries)
+
+
+_PATIENCE_SECS, _AGAIN_SECS = 300.0, 0.5
 
 _WITHOUT_ORIGINAL = 3
 """What is left out of an error record that is refused: first, of each record alone, what was sent

@@ -737,9 +737,12 @@ def _registry(**more: Any) -> dict[str, Any]:
         ({"FilterCriteria": {}}, {"filter_criteria": None}),
         (
             {"ProvisionedPollerConfig": {"MinimumPollers": "1", "MaximumPollers": "4"}},
-            {"max_concurrency": "20"},
+            {"max_concurrency": "20", "workers": "1", "max_workers": "4"},
         ),
-        ({"ProvisionedPollerConfig": {"MaximumPollers": "2000"}}, {"max_concurrency": "1000"}),
+        (
+            {"ProvisionedPollerConfig": {"MaximumPollers": "2000"}},
+            {"max_concurrency": "1000", "max_workers": "64", "workers": None},
+        ),
         (
             _registry(SchemaValidationConfigs=[{"Attribute": "KEY"}, {"Attribute": "VALUE"}]),
             {

@@ -178,6 +178,16 @@ CASES = {
         ("out", "confluent"),
     ),
     "error_topic": (lambda c: c.write.error_topic, None, "err", "err"),
+    "delivery": (
+        lambda c: (
+            "exactly_once"
+            if c.commit.settles and c.write.transaction and c.source.transaction
+            else "at_least_once"
+        ),
+        "at_least_once",
+        "exactly_once",
+        "exactly_once",
+    ),
     "response_format": (lambda c: c.write.response_format, "json", "string", "string"),
     "error_format": (lambda c: c.write.error_format, "json", "json_schema", "json_schema"),
     "error_record": (
@@ -187,6 +197,8 @@ CASES = {
         (Envelope("kafka_event", "broker:9092"), "aws"),
     ),
     "workers": (lambda c: c.run.workers, 1, "4", 4),
+    "max_workers": (lambda c: c.run.max_workers, None, "8", 8),
+    "rebalance_wait_secs": (lambda c: c.run.rebalance_wait_secs, None, "20.5", 20.5),
     "preflight": (lambda c: c.run.preflight, True, "false", False),
     "until": (lambda c: c.run.until, "forever", "caught_up", "caught_up"),
     "summary": (lambda c: c.run.summary, "text", "none", "none"),
@@ -206,6 +218,7 @@ BESIDE = {
     "filter_unparsable": {"filter_criteria": FILTERS},
     "partial_failure": {"reply": "batch_item_failures"},
     "error_record": {"error_topic": "err"},
+    "delivery": {"response_topic": "out"},
     "min_concurrency": {"max_concurrency": "1000"},
     "aws_web_identity": {"aws_role_arn": ROLE},
     "aws_web_identity_audience": {"aws_role_arn": ROLE, "aws_web_identity": "google"},
@@ -247,7 +260,9 @@ BOUNDS = {
     "breaker_failure_rate": (0, 1, None),
     "breaker_invocations": (2, 1000, None),
     "breaker_wait_secs": (1, 3600, None),
+    "rebalance_wait_secs": (0, 3600, None),
     "workers": (1, 64, None),
+    "max_workers": (1, 64, None),
     "max_retries": (0, 10_000, -1),
     "max_transient_retries": (0, 10_000, -1),
     "max_record_age_secs": (60, 604_800, -1),

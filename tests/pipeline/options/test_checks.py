@@ -27,6 +27,7 @@ from tests.pipeline.options.given import (
     problems_of,
 )
 from transforms.errors import UsageError
+from transforms.kafka.client import client_settings
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -367,6 +368,12 @@ def test_a_time_without_a_zone_is_utc(text: str, expected: datetime | None) -> N
             {"workers": "4", "max_concurrency": "3"},
             ["--workers=4 is above --max_concurrency=3"],
         ),
+        (
+            {"max_workers": "4", "max_concurrency": "3"},
+            ["--max_workers=4 is above --max_concurrency=3"],
+        ),
+        ({"workers": "4", "max_workers": "3"}, ["--workers=4 is above --max_workers=3"]),
+        ({"delivery": "exactly_once"}, ["--delivery=exactly_once needs --response_topic or"]),
         ({"starting_timestamp": "2026-01-01"}, ["--starting_position=AT_TIMESTAMP only"]),
         (
             {"starting_timestamp": "2026-01-01", "starting_position": "LATEST"},
@@ -422,6 +429,32 @@ def test_a_topic_of_the_same_name_in_another_cluster(tmp_path: Path) -> None:
         for same in ("", f"{prefix}.bootstrap.servers=broker:9092"):
             with pytest.raises(UsageError, match="feed on its own output"):
                 with_properties(tmp_path, same, **{name: "orders"})
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("response.bootstrap.servers=other:9092", "take response.bootstrap.servers out of"),
+        ("error.bootstrap.servers=other:9092", "--error_topic=e in the cluster that is read"),
+        ("response.linger.ms=5\nerror.linger.ms=6", "response.linger.ms and error.linger.ms"),
+        ("isolation.level=read_uncommitted", "needs isolation.level=read_committed"),
+    ],
+)
+def test_what_does_not_go_into_one_transaction(tmp_path: Path, text: str, part: str) -> None:
+    options = {"delivery": "exactly_once", "response_topic": "r", "error_topic": "e"}
+    with pytest.raises(UsageError) as raised:
+        with_properties(tmp_path, text, **options)
+    (problem,) = raised.value.problems
+    assert problem.startswith("--delivery=exactly_once ") and part in problem
+
+
+def test_one_producer_has_the_settings_of_both_topics(tmp_path: Path) -> None:
+    text = "linger.ms=1\nresponse.linger.ms=7\nerror.compression.type=lz4\n"
+    text += "response.bootstrap.servers=broker:9092"
+    config = with_properties(tmp_path, text, delivery="exactly_once", response_topic="r")
+    assert config.write.transaction
+    settings = client_settings(config.write.transaction.kafka, "response.", "error.")
+    assert (settings["linger.ms"], settings["compression.type"]) == ("7", "lz4")
 
 
 @pytest.mark.parametrize(

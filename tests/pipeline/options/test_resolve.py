@@ -87,6 +87,10 @@ def test_unknown_options_are_reported_with_the_other_problems() -> None:
         (["--no_preflight=false"], ["--no_preflight"]),
         (["--runner=SparkRunner"], ["--runner=SparkRunner"]),
         (["--runner=FlinkRunner", "--workers=2"], ["--workers goes with the DirectRunner only"]),
+        (
+            ["--runner=FlinkRunner", "--delivery=exactly_once", "--response_topic=r"],
+            ["--delivery=exactly_once goes with the DirectRunner only"],
+        ),
         (["--direct_num_workers=2"], ["--direct_num_workers=2 has no effect; use --workers"]),
         (["--kafka_config_file=/no/such/file"], ["--kafka_config_file=/no/such/file cannot"]),
     ],

@@ -1,46 +1,25 @@
-"""Shares of partitions, and how what workers say of themselves is put together. No processes."""
+"""Parts of what there is for all workers, and how what they say is put together. No processes."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.options.config import Config
-from pipeline.run.rounds import Share, Status, Totals
-from pipeline.run.workers import merge, share_of
-from transforms.records import Failure, Finished, PartitionKey, Records
+from pipeline.run.rounds import Standing, Status, Totals
+from pipeline.run.workers import member_of, merge, part_of
+from transforms.records import Failure, Finished, Records
 
 COUNTS = st.integers(1, 16)
-KEYS = st.lists(st.tuples(st.text(min_size=1), st.integers(0, 100)))
-
-
-def _shares(count: int) -> list[Share]:
-    return [Share(index, count) for index in range(count)]
-
-
-@given(COUNTS, KEYS)
-def test_every_partition_belongs_to_exactly_one(count: int, keys: list[PartitionKey]) -> None:
-    """Whichever others there are: what is found later moves nothing."""
-    for key in keys:
-        assert sum(share.has(key) for share in _shares(count)) == 1
-
-
-@given(COUNTS, st.text(min_size=1), st.integers(1, 64))
-def test_a_topic_is_dealt_out_evenly(count: int, topic: str, partitions: int) -> None:
-    """No process has two partitions more than another."""
-    own = [
-        sum(share.has((topic, partition)) for partition in range(partitions))
-        for share in _shares(count)
-    ]
-    assert max(own) - min(own) <= 1
 
 
 @given(COUNTS, st.integers(0, 1000))
 def test_parts_are_the_total(count: int, total: int) -> None:
     """And none is larger by two than another."""
-    parts = [share.part_of(total) for share in _shares(count)]
+    parts = [part_of(total, index, count) for index in range(count)]
     assert sum(parts) == total
     assert max(parts) - min(parts) <= 1
 
@@ -61,12 +40,15 @@ def test_all_together_invoke_no_more_than_one_would(count: int, data: st.DataObj
             "min_concurrency": str(low),
         }
     )
-    parts = [share_of(config, share) for share in _shares(count)]
+    parts = [member_of(config, index, count) for index in range(count)]
     most = [part.invoke.function.max_concurrency for part in parts]
     least = [part.invoke.min_concurrency for part in parts]
     assert sum(most) == high
     assert all(1 <= each <= own for each, own in zip(least, most, strict=True))
-    assert all(part.source == config.source for part in parts)
+    assert [part.read.source for part in parts] == [
+        config.source.as_member(index) for index in range(count)
+    ]
+    assert all(part.commit.source == part.read.source for part in parts)
 
 
 def _halt(partition: int) -> Finished:
@@ -119,3 +101,19 @@ def test_what_workers_say_is_added_up() -> None:
     assert (together.breaker_open, together.breaker_openings) == (True, 2)
     assert (together.elapsed_secs, together.begun) == (6.5, True)
     assert not merge([*statuses, Status.of_nothing(0)], 7).begun
+
+
+def test_a_run_is_done_when_all_workers_are_and_each_partition_was_somebody_s() -> None:
+    """One that is on its way from one to another is elsewhere for all of them."""
+
+    def standing(*standings: Standing) -> Standing:
+        statuses = [replace(Status.of_nothing(0), standing=each) for each in standings]
+        return merge(statuses, 1).standing
+
+    one, two, three = (("orders", number) for number in range(3))
+    first = Standing(True, False, frozenset({two, three}))
+    second = Standing(True, True, frozenset({one, three}))
+    assert standing(first, second) == Standing(True, True, frozenset({three}))
+    second = Standing(True, False, frozenset({one}))
+    assert standing(first, second) == Standing(True)
+    assert not standing(first, Standing()).done

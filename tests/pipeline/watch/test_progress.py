@@ -76,6 +76,7 @@ FIELDS = [
     "bisections",
     "throttles",
     "concurrency",
+    "workers",
     "breaker",
     "filtered",
     "halted",
@@ -102,6 +103,7 @@ def test_the_summary_has_exactly_these_fields() -> None:
         "bisections": 4,
         "throttles": 5,
         "concurrency": {"limit": 8, "in_flight_max": 9},
+        "workers": 1,
         "breaker": {"open": False, "openings": 2},
         "filtered": 0,
         "halted": [

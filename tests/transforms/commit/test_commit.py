@@ -311,3 +311,35 @@ def test_what_waiting_cannot_mend_is_not_repeated(monkeypatch, code: int) -> Non
     with pytest.raises(KafkaError):
         made.commit({("t", 0): 5})
     assert clock.pauses == 0
+
+
+# -- partitions that are let go of ----------------------------------------------------------
+
+
+def test_what_was_let_go_of_is_not_committed(monkeypatch) -> None:
+    """Not what was put, not what is tried again, and nothing is known of it afterwards."""
+    clock = _Clock()
+    made = _committer(monkeypatch, clock, iter([ErrorCode._TRANSPORT]))
+    for partition in range(2):
+        made.begin(("t", partition), [3])
+
+    def sleep(secs: float) -> None:
+        # Between the first try and the next one.
+        assert made.holds(("t", 0))
+        made.forget(("t", 0))
+
+    monkeypatch.setattr("transforms.commit.committer.time.sleep", sleep)
+    made.put({("t", 0): (9, ""), ("t", 1): (8, "")})
+    made.flush()
+    assert made.committed == {("t", 1): 8}
+    assert not made.holds(("t", 0))
+    assert made.done.marks(("t", 0)) == ()
+
+
+def test_ranges_of_before_move_nothing_when_a_partition_comes_back() -> None:
+    done = ContiguousOffsets()
+    done.begin(("t", 0), [0])
+    done.add(_range(5, 9))
+    done.forget(("t", 0))
+    done.begin(("t", 0), [5])
+    assert done.marks(("t", 0)) == [5]

@@ -551,6 +551,43 @@ def test_a_lane_may_be_abandoned_while_it_is_called(ahead: bool) -> None:
     assert function.sent_prepared == []
 
 
+@both_ways
+def test_a_retired_partition_ends_what_runs_and_begins_nothing(ahead: bool) -> None:
+    """What its call comes to can be collected; taken back, it goes on with what comes then."""
+    function = Function()
+    with _running(function, ahead) as invoker:
+        function.hold(A)
+        invoker.submit([_batch(A, 0), _batch(A, 1), _batch(B, 0)])
+        function.wait_for_calls(2)
+        invoker.retire(A)
+        invoker.submit([_batch(A, 2)])
+        assert invoker.queue(A).batches == 1
+        function.let_go()
+        assert invoker.wait(lambda i: i.queue(A).batches == 0, GUARD_SECS)
+        assert invoker.has_finished_of(A)
+        assert invoker.wait(lambda i: i.has_finished_of(B), GUARD_SECS)
+        assert _offsets(_drain(invoker)[A]) == [0]
+        assert not invoker.has_finished_of(A)
+        invoker.abandon((*A, 0))
+        invoker.submit([_batch(A, 9)])
+        assert _offsets(_drain(invoker)[A]) == [9]
+    assert function.of(A) == [(0, 0), (9, 9)]
+    assert function.sent_prepared == []
+
+
+def test_a_retired_partition_that_backs_off_is_left_where_it_stands() -> None:
+    """It is not waited for."""
+    function = Function(lambda batch, call: _failed(Kind.TRANSIENT))
+    with _running(function, False, timer=Timer(), random=lambda: 1.0) as invoker:
+        invoker.submit([_batch(A, 0)])
+        assert invoker.wait(lambda i: i.queue(A).waiting, GUARD_SECS)
+        invoker.retire(A)
+        assert invoker.queue(A).batches == 0
+        (finished,) = invoker.collect()
+        assert (finished.start, finished.next_offset, finished.parts) == (0, 0, [])
+    assert function.of(A) == [(0, 0)]
+
+
 # -- prepared calls -----------------------------------------------------------------------
 
 
