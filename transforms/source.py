@@ -184,8 +184,8 @@ class Partitions(Protocol):
     def starts(self, keys: list[PartitionKey]) -> dict[PartitionKey, Start]:
         """Where to begin with partitions: where they were left, or else by `survey`."""
 
-    def unfinished(self, keys: Collection[PartitionKey]) -> set[PartitionKey]:
-        """Which of these are not kept as caught up, whoever works them."""
+    def unfinished(self, keys: Collection[PartitionKey]) -> dict[PartitionKey, int]:
+        """Which of these are not kept as caught up, whoever works them; and where each is."""
 
     def restarts(self, positions: Mapping[PartitionKey, int]) -> dict[PartitionKey, int]:
         """The first position there is of each, from the one given on; caught up is counted anew."""

@@ -234,11 +234,13 @@ class Standing:
         done: Whether all that it has of the source is done, or stopped.
         stopped: Whether something of it is stopped.
         elsewhere: Partitions that it does not have and that are not known to be done.
+        kept: What is kept of those, added up: as long as it rises somebody gets on with them.
     """
 
     done: bool = False
     stopped: bool = False
     elsewhere: frozenset[PartitionKey] = frozenset()
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +313,18 @@ class _Heard(threading.Event):
         with suppress(SinkError):  # said by the loop
             self._members.deal()
         return self._stop.wait(timeout)
+
+
+def left_elsewhere(keys: Collection[PartitionKey]) -> SinkError:
+    """What a run ends with that is to end and waits in vain. Pure."""
+    some = ", ".join("%s-%d" % key for key in sorted(keys)[:10]) + (
+        ", ..." if len(keys) > 10 else ""
+    )
+    return SinkError(
+        f"{some}: not done, and not this run's: nobody in the group has got on there for "
+        f"{OTHERS_MOST_SECS:.0f} s; all else is done. Look at the group's other members, then run "
+        f"again"
+    )
 
 
 def hear(config: Config, stop: threading.Event) -> None:
@@ -437,6 +451,8 @@ class Rounds:
             there = {each.key for each in self._found}
             for key in sorted(self._standing.elsewhere - there):
                 raise self._source.gone(key)
+            if self._flush and self._standing.elsewhere:
+                raise left_elsewhere(self._standing.elsewhere)
         return self.status()
 
     def allow(self, min_concurrency: int, max_concurrency: int) -> None:
@@ -844,8 +860,7 @@ class Rounds:
         """Whether nothing more is to come, or nothing more can."""
         standing = self._stand()
         if standing != self._standing:
-            if standing.done and not self._standing.done:
-                self._done_since = self._timer()
+            self._done_since = self._timer()
             self._standing = standing
             if self._tell:
                 self._tell()
@@ -879,29 +894,32 @@ class Rounds:
             # Of several workers others may have all of it.
             keys = frozenset(each.key for each in self._found)
             return Standing(True, elsewhere=keys) if self._tell else Standing()
-        return Standing(True, bool(stopped), self._elsewhere())
+        return Standing(True, bool(stopped), *self._elsewhere())
 
     @property
     def _may_join(self) -> bool:
         """Whether the group has had little time yet to give this member something."""
         return self._timer() - self._joined < _JOIN_SECS
 
-    def _elsewhere(self) -> frozenset[PartitionKey]:
-        """Partitions that are not this process's and, in a run that ends, not done."""
+    def _elsewhere(self) -> tuple[frozenset[PartitionKey], int]:
+        """Partitions that are not this process's and, in a run that ends, not done; what is kept of
+        them, added up."""
         if not self._members:
-            return frozenset()
+            return frozenset(), 0
         here = set(self._reader.partitions) - self._leaving.keys() - self._left.keys()
         keys = self._surveyed.union(each.key for each in self._found) - here
         if not keys or not self._flush:
-            return keys
+            return keys, 0
         if self._timer() - self._asked < _OTHERS_SECS:
-            return self._standing.elsewhere & keys if self._standing.done else keys
+            before = self._standing
+            return (before.elsewhere & keys, before.kept) if before.done else (keys, 0)
         self._asked = self._timer()
         try:
-            return frozenset(self._source.unfinished(keys))
+            unfinished = self._source.unfinished(keys)
+            return frozenset(unfinished), sum(unfinished.values())
         except SinkError as error:
             _LOGGER.debug("asked again: %s", error)
-            return keys
+            return keys, 0
 
     def _at_target(self, key: PartitionKey) -> bool:
         """Whether a run that ends has read what was there when it found the partition."""

@@ -27,7 +27,14 @@ from time import monotonic, process_time
 from typing import TYPE_CHECKING, Any
 
 from pipeline.options.config import Config
-from pipeline.run.rounds import OTHERS_MOST_SECS, Rounds, Standing, Status, Totals
+from pipeline.run.rounds import (
+    OTHERS_MOST_SECS,
+    Rounds,
+    Standing,
+    Status,
+    Totals,
+    left_elsewhere,
+)
 from pipeline.run.scaling import LOOK_SECS, Look, Machine, wanted_workers
 from transforms.errors import SinkError, WorkerError
 from transforms.invoke.failures import Trouble
@@ -100,6 +107,7 @@ def merge(statuses: Sequence[Status], elapsed_secs: float, left: Sequence[Status
             all(standing.done for standing in standings),
             any(standing.stopped for standing in standings),
             elsewhere[0].intersection(*elsewhere) if elsewhere else frozenset(),
+            sum(standing.kept for standing in standings),
         ),
         workers=len(statuses),
     )
@@ -176,7 +184,8 @@ class Workers:
         self._timer = timer
         self._told = False
         self._ends = config.run.until == "caught_up"
-        self._done_since: float | None = None
+        self._done_since = self._started
+        self._standing = Standing()
         self._error: BaseException | None = None
         self._workers: list[_Worker] = []
         for _ in range(config.run.workers):
@@ -326,13 +335,16 @@ class Workers:
         status = self.status()
         standing = status.standing
         if not (status.begun and standing.done and (self._ends or standing.stopped)):
-            self._done_since = None
+            self._standing = Standing()
             return False
         if not standing.elsewhere:
             return True
-        if self._done_since is None:
-            self._done_since = self._timer()
-        return self._ends and self._timer() - self._done_since > OTHERS_MOST_SECS
+        if standing != self._standing:
+            self._standing, self._done_since = standing, self._timer()
+        if not (self._ends and self._timer() - self._done_since > OTHERS_MOST_SECS):
+            return False
+        self._error = self._error or left_elsewhere(standing.elsewhere)
+        return True
 
 
 class _Line(logging.handlers.QueueHandler):

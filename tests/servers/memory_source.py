@@ -221,8 +221,8 @@ class MemoryPartitions:
     def survey(self, keys: list[PartitionKey]) -> None:
         pass
 
-    def unfinished(self, keys: Collection[PartitionKey]) -> set[PartitionKey]:
-        return set()
+    def unfinished(self, keys: Collection[PartitionKey]) -> dict[PartitionKey, int]:
+        return {}
 
     def starts(self, keys: list[PartitionKey]) -> dict[PartitionKey, Start]:
         found = {}

@@ -38,7 +38,7 @@ _LOGGER = logging.getLogger(__name__)
 # How long the group may wait for an answer; while it has given nothing yet, it has more to say.
 _POLL_SECS, _EAGER_SECS = 0.1, 0.01
 _EAGER_POLLS = 1_000
-_SESSION_MS, _HEARTBEAT_MS = 10_000, 1_000
+_SESSION_MS, _HEARTBEAT_MS = 45_000, 1_000
 _METADATA_MS = 2_000
 # Of librdkafka; within it a member that was asked for partitions must have let go of them.
 _POLL_INTERVAL_MS = 300_000

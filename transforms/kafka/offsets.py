@@ -357,10 +357,13 @@ class SourceOffsets:
             self._targets.setdefault(key, high)
         return starts
 
-    def unfinished(self, keys: Collection[PartitionKey]) -> set[PartitionKey]:
+    def unfinished(self, keys: Collection[PartitionKey]) -> dict[PartitionKey, int]:
         """See `Partitions.unfinished`."""
         known = self.committed(list(keys), self._look_secs)
-        return {key for key in keys if key not in known or not self.caught_up(key, known[key][0])}
+        kept = {key: known[key][0] if key in known else 0 for key in keys}
+        return {
+            key: at for key, at in kept.items() if key not in known or not self.caught_up(key, at)
+        }
 
     def _warn_of_gaps(self, keys: list[PartitionKey]) -> None:
         by_topic: dict[str, list[int]] = {}
