@@ -317,9 +317,8 @@ class _Heard(threading.Event):
 
 def left_elsewhere(keys: Collection[PartitionKey]) -> SinkError:
     """What a run ends with that is to end and waits in vain. Pure."""
-    some = ", ".join("%s-%d" % key for key in sorted(keys)[:10]) + (
-        ", ..." if len(keys) > 10 else ""
-    )
+    some = ", ".join(f"{topic}-{number}" for topic, number in sorted(keys)[:10])
+    some += ", ..." if len(keys) > 10 else ""
     return SinkError(
         f"{some}: not done, and not this run's: nobody in the group has got on there for "
         f"{OTHERS_MOST_SECS:.0f} s; all else is done. Look at the group's other members, then run "
