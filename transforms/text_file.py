@@ -1,5 +1,4 @@
-"""Text files that options name: on this machine, in Cloud Storage or in a manager of secrets. No
-Beam.
+"""Text files that options name: here, in Cloud Storage or in a manager of secrets. No Beam.
 
 What is elsewhere is kept for a while, since every client that a worker makes asks for its settings;
 and longer, with a warning, while it cannot be fetched anew.

@@ -434,7 +434,9 @@ class Rounds:
         self._discover(at_start=True)
         self._look_at_lags(0)
         while not (self._stop.is_set() or self._invoker.broken or self._ended()):
-            if self._wait() or self._is_time():
+            came = self._wait()
+            # Where a partition ends for now counts in a run that ends there.
+            if (came and (self._flush or self._reader.stirred)) or self._is_time():
                 self._pass()
         self._end_calls()
         drain(self._invoker, self._config.invoke, lambda: self._run_round([]))
@@ -537,6 +539,7 @@ class Rounds:
         leaving = any(map(self._invoker.has_finished_of, self._leaving))
         if again or leaving or self._due(due, limits):
             self._run_round(rooms)
+            self._take_note(held)
         self._committer.refresh()
         windows = (
             self._reader.due_secs(key, each.queue.busy)
@@ -547,6 +550,12 @@ class Rounds:
         if self._invoker.has_finished:
             secs = min(secs, max(0.0, self._patience_secs(due) - self._invoker.finished_age_secs))
         self._pass_at = self._timer() + max(secs, _SLICE_SECS[0])
+
+    def _take_note(self, keys: Collection[PartitionKey]) -> None:
+        """Count the batches that have ended as looked at, if the round has seen to all there is."""
+        done = self._invoker.done_batches
+        if not self._invoker.has_finished and not any(self._reader.waiting(k)[0] for k in keys):
+            self._done_batches, self._ended_at = done, self._timer()
 
     def _hold(self) -> dict[PartitionKey, Held]:
         """What is held of each partition now. What was read of a halted one is dropped."""

@@ -18,12 +18,10 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -33,6 +31,7 @@ from apache_beam.portability.api import beam_runner_api_pb2 as beam_pb2
 
 from pipeline.local.processes import wait_until
 from tests import ROOT
+from tests.servers.web_server import Quiet, WebServer
 
 _PATH = re.compile(
     r"/v1b3/projects/(?P<project>[^/]+)/locations/(?P<region>[^/]+)/jobs"
@@ -70,11 +69,8 @@ class DataflowService:
     def __enter__(self) -> DataflowService:
         service = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                pass
 
             def _handle(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
@@ -90,19 +86,17 @@ class DataflowService:
 
             do_GET = do_POST = do_PUT = _handle
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._server = WebServer(Handler)
+        self._server.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()
 
     @property
     def url(self) -> str:
         """For ``--dataflow_endpoint``."""
-        return f"http://localhost:{self._server.server_address[1]}"
+        return self._server.url.replace("127.0.0.1", "localhost")
 
     def add(self, name: str, state: str = "JOB_STATE_RUNNING") -> str:
         """A job that is there already; its id."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.servers.web_server import Quiet, WebServer
 
-class Google:
+
+class Google(WebServer):
     """Both services; a context manager.
 
     Attributes:
@@ -24,10 +23,7 @@ class Google:
         self.asked: list[str] = []
         google = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: Any) -> None:
-                pass
-
+        class Handler(Quiet):
             def do_GET(self) -> None:
                 path = urlsplit(self.path).path
                 # The client also asks after the bucket, in the background, for its own statistics.
@@ -39,21 +35,11 @@ class Google:
                 self.end_headers()
                 self.wfile.write(content)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        super().__init__(Handler)
         self.environment = {
-            "STORAGE_EMULATOR_HOST": url,
-            "CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER": url + "/",
+            "STORAGE_EMULATOR_HOST": self.url,
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER": self.url + "/",
         }
-
-    def __enter__(self) -> Google:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
     def _answer(self, path: str) -> tuple[int, bytes]:
         is_secret = path.endswith(":access")

@@ -6,14 +6,12 @@ import base64
 import hashlib
 import hmac
 import json
-import ssl
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs
 
 from tests.servers.secure_broker import SCOPE, TOKEN_SECRET, USER
+from tests.servers.web_server import Quiet, WebServer
 
 CLIENT, CLIENT_SECRET = "orders-client", "secret-of-the-client"
 
@@ -32,7 +30,7 @@ def token(subject: str = USER, secs: float = 60) -> str:
     return f"{text}.{base64.urlsafe_b64encode(signature).decode().rstrip('=')}"
 
 
-class TokenServer:
+class TokenServer(WebServer):
     """Gives a token to who knows `CLIENT_SECRET`, or brings an assertion. A context manager.
 
     Args:
@@ -47,7 +45,7 @@ class TokenServer:
         self.asked: list[dict[str, str]] = []
         owner = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"])).decode()
                 form = {name: values[0] for name, values in parse_qs(body).items()}
@@ -63,19 +61,5 @@ class TokenServer:
                 self.end_headers()
                 self.wfile.write(content)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate)
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self.url = f"https://127.0.0.1:{self._server.server_port}/token"
-
-    def __enter__(self) -> TokenServer:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler, certificate)
+        self.url += "/token"

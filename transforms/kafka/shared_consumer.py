@@ -124,19 +124,20 @@ class SharedConsumer:
                 self._polling = True
             messages: list[Message] = []
             try:
-                messages = self._poll(min(_SLICE_SECS, max(0.0, left)))
+                self._poll(messages, min(_SLICE_SECS, max(0.0, left)))
             finally:
                 with self._changed:
                     self._lay_down(messages, key)
                     self._polling = False
                     self._changed.notify_all()
 
-    def _poll(self, timeout_secs: float) -> list[Message]:
+    def _poll(self, messages: list[Message], timeout_secs: float) -> None:
+        """Add what comes; what came before an error stays, since it comes only once."""
         # `consume` waits for the whole time unless it gets as many as it is asked for.
         message = self._consumer.poll(timeout_secs)
-        if message is None:
-            return []
-        return [message, *self._consumer.consume(_POLL_RECORDS - 1, 0)]
+        if message is not None:
+            messages.append(message)
+            messages += self._consumer.consume(_POLL_RECORDS - 1, 0)
 
     def _lay_down(self, messages: list[Message], poller: PartitionKey) -> None:
         """Give each partition its own; the caller holds the lock."""

@@ -92,7 +92,7 @@ class PartitionReaders:
         self._config = config
         self._lock = threading.Lock()
         self._readers: dict[PartitionKey, PartitionReader] = {}
-        self._consumer: SharedConsumer | None = None
+        self._consumer = SharedConsumer(config.source.kafka)
 
     def __len__(self) -> int:
         return len(self._readers)
@@ -119,11 +119,13 @@ class PartitionReaders:
                     reader.lock.release()
             if key not in self._readers:
                 config = self._config
-                kafka = config.source.kafka
-                if self._consumer is None:
-                    self._consumer = SharedConsumer(kafka)
                 self._readers[key] = PartitionReader(
-                    kafka, self._consumer, key, config.ahead, config.bounded, self.__len__
+                    config.source.kafka,
+                    self._consumer,
+                    key,
+                    config.ahead,
+                    config.bounded,
+                    self.__len__,
                 )
             self._readers[key].used = monotonic()
             return self._readers[key]

@@ -175,6 +175,7 @@ class RoundReader:
 
     Attributes:
         fetcher: Brings the records.
+        stirred: Whether the last fetch brought more than ends that were known.
     """
 
     def __init__(self, config: ReadConfig, timer: Callable[[], float] = monotonic) -> None:
@@ -185,6 +186,7 @@ class RoundReader:
         self._round = _NOTHING
         self._served = -1
         self._places = itertools.count()
+        self.stirred = False
 
     # -- what the rounds' loop needs -------------------------------------------------------
 
@@ -346,6 +348,7 @@ class RoundReader:
             SinkError: Nothing can be read any more.
         """
         count, fetched = self.fetcher.fetch(timeout_secs)
+        self.stirred = False
         for each in fetched:
             self._take_in(each)
         return count
@@ -474,6 +477,9 @@ class RoundReader:
         partition = self._partitions.get(fetched.key)
         if partition is None or partition.dropped:
             return
+        known = fetched.end is not None and fetched.end <= partition.next_offset
+        if not known or fetched.ended or partition.lost:
+            self.stirred = True
         if fetched.messages:
             self._take_in_all(partition, fetched.messages)
         if fetched.problem:

@@ -208,7 +208,7 @@ def test_a_lost_process_costs_repeats_and_no_record(
         time.sleep(0.05)
         return sink.answer(event)
 
-    # Once there is no checkpoint yet to go on from: then the group's offsets say where.
+    # Where a TaskManager is lost there is no checkpoint yet: the group's offsets say where.
     interval = 600_000 if lose is _LOSE_TASKMANAGER else 1000
     options = {"batch_size": 50, "checkpointing_interval": interval}
     with sink.serve(slowly) as server, flink.start(server, reader, **options) as run:

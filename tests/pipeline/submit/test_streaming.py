@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.local.broker import KafkaBroker
+from pipeline.local.processes import wait_until
 from pipeline.options.config import Config
 from pipeline.options.resolve import parse_arguments
 from pipeline.submit.streaming import runner_options
@@ -460,10 +461,13 @@ def test_a_run_that_ends_does_not_wait_for_what_is_behind_a_halt(
         SourceConfig(KafkaConfig(broker.bootstrap_servers, group), (topic,)), refresh_secs=None
     )
     config = NativeReadConfig(KafkaStream(commit.source, bounded=True, ahead=ReadAhead(1500)))
-    stuck = threading.Timer(
-        3,
-        lambda: Committer(commit).commit({(topic, 0): 7}, {(topic, 0): f"halted {topic}|0|7|A|B"}),
-    )
+
+    def halt() -> None:
+        # A halt from before the reading counts as an earlier run's: the start says that it is over.
+        wait_until(lambda: broker.committed(group, topic) == {0: 0}, "the reading did not begin")
+        Committer(commit).commit({(topic, 0): 7}, {(topic, 0): f"halted {topic}|0|7|A|B"})
+
+    stuck = threading.Thread(target=halt)
     stuck.start()
     chunks = _read(config)[0]
     stuck.join()

@@ -2,7 +2,6 @@ import java.nio.charset.StandardCharsets;
 import java.util.Base64;
 import java.util.List;
 import java.util.Map;
-import java.util.Set;
 import java.util.regex.Matcher;
 import java.util.regex.Pattern;
 import javax.crypto.Mac;
@@ -49,24 +48,11 @@ public class JwtValidator implements AuthenticateCallbackHandler {
         }
         String subject = claim(claims, "sub");
         long ends = Long.parseLong(claim(claims, "exp")) * 1000;
-        return new Token(token, subject, ends);
+        return new Token(token, subject, null, ends);
     }
 
     private static String claim(String claims, String name) {
         Matcher found = Pattern.compile("\"" + name + "\":\\s*\"?([^\",}]*)").matcher(claims);
         return found.find() ? found.group(1) : null;
-    }
-
-    private record Token(String value, String principalName, long lifetimeMs)
-            implements OAuthBearerToken {
-        @Override
-        public Set<String> scope() {
-            return Set.of();
-        }
-
-        @Override
-        public Long startTimeMs() {
-            return null;
-        }
     }
 }

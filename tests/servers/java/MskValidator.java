@@ -145,17 +145,4 @@ public class MskValidator implements AuthenticateCallbackHandler {
         mac.init(new SecretKeySpec(key, "HmacSHA256"));
         return mac.doFinal(text.getBytes(StandardCharsets.UTF_8));
     }
-
-    private record Token(String value, String principalName, long begins, long lifetimeMs)
-            implements OAuthBearerToken {
-        @Override
-        public Set<String> scope() {
-            return Set.of();
-        }
-
-        @Override
-        public Long startTimeMs() {
-            return begins;
-        }
-    }
 }

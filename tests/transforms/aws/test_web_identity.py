@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from botocore.exceptions import MetadataRetrievalError
 from moto import mock_aws
 
+from tests.servers.web_server import Quiet, WebServer
 from transforms.aws.answers import Fault
 from transforms.aws.function import FunctionConfig, LambdaFunction, Request
 from transforms.aws.web_identity import google_token
@@ -36,10 +34,7 @@ class _Server:
         self.asked: list[tuple[str, dict[str, str], dict[str, list[str]]]] = []
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: Any) -> None:
-                pass
-
+        class Handler(Quiet):
             def _handle(self) -> None:
                 parts = urlsplit(self.path)
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
@@ -55,17 +50,15 @@ class _Server:
 
             do_GET = do_POST = _handle
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.address = f"127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        self._http = WebServer(Handler)
+        self.address = self._http.url.removeprefix("http://")
+        self._http.start()
 
     def answer(self, query: dict[str, list[str]]) -> tuple[int, dict[str, str], str]:
         raise NotImplementedError
 
     def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        self._http.close()
 
 
 class Metadata(_Server):

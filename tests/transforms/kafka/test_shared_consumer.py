@@ -7,8 +7,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.processes import wait_until
@@ -115,3 +117,27 @@ def test_what_nobody_consumes_is_held_up_to_a_bound(
     got: list[int] = []
     wait_until(lambda: got.extend(_records(consumer, idle)) or len(got) == RECORDS, "lost")  # type: ignore[func-returns-value]
     assert got == list(range(RECORDS))
+
+
+class _Breaks(Consumer):
+    """Hands out a record, and fails where it is asked for more."""
+
+    def __init__(self) -> None:
+        super().__init__({"bootstrap.servers": "127.0.0.1:1", "group.id": "g"})
+
+    def poll(self, timeout: float = -1) -> Any:
+        return Message(topic="t", partition=0, offset=5, value=b"v")
+
+    def consume(self, num_messages: int = 1, timeout: float = -1) -> Any:
+        raise KafkaException(KafkaError(KafkaError._FAIL))
+
+
+def test_what_came_before_an_error_is_not_lost() -> None:
+    """The client hands out each record once."""
+    consumer = SharedConsumer(KafkaConfig("127.0.0.1:1", "g"), lambda *_, **__: _Breaks())
+    with closing(consumer):
+        consumer.assign(("t", 0), 5)
+        with pytest.raises(KafkaException):
+            consumer.consume(("t", 0), 10, 0)
+        (message,), _ = consumer.consume(("t", 0), 10, 0)
+        assert message.offset() == 5
