@@ -57,7 +57,7 @@ from transforms.schemas.registry import RegistryConfig, check_settings
 from transforms.schemas.schema import CONNECT, STANDARD
 from transforms.tracing import TraceConfig
 from transforms.write import destination
-from transforms.write.write import WriteConfig
+from transforms.write.produce import WriteConfig
 
 
 @dataclass(frozen=True, slots=True)

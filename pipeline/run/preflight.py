@@ -9,13 +9,13 @@ from transforms.errors import KafkaError
 from transforms.invoke.invoke import shared_function
 from transforms.schemas.registry import shared_registry
 from transforms.source import Partitions
-from transforms.write.write import (
-    TopicWriter,
+from transforms.write.produce import (
     error_format,
     error_writer,
     response_format,
     response_writer,
 )
+from transforms.write.topic_writer import TopicWriter
 
 _APPEAR_SECS = 5.0
 

@@ -13,7 +13,7 @@ from transforms.coding import SizedPickleCoder, estimated_bytes
 from transforms.invoke.invoke import Finished
 from transforms.read.rounds import RecordChunk
 from transforms.records import Failure, Records, Responses
-from transforms.write.write import Progress
+from transforms.write.produce import Progress
 
 COUNT = 100
 
