@@ -9,10 +9,12 @@ who left before would hand over what it has stopped at.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import logging.handlers
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections import Counter
@@ -25,11 +27,14 @@ from time import monotonic
 from typing import Any
 
 from pipeline.options.config import Config
+from pipeline.run.hands import ANSWER_SECS, LEVEL, Command, Told
 from pipeline.run.rounds import OTHERS_MOST_SECS, Rounds, Standing, Status, Totals
+from pipeline.watch.logs import set_level
 from transforms.errors import SinkError, WorkerError
 from transforms.invoke.failures import Trouble
 from transforms.names import NUMBERS
 from transforms.records import Finished
+from transforms.tally import Tallied
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -51,6 +56,19 @@ class Report:
     status: Status
     ended: bool = False
     error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a worker says to a command.
+
+    Attributes:
+        number: Of the command.
+        told: What came of it.
+    """
+
+    number: int
+    told: Told
 
 
 def merge(statuses: Sequence[Status], elapsed_secs: float) -> Status:
@@ -85,6 +103,12 @@ def merge(statuses: Sequence[Status], elapsed_secs: float) -> Status:
             any(standing.stopped for standing in standings),
             elsewhere[0].intersection(*elsewhere) if elsewhere else frozenset(),
         ),
+        books=Tallied.join(status.books for status in statuses),
+        tallied=Tallied.join(status.tallied for status in statuses),
+        partitions={key: view for status in statuses for key, view in status.partitions.items()},
+        still_secs=max((status.still_secs for status in statuses), default=0.0),
+        draining=any(status.draining for status in statuses),
+        paused=bool(statuses) and all(status.paused for status in statuses),
     )
 
 
@@ -118,6 +142,14 @@ class _Worker:
     process: BaseProcess
     connection: Connection
     report: Report = field(default_factory=lambda: Report(Status.of_nothing(0)))
+    reported: float = 0.0
+
+    def status(self, now: float) -> Status:
+        """How its run stands; who says nothing any more does not turn."""
+        status = self.report.status
+        if self.report.ended or not status.begun:
+            return status
+        return replace(status, still_secs=status.still_secs + now - self.reported)
 
 
 class Workers:
@@ -147,6 +179,10 @@ class Workers:
         self._done_since: float | None = None
         self._error: BaseException | None = None
         self._workers: list[_Worker] = []
+        # Commands come from other threads than the one that ends all.
+        self._sending = threading.Lock()
+        self._numbers = itertools.count()
+        self._replies: dict[int, queue.SimpleQueue[Told]] = {}
         fork = multiprocessing.get_context("fork")
         count = config.run.workers
         for index in range(count):
@@ -161,7 +197,7 @@ class Workers:
             )
             process.start()
             theirs.close()
-            self._workers.append(_Worker(process, ours))
+            self._workers.append(_Worker(process, ours, reported=timer()))
 
     def run(self) -> Status:
         """Wait for the end of all workers.
@@ -188,18 +224,43 @@ class Workers:
 
     def status(self) -> Status:
         """How all of them stand together; may be called from another thread."""
-        statuses = [worker.report.status for worker in self._workers]
-        return merge(statuses, self._timer() - self._started)
+        now = self._timer()
+        statuses = [worker.status(now) for worker in self._workers]
+        return merge(statuses, now - self._started)
+
+    def command(self, command: Command) -> Told:
+        """Have each worker carry something out; called from another thread."""
+        number = next(self._numbers)
+        replies = self._replies[number] = queue.SimpleQueue()
+        asked = 0
+        for worker in self._workers:
+            with suppress(OSError), self._sending:  # it has ended
+                if not worker.report.ended:
+                    worker.connection.send((number, command))
+                    asked += 1
+        if command.action == LEVEL:
+            set_level(command.level)
+        told: list[Told] = []
+        deadline = self._timer() + ANSWER_SECS + _LOOK_SECS
+        with suppress(queue.Empty):
+            for _ in range(asked):
+                told.append(replies.get(timeout=max(0.0, deadline - self._timer())))
+        del self._replies[number]
+        return Told.join(told)
 
     def _take_in(self, worker: _Worker) -> None:
         try:
-            said: Report | logging.LogRecord = worker.connection.recv()
+            said: Report | Reply | logging.LogRecord = worker.connection.recv()
         except (EOFError, OSError):
             said = self._died(worker)
         if isinstance(said, logging.LogRecord):
             logging.getLogger(said.name).handle(said)
             return
-        worker.report = said
+        if isinstance(said, Reply):
+            if replies := self._replies.get(said.number):
+                replies.put(said.told)
+            return
+        worker.report, worker.reported = said, self._timer()
         if said.error and self._error is None:
             self._error = said.error
 
@@ -218,7 +279,7 @@ class Workers:
             return
         self._told = True
         for worker in self._workers:
-            with suppress(OSError):  # it has ended
+            with suppress(OSError), self._sending:  # it has ended
                 worker.connection.send(_STOP)
 
     def _all_done(self) -> bool:
@@ -244,7 +305,7 @@ class _Line(logging.handlers.QueueHandler):
         self._said = threading.Lock()
         self._ended = False
 
-    def say(self, what: Report | logging.LogRecord) -> None:
+    def say(self, what: Report | Reply | logging.LogRecord) -> None:
         """Send it, unless the last word was said.
 
         Raises:
@@ -282,12 +343,20 @@ def _work(
     def listen() -> None:
         while True:
             try:
-                if connection.poll(_REPORT_SECS) and connection.recv() == _STOP:
-                    stop.set()
+                if connection.poll(_REPORT_SECS):
+                    if (heard := connection.recv()) == _STOP:
+                        stop.set()
+                    else:
+                        threading.Thread(target=obey, args=heard, daemon=True).start()
                 line.say(Report(status()))
             except (EOFError, OSError):
                 # Nobody is there any more. Who runs us again must not find us at work.
                 os._exit(1)
+
+    def obey(number: int, command: Command) -> None:
+        told = runs[0].command(command) if runs else Told(False, "the run has not begun yet")
+        with suppress(OSError):  # noticed by who listens
+            line.say(Reply(number, told))
 
     def tell() -> None:
         with suppress(OSError):  # noticed by who listens

@@ -46,6 +46,16 @@ from transforms.records import (
 from transforms.schemas.registry import RegistryConfig, shared_registry
 from transforms.schemas.schema import DecodeError
 from transforms.source import Source
+from transforms.tally import (
+    ANSWERED,
+    BOOKS,
+    DELIVERY_ERRORS,
+    DROPPED,
+    ERROR_TOPIC,
+    PULSE,
+    RELEASED,
+    TALLY,
+)
 from transforms.write import formats
 from transforms.write.destination import destination_records
 from transforms.write.formats import (
@@ -197,6 +207,8 @@ class TopicWriter:
                     messages.append(message)
                 else:
                     self._note(note, error, message["key"], message["value"])
+            if messages:
+                PULSE.beat()
             self._producer.poll(0.1 if messages else 0)
 
     def write(
@@ -229,6 +241,7 @@ class TopicWriter:
                 )
                 return
             except BufferError:
+                PULSE.beat()
                 self._producer.poll(0.1)
             except KafkaException as error:
                 self._note(note, error.args[0], key, value)
@@ -282,6 +295,7 @@ class TopicWriter:
     def _wait(self, delivered: Delivered) -> None:
         while self._producer.flush(_FLUSH_SECS):
             _LOGGER.warning("waiting for Kafka to acknowledge records of topic %s", self.topic)
+            PULSE.beat()
         if delivered.failures:
             raise WriteError(self._failed(delivered.failures[0]))
 
@@ -448,6 +462,22 @@ def lift_halt(config: WriteConfig, key: PartitionKey) -> None:
     per_process(_make_halted, config).discard(key)
 
 
+def write_at_once(config: WriteConfig, finished: Finished) -> bool:
+    """Write what became of records, outside any pipeline, and wait until it is acknowledged.
+
+    Returns:
+        Whether it was; an error record may be refused.
+
+    Raises:
+        SinkError: It cannot be written now.
+    """
+    lift_halt(config, finished.key)
+    write = _ProduceFn(config, lambda _: None)
+    write.start_bundle()
+    write.process(finished)
+    return not any(progress.value.halted for progress in write.finish_bundle())
+
+
 @dataclass(slots=True)
 class _Written:
     """What a bundle has written of one batch."""
@@ -487,7 +517,9 @@ class _ProduceFn(beam.DoFn):
 
     def process(self, finished: Finished) -> None:
         if finished.key in per_process(_make_halted, self._config):
-            return  # it will be read again
+            # It will be read again.
+            BOOKS.count(RELEASED, sum(map(len, finished.parts)), finished.topic)
+            return
         written = _Written(
             finished.key,
             finished.start,
@@ -501,7 +533,6 @@ class _ProduceFn(beam.DoFn):
                 if isinstance(part, Responses):
                     self._write_responses(written, part)
                 else:
-                    self._errors.inc(len(part))
                     self._write_failure(written, part)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
@@ -535,6 +566,10 @@ class _ProduceFn(beam.DoFn):
                 written.refused.append((offsets, refused.error))
                 # Counted when it was handed over; whatever becomes of its records, it is not there.
                 self._responses.inc(-len(offsets))
+                # Unless their error records are written, they are read again.
+                topic = written.key[0]
+                BOOKS.count(ANSWERED, -len(offsets), topic)
+                BOOKS.count(RELEASED, len(offsets), topic)
             for written in self._all_written:
                 self._see_to_responses(written)
         if config.error_topic:
@@ -559,7 +594,7 @@ class _ProduceFn(beam.DoFn):
                     self._stop_at(written, failure)
                     return
                 failure = replace(failure, records=records)
-            self._errors.inc(len(failure))
+            BOOKS.count(RELEASED, -len(failure), written.key[0])
             self._write_failure(written, failure)
 
     def _stop_at(self, written: _Written, failure: Failure) -> None:
@@ -587,6 +622,7 @@ class _ProduceFn(beam.DoFn):
 
     def _write_responses(self, written: _Written, part: Responses) -> None:
         self._responses.inc(len(part))
+        BOOKS.count(ANSWERED, len(part), written.key[0])
         if not self._config.response_topic:
             return
         topic, partition, names = *written.key, self._config.names
@@ -606,8 +642,15 @@ class _ProduceFn(beam.DoFn):
         owner = (written, _Answered(keys, answered))
         response_writer(self._config).write_all(partition, messages, self._delivered, owner)
 
+    @property
+    def _failures_go_to(self) -> str:
+        config = self._config
+        return ERROR_TOPIC if config.error_topic and config.on_error != "ignore" else DROPPED
+
     def _write_failure(self, written: _Written, failure: Failure) -> None:
         config = self._config
+        self._errors.inc(len(failure))
+        BOOKS.count(self._failures_go_to, len(failure), written.key[0], failure.condition)
         if config.on_error == "ignore":
             return
         if not config.error_topic:
@@ -657,13 +700,22 @@ class _ProduceFn(beam.DoFn):
         """An error record was refused: write it with less in it, or halt the partition."""
         failure, written = owner.failure, owner.written
         self._error_records.inc(-1)
+        TALLY.count(DELIVERY_ERRORS, 1)
         if written.next_offset <= failure.records.offsets[0]:
+            self._release(written, failure)
             return
         if owner.omitted < _WITHOUT_ORIGINAL:
             self._write_error(replace(owner, omitted=owner.omitted + 1))
             return
+        self._release(written, failure)
         why = f"topic {self._config.error_topic} refuses the error record: {error.str()}"
         self._stop_at(written, replace(failure, message=why, error_type=error.name()))
+
+    def _release(self, written: _Written, failure: Failure) -> None:
+        """Records whose error record is not written are read again."""
+        topic = written.key[0]
+        BOOKS.count(ERROR_TOPIC, -len(failure), topic, failure.condition)
+        BOOKS.count(RELEASED, len(failure), topic)
 
 
 _WITHOUT_ORIGINAL = 3
