@@ -14,7 +14,8 @@ usage: ./run.sh COMMAND [arguments]
 
   setup                install into .venv (done by every other command when needed)
   demo [...]           the whole pipeline on this machine, without AWS and without Kafka;
-                       --runner=flink: with a real Kafka broker, on a Flink cluster
+                       --runner=flink: with a real Kafka broker, on a Flink cluster;
+                       --http: with its page at http://127.0.0.1:9464/, until Ctrl-C
   run [...]            the pipeline; run --help lists its options
   test [...]           the tests, with a real Kafka broker and a real Flink cluster;
                        --fast leaves both out, --flink runs only those on Flink;
@@ -169,6 +170,20 @@ require_registry() {
   "$VENV/bin/python" -m tests.servers.schema_registry --fetch
 }
 
+# A browser and its driver, for the tests of the page.
+require_browser() {
+  if command -v chromedriver >/dev/null && command -v chromium >/dev/null; then return; fi
+  if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
+    say "the tests of the page need Chromium: sudo apt-get install chromium chromium-driver" \
+      "(./run.sh test --fast does without)"
+    exit 1
+  fi
+  say "installing chromium (about 130 MB, once)"
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq >/dev/null
+  apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null
+}
+
 # Whether the arguments ask for a Flink cluster.
 on_flink() { [[ " $* " == *" --runner=flink "* || " $* " == *" --runner flink "* ]]; }
 
@@ -184,7 +199,10 @@ run_tests() {
     esac
   done
   if [[ $marks != not* ]]; then require_servers kafka flink; fi
-  if [[ -z $marks ]]; then require_registry; fi
+  if [[ -z $marks ]]; then
+    require_registry
+    require_browser
+  fi
   # First, so that what the caller says wins: -m, and -n 0 for one process. How many they are, and
   # which tests belong together, is in tests/conftest.py.
   exec "$VENV/bin/python" -m pytest -m "$marks" -n auto --dist loadfile --no-loadscope-reorder \

@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -20,10 +20,12 @@ from pipeline.signals import DONE, HALTED, stop_on_signals, tune_interpreter
 from pipeline.watch import logs
 
 if TYPE_CHECKING:
+    from pipeline.options.config import Config
     from pipeline.options.resolve import Resolved
     from pipeline.run.rounds import Rounds
     from pipeline.run.workers import Workers
     from pipeline.submit.streaming import StreamRun
+    from pipeline.watch.server import Server
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before Beam is imported: it logs while it is.
     wants_json = "--log_format=json" in arguments or ("--log_format", "json") in pairwise(arguments)
     logs.configure("json" if wants_json else "text")
+    if arguments[:1] == ["ctl"]:
+        return _ctl(arguments[1:])
     with _importing():
         from pipeline.options.explain import explain
         from pipeline.options.help import format_help
@@ -48,12 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wants_help:
             logs.show(redrive.help_text())
             return DONE
+    elif arguments[:1] == ["offsets"]:
+        from pipeline.offsets import command as offsets
+
+        if wants_help:
+            logs.show(offsets.help_text())
+            return DONE
     elif wants_help:
         logs.show(format_help())
         return DONE
     try:
         if arguments[:1] == ["redrive"]:
             return redrive.main(arguments[1:], started)
+        if arguments[:1] == ["offsets"]:
+            return offsets.main(arguments[1:], logs.show)
         resolved = resolve(arguments)
         logs.configure_as(resolved.values)
         if resolved.explain:
@@ -78,6 +90,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
+def _ctl(arguments: Sequence[str]) -> int:
+    """Tell a run something; this takes none of what a run does."""
+    from pipeline.watch import ctl
+    from transforms.errors import SinkError
+
+    try:
+        return ctl.main(arguments, logs.show)
+    except SinkError as error:
+        for line in str(error).splitlines():
+            logs.say(f"error: {line}")
+        return error.exit_code
+
+
 def _run(resolved: Resolved, started: float) -> int:
     with _importing():
         from pipeline.options.declare import DIRECT_RUNNERS
@@ -91,6 +116,8 @@ def _run(resolved: Resolved, started: float) -> int:
     status: Status | None
     stop_on_signals(stop, "finishing what is running" if direct else "leaving the job")
     tune_interpreter(config.lanes.count)
+    # Before workers are forked: then nothing has begun if the address is taken.
+    server = _server(config)
     live = sys.stderr.isatty() and config.run.log_format == "text"
     run: Rounds | Workers | StreamRun | None = None
     try:
@@ -104,7 +131,7 @@ def _run(resolved: Resolved, started: float) -> int:
             from pipeline.submit.streaming import StreamRun
 
             run = StreamRun(config, resolved.runner, resolved.beam_arguments, stop, started)
-        with Progress(run.status, live):
+        with _watching(resolved, run, server), Progress(run.status, live):
             status = run.run()
         if status is None:
             return DONE
@@ -115,6 +142,56 @@ def _run(resolved: Resolved, started: float) -> int:
         raise
     print_summary(status, config.run.summary, config.kafka.group)
     return HALTED if status.halted else DONE
+
+
+def _server(config: Config) -> Server | None:
+    """What answers for the run, if anything is to."""
+    if config.run.report:
+        with _importing():
+            from pipeline.watch.site import check_report
+
+        check_report(config.run.report)
+    if config.run.http is None:
+        return None
+    with _importing():
+        from pipeline.watch.server import Server
+
+    return Server(*config.run.http)
+
+
+@contextmanager
+def _watching(
+    resolved: Resolved, run: Rounds | Workers | StreamRun, server: Server | None
+) -> Iterator[None]:
+    """Answer for the run while it goes on, and write its report when it ends, however it does."""
+    config = resolved.config
+    assert config
+    if not (server or config.run.report):
+        yield
+        return
+    with _importing():
+        from pipeline.options.explain import listed
+        from pipeline.watch.about import About
+        from pipeline.watch.endpoint import serve
+        from pipeline.watch.history import History
+        from pipeline.watch.site import write_report
+        from transforms.errors import UsageError
+
+    about = About.of(config, resolved.runner, listed(resolved))
+    with History(run.status) as history:
+        if server:
+            serve(server, run.status, about, history, run.command, config.run.http_token)
+            _LOGGER.info("listening: %s/metrics; the page is at %s/", server.url, server.url)
+        try:
+            with server or nullcontext():
+                yield
+        finally:
+            if config.run.report:
+                try:
+                    write_report(config.run.report, run.status(), about, history)
+                except UsageError as error:
+                    # How the run ended stays what it was.
+                    logs.say(f"error: {error}")
 
 
 @contextmanager

@@ -105,6 +105,7 @@ def test_rules_are_pure(name: str) -> None:
         ("watch", {"submit", "redrive", "local", "migrate"}),
         ("submit", {"redrive", "local", "migrate"}),
         ("redrive", {"submit", "local", "migrate"}),
+        ("offsets", {"submit", "local", "migrate", "run", "watch", "redrive"}),
     ],
 )
 def test_a_room_of_the_program_knows_what_it_may(room: str, never: set[str]) -> None:

@@ -11,3 +11,20 @@ BATCH_ITEM_FAILURE = "BatchItemFailure"
 INVALID_CONTENT = "InvalidRequestContent"
 RESPONSE_REFUSED = "ResponseRefused"
 """The function has answered, and Kafka does not take the answer."""
+INVALID_RECORD = "InvalidRecord"
+SCHEMA_NOT_FOUND, DESERIALIZATION_ERROR = "SCHEMA_NOT_FOUND", "DESERIALIZATION_ERROR"
+SKIPPED = "SkippedByOperator"
+
+CONDITIONS = (
+    RETRIES_EXHAUSTED,
+    AGE_EXCEEDED,
+    SIZE_EXCEEDED,
+    INVALID_REPLY,
+    INVALID_CONTENT,
+    RESPONSE_REFUSED,
+    INVALID_RECORD,
+    SCHEMA_NOT_FOUND,
+    DESERIALIZATION_ERROR,
+    SKIPPED,
+)
+"""All of them."""

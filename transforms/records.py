@@ -24,6 +24,16 @@ NO_TIMESTAMP = -1
 """What Kafka clients report for a record that has no timestamp."""
 
 
+BY_COUNT, BY_BYTES, BY_WINDOW, BY_END, ALONE = CLOSED_BY = (
+    "count",
+    "bytes",
+    "window",
+    "end",
+    "alone",
+)
+"""What closes a batch: it is full, it or what waits for it is large enough, its time is over, there
+is nothing more to come, or its record stands alone since it is not sent."""
+
 PREFIX_BYTES = 5
 """Bytes of a record in front of its data: a zero, then the schema's id."""
 
@@ -153,6 +163,7 @@ class RecordChunk:
         lane: The lane whose records these are; None if they are not divided into lanes yet.
         last: True if nothing of its lane comes behind it, in this round or, where its partition
             ends for good, ever: no batch stays open for more.
+        closed_by: If so, what closes the batch at its end, one of `CLOSED_BY`.
     """
 
     topic: str
@@ -163,6 +174,7 @@ class RecordChunk:
     first: bool = False
     lane: int | None = None
     last: bool = False
+    closed_by: str = ""
 
     @property
     def lane_key(self) -> LaneKey:

@@ -53,6 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
         default="direct",
         help="flink: a real Kafka broker and a Flink session cluster; needs Java 17",
     )
+    demo.add_argument(
+        "--http",
+        nargs="?",
+        const="127.0.0.1:9464",
+        metavar="HOST:PORT",
+        help="show the page there (default 127.0.0.1:9464) and send orders until Ctrl-C",
+    )
     demo.set_defaults(run=_run_demo)
     options = parser.parse_args(arguments)
     try:
@@ -90,7 +97,7 @@ def _record_count(text: str) -> int:
 def _run_demo(options: argparse.Namespace) -> int:
     from pipeline.local.demo import run_demo
 
-    return run_demo(options.records, options.summary, options.runner)
+    return run_demo(options.records, options.summary, options.runner, options.http)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,7 @@ FUNCTION = "settle-orders"
 ORDERS, RESULTS, ERRORS = "orders", "orders-results", "orders-errors"
 
 _INTERRUPTED = 130
+_MORE_SECS = 0.5
 _SHOWN_RESPONSES = 3
 _PARTITIONS = 4  # of a topic in LocalKafka; each has at most one invocation running
 _ITEMS = ("notebook", "desk lamp", "backpack", "water bottle", "headphones", "umbrella", "mug")
@@ -82,7 +86,7 @@ def _stage(runner: str) -> Iterator[_Stage]:
         )
 
 
-def run_demo(records: int, summary: str, runner: str = "direct") -> int:
+def run_demo(records: int, summary: str, runner: str = "direct", http: str | None = None) -> int:
     """Run it once.
 
     Args:
@@ -90,6 +94,7 @@ def run_demo(records: int, summary: str, runner: str = "direct") -> int:
         summary: ``text`` shows everything on stdout; ``json`` has only the pipeline's summary
             there, one line, and the rest on stderr.
         runner: One of `RUNNERS`.
+        http: Where to show the page; then it goes on with more orders until it is interrupted.
 
     Returns:
         The pipeline's exit code; 130 if interrupted before or after the pipeline.
@@ -107,13 +112,15 @@ def run_demo(records: int, summary: str, runner: str = "direct") -> int:
             _own_environment(),
             _stage(runner) as stage,
         ):
-            return _run(stage, server.url, records, summary, out)
+            return _run(stage, server.url, records, summary, out, http)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
 
 
-def _run(stage: _Stage, lambda_url: str, records: int, summary: str, out: TextIO) -> int:
+def _run(
+    stage: _Stage, lambda_url: str, records: int, summary: str, out: TextIO, http: str | None
+) -> int:
     broken = records // 2 + 1
     stage.produce(ORDERS, make_orders(records, broken))
     arguments = [
@@ -130,7 +137,7 @@ def _run(stage: _Stage, lambda_url: str, records: int, summary: str, out: TextIO
         "--on_error=log",
         f"--error_topic={ERRORS}",
         f"--response_topic={RESULTS}",
-        "--until=caught_up",
+        f"--http={http}" if http else "--until=caught_up",
         f"--summary={summary}",
     ]
     _say(
@@ -144,7 +151,8 @@ def _run(stage: _Stage, lambda_url: str, records: int, summary: str, out: TextIO
         f"    {arguments[-1]}",
         "",
     )
-    code, printed = _run_pipeline(arguments)
+    with _more_orders(stage, records) if http else contextlib.nullcontext():
+        code, printed = _run_pipeline(arguments)
     if summary == "json":
         print(printed, end="", flush=True)
     if code == 0:
@@ -170,6 +178,28 @@ def make_orders(count: int, broken: int) -> Iterator[NewRecord]:
         # A prime, so that no customer buys only one thing.
         key = f"customer-{number * 31 % 997}"
         yield NewRecord(key.encode(), json.dumps(order).encode())
+
+
+@contextlib.contextmanager
+def _more_orders(stage: _Stage, sent: int) -> Iterator[None]:
+    """Meanwhile send more orders, now fewer and now more of them, some broken."""
+    ended = threading.Event()
+
+    def send() -> None:
+        number = sent
+        while not ended.wait(_MORE_SECS):
+            count = round(60 + 50 * math.sin(number / 700))
+            orders = make_orders(number + count, number // 1000 * 1000 + 7)
+            stage.produce(ORDERS, itertools.islice(orders, number, None))
+            number += count
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _run_pipeline(arguments: list[str]) -> tuple[int, str]:

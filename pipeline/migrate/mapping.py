@@ -259,7 +259,7 @@ ROWS = (
     refused("TumblingWindowInSeconds", "windows with a state are not known here", harmless=("0",)),
     refused("Queues DocumentDBEventSourceConfig.*", "only mappings of Kafka are known here"),
     unneeded("ScalingConfig.*", "it is for queues"),
-    unneeded("MetricsConfig.* LoggingConfig.*", "metrics and logs are always there"),
+    unneeded("MetricsConfig.* LoggingConfig.*", "logs are always there; metrics with --http"),
     looked_up(
         "UUID EventSourceMappingArn LastModified LastProcessingResult StateTransitionReason "
         "ResponseMetadata.*",

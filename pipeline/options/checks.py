@@ -154,6 +154,7 @@ def check_together(
     _check_start(values, now, problems)
     if values["delivery"] == EXACTLY_ONCE:
         _check_exactly_once(values, settings, problems)
+    _check_watching(values, given, problems)
 
 
 def has_otel() -> bool:
@@ -352,6 +353,34 @@ def parse_timestamp(text: str) -> datetime | None:
     except ValueError:
         return None
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
+
+def _check_watching(
+    values: dict[str, Any], given: dict[str, str | None], problems: list[str]
+) -> None:
+    http = values["http"]
+    if http and parse_address(http) is None:
+        problems.append(
+            f"--http={http} is not a HOST:PORT or a PORT of 0 to 65535, such as 127.0.0.1:9464"
+        )
+    problems += [
+        f"--{name} goes with --http only"
+        for name in ("http_token_file", "metrics_partitions")
+        if given.get(name) is not None and not http
+    ]
+    if given.get("page_show") is not None and not (http or values["report"]):
+        problems.append("--page_show goes with --http or --report only")
+    if values["start_paused"] and not http:
+        problems.append("--start_paused needs --http, over which the run is resumed")
+
+
+def parse_address(text: str) -> tuple[str, int] | None:
+    """Host and port; this machine alone where no host is named. None if it is no address."""
+    if not OPTIONS["http"].fits(text):
+        return None
+    host, _, port = text.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    return (host, int(port)) if int(port) <= 65535 else None
 
 
 def check_beam_reader(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
 from pipeline.options.checks import (
     check_beam_reader,
     check_together,
+    parse_address,
     parse_timestamp,
     parse_value,
     warnings_of,
@@ -22,6 +23,7 @@ from pipeline.options.declare import (
     OPTIONS,
     STREAM_RUNNERS,
 )
+from pipeline.options.token import read_token
 from transforms import envelope
 from transforms.access import (
     KINDS,
@@ -69,8 +71,15 @@ class RunConfig:
         until: ``forever`` or ``caught_up``.
         summary: ``text``, ``json`` or ``none``.
         log_format: ``text`` or ``json``.
+        log_level: From which level on lines are logged.
         workers: Processes of the DirectRunner.
         max_workers: How many there may be of them; None for as many as there are.
+        http: Host and port to answer at; None for nowhere.
+        report: File to write the page to at the end; None for none.
+        http_token: What who tells the run something has to give; empty if nobody can.
+        page_show: ``none`` or ``messages``.
+        start_paused: Whether nothing is read before it is resumed.
+        metrics_partitions: Up to how many partitions each has series of its own.
         rebalance_wait_secs: How long calls are waited for whose partition the group asks for; None
             for as long as the function may take.
     """
@@ -81,6 +90,13 @@ class RunConfig:
     log_format: str
     workers: int = 1
     max_workers: int | None = None
+    http: tuple[str, int] | None = None
+    metrics_partitions: int = 100
+    http_token: str = field(default="", repr=False)
+    page_show: str = "none"
+    report: str | None = None
+    start_paused: bool = False
+    log_level: str = "INFO"
     rebalance_wait_secs: float | None = None
 
 
@@ -167,9 +183,13 @@ class Config:
                 check_settings(RegistryConfig(registry, values["kafka_config_file"]))
             except UsageError as error:
                 problems += error.problems
+        try:
+            token = read_token(values["http_token_file"]) if values["http"] else ""
+        except UsageError as error:
+            problems += error.problems
         if problems:
             raise UsageError(problems)
-        return _make_config(values, settings, runner, patterns, reached)
+        return _make_config(values, settings, runner, patterns, reached, token)
 
 
 def _reply(values: dict[str, Any]) -> str:
@@ -195,6 +215,7 @@ def _make_config(
     runner: str,
     patterns: tuple[str, ...],
     reached: dict[str, tuple[Access, ...]],
+    token: str,
 ) -> Config:
     streaming = runner in STREAM_RUNNERS
     sync = values["invocation_type"] == "sync"
@@ -327,6 +348,13 @@ def _make_config(
             log_format=values["log_format"],
             workers=values["workers"],
             max_workers=values["max_workers"],
+            http=parse_address(values["http"]) if values["http"] else None,
+            metrics_partitions=values["metrics_partitions"],
+            http_token=token,
+            page_show=values["page_show"],
+            report=values["report"],
+            start_paused=values["start_paused"],
+            log_level=values["log_level"],
             rebalance_wait_secs=values["rebalance_wait_secs"],
         ),
         warnings=tuple(warnings_of(values, settings)),

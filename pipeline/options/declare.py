@@ -12,6 +12,7 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from pipeline.options.levels import LEVELS
 from transforms import access, envelope, text_file
 from transforms.aws.function import FUNCTION, MAX_ASYNC_BYTES, MAX_SYNC_BYTES
 from transforms.batch import payload
@@ -627,6 +628,50 @@ GROUPS = (
         ),
     ),
     Group(
+        "Watching",
+        (
+            Option(
+                "http",
+                "Answer at HOST:PORT for the run: a page at /, /metrics for Prometheus, /livez and "
+                "/readyz for Kubernetes, /api/status and /version. PORT alone listens for this "
+                "machine only, at 127.0.0.1; give 0.0.0.0:PORT for others, who can then read it.",
+                example="127.0.0.1:9464",
+                pattern=r"((\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]*):)?\d{1,5}",
+            ),
+            Option(
+                "http_token_file",
+                "File with the token that whoever tells the run to do something over --http has to "
+                "give; else the environment variable BEAM_LAMBDA_SINK_TOKEN. Without a token "
+                "nobody can tell it anything.",
+                example="/run/secrets/beam-lambda-sink/token",
+            ),
+            Option(
+                "page_show",
+                "What the page and /api/status show besides places, types and numbers: messages "
+                "are those of failures, in which a function may quote its records.",
+                kind="choice",
+                default="none",
+                choices=("none", "messages"),
+            ),
+            Option(
+                "report",
+                "File to write the page to when the run ends, with its plots of the last 15 "
+                "minutes, as one file for a browser.",
+                example="run.html",
+            ),
+            Option(
+                "metrics_partitions",
+                "Metrics have each partition's lag by itself as long as there are not more "
+                "partitions than that; each topic's they have always.",
+                kind="int",
+                default=100,
+                unit="partitions",
+                low=0,
+                high=10000,
+            ),
+        ),
+    ),
+    Group(
         "Running",
         (
             Option(
@@ -677,6 +722,12 @@ GROUPS = (
                 choices=("forever", "caught_up"),
             ),
             Option(
+                "start_paused",
+                "Read and invoke nothing before it is resumed over --http.",
+                kind="flag",
+                default=False,
+            ),
+            Option(
                 "summary",
                 "What to print on stdout at the end: text, one line of json, or none.",
                 kind="choice",
@@ -697,6 +748,14 @@ GROUPS = (
                 "and error records are told the trace.",
                 kind="choice",
                 choices=("otlp",),
+            ),
+            Option(
+                "log_level",
+                "From which level on lines are logged. With DEBUG each partition's offsets are "
+                "logged once a minute, too.",
+                kind="choice",
+                default="INFO",
+                choices=LEVELS,
             ),
         ),
     ),

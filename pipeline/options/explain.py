@@ -26,13 +26,24 @@ def explain(resolved: Resolved) -> str:
     return "\n\n".join(parts)
 
 
+def listed(resolved: Resolved) -> list[tuple[str, str, str]]:
+    """Each option, its value and where that came from. No secret is in it."""
+    return [
+        (option.name, *_value(option, resolved))
+        for group in GROUPS
+        for option in group.options
+        if option.name != "explain"
+    ]
+
+
 def _options(resolved: Resolved) -> str:
     rows = []
+    values = {name: (value, origin) for name, value, origin in listed(resolved)}
     for group in GROUPS:
         rows.append((group.title, "", ""))
         for option in group.options:
-            if option.name != "explain":
-                rows.append((f"  --{option.name}", *_value(option, resolved)))
+            if option.name in values:
+                rows.append((f"  --{option.name}", *values[option.name]))
     rows.append(("  --runner", resolved.runner, ""))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(

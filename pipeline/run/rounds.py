@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from time import monotonic, thread_time, time
@@ -18,9 +18,24 @@ from time import monotonic, thread_time, time
 from pipeline.build import build
 from pipeline.options.config import Config
 from pipeline.run.graph import Graph
+from pipeline.run.hands import (
+    LEVEL,
+    PAUSE,
+    RESUME,
+    RETRY,
+    REVIVE,
+    SKIP,
+    Answer,
+    Command,
+    Inbox,
+    Pauses,
+    Told,
+)
 from pipeline.run.preflight import preflight
+from pipeline.watch.logs import set_level
 from transforms.commit.committer import shared_committer
-from transforms.errors import SinkError, Stopped
+from transforms.conditions import SKIPPED
+from transforms.errors import SinkError, Stopped, WriteError
 from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import InvokeConfig, shared_invoker, why_broken
 from transforms.invoke.invoker import Invoker, QueueView
@@ -29,8 +44,9 @@ from transforms.read.rounds import Room, Round, shared_reader
 from transforms.records import CallStats, Finished, PartitionKey
 from transforms.schemas.registry import shared_registry
 from transforms.source import Found, Members, held_up, startable
+from transforms.tally import BOOKS, HELD, POLLED, PULSE, TALLY, Series, Tallied
 from transforms.tracing import close_tracer
-from transforms.write.write import forget_partition, to_write_again
+from transforms.write.write import forget_partition, to_write_again, write_at_once
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -39,7 +55,11 @@ _DISCOVER_SECS = 2.0
 _SETTLE_SECS = 0.2
 _MISSING_LOOKS = 4
 _MEND_SECS = 0.5
-_LAGS_SECS = 1.0
+_LOOK_SECS = 1.0
+_LOG_SECS = 60.0
+# With many partitions less often: of its time the loop spends such a part on looking.
+_LOOK_SHARE = 0.01
+_LOOK_MOST_SECS = 5.0
 # While partitions are asked for; how often it is looked at what others have; how long a run that
 # ends waits to be given something; and for what is nobody's or does not get on elsewhere.
 _LEAVE_SECS = 0.02
@@ -226,6 +246,48 @@ def with_calls(totals: Totals, invoker: Invoker, before: CallStats) -> Totals:
     return Totals(counters, totals.rounds)
 
 
+READING, IDLE, FULL = "reading", "idle", "full"
+BACKING_OFF, PAUSED, HALTED = "backing_off", "paused", "halted"
+STATES = (READING, IDLE, FULL, BACKING_OFF, PAUSED, HALTED)
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionView:
+    """How a partition stands.
+
+    Attributes:
+        state: One of `STATES`.
+        end: Its next offset, as the last fetch saw it; None if that is not known yet.
+        read: Everything below it was read.
+        processed: Everything below it is done, committed or not.
+        records: Records that are held of it: read and not done.
+        bytes: About what they hold.
+        oldest_ms: Timestamp of the oldest of those that were read and not handed over.
+    """
+
+    state: str
+    end: int | None
+    read: int
+    processed: int
+    records: int = 0
+    bytes: int = 0
+    oldest_ms: int | None = None
+
+
+def state_of(held: Held, limits: PartitionLimits, lag: int | None, paused: bool = False) -> str:
+    """A partition's state. Pure."""
+    if held.queue.halted:
+        return HALTED
+    if paused:
+        return PAUSED
+    if held.queue.stuck:
+        return BACKING_OFF
+    if not (held.queue.records or held.records or lag):
+        return IDLE
+    # Nothing more is read of it before something of it is done.
+    return FULL if limits.is_full(held) or held.records >= limits.records else READING
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """How far a run is from its end, as it sees that by itself.
@@ -264,6 +326,13 @@ class Status:
         names: How records' numbers are written.
         standing: How far it is from its end.
         workers: How many processes it is in.
+        books: What became of the records that were read, and how many are held, by topic; all of
+            one moment, between two rounds.
+        tallied: What else was counted.
+        partitions: How each partition stands.
+        still_secs: How long the loop has not turned.
+        draining: Whether nothing more is begun.
+        paused: Whether all is paused.
     """
 
     totals: Totals
@@ -281,6 +350,12 @@ class Status:
     names: Names = NUMBERS
     standing: Standing = Standing()
     workers: int = 1
+    books: Tallied = Tallied()
+    tallied: Tallied = Tallied()
+    partitions: Mapping[PartitionKey, PartitionView] = field(default_factory=dict)
+    still_secs: float = 0.0
+    draining: bool = False
+    paused: bool = False
 
     @staticmethod
     def of_nothing(elapsed_secs: float) -> Status:
@@ -302,16 +377,18 @@ def run_or_stop(graph: Graph, totals: Totals) -> None:
 
 class _Heard(threading.Event):
     """For what waits inside the steps: until the run is to stop. To wait is not to hang: the group
-    keeps what it has given."""
+    keeps what it has given, and nobody takes the loop for dead."""
 
-    def __init__(self, stop: threading.Event, members: Members) -> None:
+    def __init__(self, stop: threading.Event, members: Members | None) -> None:
         super().__init__()
         self._stop = stop
         self._members = members
 
     def wait(self, timeout: float | None = None) -> bool:
+        PULSE.beat()
         with suppress(SinkError):  # said by the loop
-            self._members.deal()
+            if self._members:
+                self._members.deal()
         return self._stop.wait(timeout)
 
 
@@ -361,6 +438,7 @@ class Rounds:
         limits: What bounds a round.
         timer: Monotonic seconds.
         tell: Called when `Standing` has changed, where it is decided elsewhere when to end.
+        pauses: What is paused; None for what the options say.
     """
 
     def __init__(
@@ -371,6 +449,7 @@ class Rounds:
         limits: RoundLimits = RoundLimits(),
         timer: Callable[[], float] = monotonic,
         tell: Callable[[], None] | None = None,
+        pauses: Pauses | None = None,
     ) -> None:
         self._config = config
         self._tell = tell
@@ -393,7 +472,7 @@ class Rounds:
         self._standing = Standing()
         self._done_since = self._asked = float("-inf")
         self._took = self._joined = float("-inf")
-        hear(config, _Heard(stop, self._members) if self._members else stop)
+        hear(config, _Heard(stop, self._members))
         self._found: list[Found] = []
         self._surveyed: frozenset[PartitionKey] = frozenset()
         self._missed: Counter[PartitionKey] = Counter()
@@ -401,7 +480,20 @@ class Rounds:
         self._discovered = float("-inf")
         self._lags: dict[PartitionKey, int | None] | None = None
         self._looked = float("-inf")
-        self._oldest_read_ms: int | None = None
+        self._look_secs = 0.0
+        self._held: dict[PartitionKey, Held] = {}
+        self._limits_now = limits.among((), self._turn_records)
+        self._views: dict[PartitionKey, PartitionView] = {}
+        self._logged = float("-inf")
+        self._draining = False
+        self._inbox = Inbox()
+        self._pauses = Pauses(config.run.start_paused) if pauses is None else pauses
+        self._paused: frozenset[PartitionKey] = frozenset()
+        # Halted partitions that are to go on, those with a command behind a record of theirs.
+        self._revived: dict[PartitionKey, tuple[Command, Answer]] = {}
+        self._books = Tallied()
+        # Of what has run in this process before, nothing counts.
+        self._books_before, self._tallied_before = BOOKS.take(), TALLY.take()
         self._stats_before = self._invoker.stats
         # When the loop has looked at everything, when it is to look again, and what it knew then.
         self._passed_at = self._pass_at = self._ended_at = float("-inf")
@@ -432,19 +524,23 @@ class Rounds:
         if self._config.run.preflight:
             preflight(self._config, self._source)
         self._discover(at_start=True)
-        self._look_at_lags(0)
+        PULSE.beat()
+        self._look()
         while not (self._stop.is_set() or self._invoker.broken or self._ended()):
+            PULSE.beat()
+            self._obey()
             came = self._wait()
             # Where a partition ends for now counts in a run that ends there.
             if (came and (self._flush or self._reader.stirred)) or self._is_time():
                 self._pass()
+        self._draining = True
         self._end_calls()
         drain(self._invoker, self._config.invoke, lambda: self._run_round([]))
         self._settle()
         self._graph.close()
         self._committer.flush()
         self._committer.refresh(now=True)
-        self._look_at_lags(0)
+        self._look()
         if self._standing.done:
             for key, error in self._reader.lost.items():
                 if not self._at_target(key):
@@ -478,14 +574,28 @@ class Rounds:
             trouble=self._trouble(),
             names=self._config.read.source.names,
             standing=self._standing,
+            books=self._books,
+            tallied=TALLY.take().since(self._tallied_before),
+            partitions=self._views,
+            still_secs=0.0 if lags is None or self._draining else PULSE.still_secs,
+            draining=self._draining,
+            paused=self._pauses.everywhere,
         )
 
+    def command(self, command: Command) -> Told:
+        """Carry something out that an operator has said; called from another thread."""
+        return self._inbox.ask(command)
+
     def _trouble(self) -> Trouble:
-        trouble, read_ms = self._invoker.trouble, self._oldest_read_ms
-        if read_ms is None:
+        trouble = self._invoker.trouble
+        oldest_ms = dict(trouble.oldest_ms)
+        for key, view in self._views.items():
+            if view.oldest_ms is not None:
+                oldest_ms[key] = min(view.oldest_ms, oldest_ms.get(key, view.oldest_ms))
+        if not oldest_ms:
             return trouble
-        age_secs = max(0.0, time() - read_ms / 1000, trouble.oldest_age_secs or 0.0)
-        return replace(trouble, oldest_age_secs=age_secs)
+        age_secs = max(0.0, time() - min(oldest_ms.values()) / 1000)
+        return replace(trouble, oldest_age_secs=age_secs, oldest_ms=oldest_ms)
 
     # -- one pass of the loop --------------------------------------------------------------
 
@@ -518,21 +628,27 @@ class Rounds:
         if self._invoker.done_batches != self._done_batches:
             self._done_batches, self._ended_at = self._invoker.done_batches, self._passed_at
         self._mend()
-        self._look_at_lags()
+        wait_secs = max(_LOOK_SECS, min(_LOOK_MOST_SECS, self._look_secs / _LOOK_SHARE))
+        if self._passed_at - self._looked >= wait_secs:
+            self._look()
         self._meet()
+        self._revive()
         if self._passed_at - self._discovered > (
             _SETTLE_SECS if self._unsettled else _DISCOVER_SECS
         ):
             self._discover(at_start=False)
         held = self._hold()
+        self._pause(held)
         limits = self._limits.among(held.values(), self._turn_records)
+        self._held, self._limits_now = held, limits
         again = to_write_again(self._config.write)
         # What is written again comes first: else more and more would wait for it.
         rooms = [] if again else self._rooms(held, limits)
         ready = {
             key
             for key, each in held.items()
-            if self._is_ready(key, limits.is_full(each), each.queue.busy)
+            if key not in self._paused
+            and self._is_ready(key, limits.is_full(each), each.queue.busy)
         }
         self._fetch(held, limits, ready)
         due = {room.key for room in rooms} & ready
@@ -544,7 +660,7 @@ class Rounds:
         windows = (
             self._reader.due_secs(key, each.queue.busy)
             for key, each in held.items()
-            if key not in ready
+            if key not in ready and key not in self._paused
         )
         secs = min(_LEAVE_SECS if self._leaving else _IDLE_SECS, min(windows, default=_IDLE_SECS))
         if self._invoker.has_finished:
@@ -572,7 +688,7 @@ class Rounds:
         rooms = [
             Room(*key, *limits.room(each), flush=limits.is_full(each), busy=each.queue.busy)
             for key, each in held.items()
-            if not self._at_target(key)
+            if not self._at_target(key) and key not in self._paused
         ]
         return [room for room in rooms if room.records]
 
@@ -584,7 +700,9 @@ class Rounds:
         reader.set_wanted(
             key
             for key, each in held.items()
-            if not self._at_target(key) and limits.wanted(each, key in ready, reader.is_paused(key))
+            if not self._at_target(key)
+            and key not in self._paused
+            and limits.wanted(each, key in ready, reader.is_paused(key))
         )
 
     def _is_ready(self, key: PartitionKey, full: bool, busy: frozenset[int]) -> bool:
@@ -632,6 +750,155 @@ class Rounds:
     def _flush(self) -> bool:
         """In a run that ends, nothing more is waited for to fill a batch."""
         return self._config.run.until == "caught_up"
+
+    # -- hands -----------------------------------------------------------------------------
+
+    def _obey(self) -> None:
+        """Carry out what was told meanwhile."""
+        for command, answer in self._inbox.take():
+            keys = [key for key in self._here if command.covers(key)]
+            if command.action == REVIVE:
+                self._begin_revival(command, keys, answer)
+            elif command.action == SKIP:
+                self._begin_skip(command, keys, answer)
+            else:
+                self._say(answer, self._do(command, keys))
+            self._pass_at = self._timer()
+
+    def _do(self, command: Command, keys: list[PartitionKey]) -> Told:
+        match command.action:
+            case action if action in (PAUSE, RESUME):
+                self._pauses.set(command, action == PAUSE)
+                changed = [key for key in keys if (key in self._paused) != self._pauses.has(key)]
+                self._pause(self._reader.partitions)
+                return Told(True, "paused" if action == PAUSE else "resumed", tuple(changed))
+            case action if action == RETRY:
+                tried = self._invoker.retry(keys)
+                return Told(True, f"{len(tried)} partitions are tried now", tuple(sorted(tried)))
+            case action if action == LEVEL:
+                set_level(command.level)
+                return Told(True, f"logs from {command.level} on")
+            case action:
+                return Told(False, f"{action} is nothing that can be done")
+
+    def _say(self, answer: Answer, told: Told) -> None:
+        answer(replace(told, here=tuple(self._here)))
+
+    @property
+    def _here(self) -> list[PartitionKey]:
+        """Partitions that are this process's, and not about to be another's."""
+        gone = self._leaving.keys() | self._left.keys()
+        return sorted(key for key in self._reader.partitions if key not in gone)
+
+    def _pause(self, keys: Collection[PartitionKey]) -> None:
+        """Have the invoker know which partitions are paused; they come and go."""
+        paused = frozenset(filter(self._pauses.has, keys)) if self._pauses else frozenset()
+        if paused != self._paused:
+            self._paused = paused
+            self._invoker.pause(paused)
+
+    def _begin_revival(self, command: Command, keys: list[PartitionKey], answer: Answer) -> None:
+        halted = {finished.key for finished in self._invoker.halted}
+        going_on = [key for key in keys if key in halted]
+        for key in going_on:
+            self._revived.setdefault(key, (command, lambda _: None))
+        self._say(answer, Told(True, f"{len(going_on)} halted partitions go on", tuple(going_on)))
+
+    def _begin_skip(self, command: Command, keys: list[PartitionKey], answer: Answer) -> None:
+        """Have a record skipped once nothing of its partition is under way any more."""
+        why = ""
+        if not self._config.write.error_topic:
+            why = "there is no --error_topic, where a record is written to before it is skipped"
+        elif len(keys) != 1 or command.partition is None:
+            why = "give the topic and the partition of one record; this run has no such partition"
+        elif keys[0] in self._revived:
+            why = "the partition is about to go on"
+        if why:
+            self._say(answer, Told(False, why))
+            return
+        (key,) = keys
+        halt = self._halt_of(key) or self._invoker.stop_at(key, command.offset)
+        if halt is None or command.offset not in (None, self._halted_at(halt)):
+            where = f" at offset {self._halted_at(halt)}" if halt else ""
+            waits = "it is halted" if halt else "it is neither halted nor backing off just now"
+            said = f"{key[0]}-{key[1]} does not stand in front of that record: {waits}{where}"
+            self._say(answer, Told(False, said))
+            return
+        self._revived[key] = command, answer
+
+    def _halt_of(self, key: PartitionKey) -> Finished | None:
+        return next((each for each in self._invoker.halted if each.key == key), None)
+
+    def _halted_at(self, halt: Finished) -> int:
+        assert halt.halted
+        return halt.halted.records.offsets[0]
+
+    def _revive(self) -> None:
+        """Go on with halted partitions, as told, once all that is done of them is committed."""
+        if not self._revived:
+            return
+        here, again = set(self._here), to_write_again(self._config.write)
+        for key, (command, answer) in list(self._revived.items()):
+            invoker, halt = self._invoker, self._halt_of(key)
+            if key not in here or halt is None:
+                del self._revived[key]
+                self._say(answer, Told(False, f"{key[0]}-{key[1]} is not halted here any more"))
+            elif not (
+                invoker.queue(key).batches
+                or invoker.has_finished_of(key)
+                or key in again
+                or self._committer.holds(key)
+            ):
+                del self._revived[key]
+                try:
+                    said = self._skip(key, halt, command)
+                except SinkError as error:
+                    self._say(answer, Told(False, str(error), (key,)))
+                    if isinstance(error, WriteError):
+                        continue
+                    # It is not known what became of it, as in a round.
+                    raise
+                self._go_on(key)
+                self._say(answer, Told(True, said, (key,)))
+
+    def _skip(self, key: PartitionKey, halt: Finished, command: Command) -> str:
+        """Write the record that is in the way to the error topic, and be done with it."""
+        if command.action != SKIP:
+            return "goes on"
+        failure = halt.halted
+        assert failure
+        count = len(failure) if command.whole else 1
+        failure = replace(
+            failure,
+            records=failure.records.slice(0, count),
+            entries=failure.entries[:count],
+            condition=SKIPPED,
+        )
+        first, last = failure.records.offsets[0], failure.records.offsets[-1]
+        marks = list(self._committer.done.marks(key))
+        BOOKS.count(POLLED, count, key[0])
+        outcome = Finished(*key, marks[halt.lane], last + 1, [failure], lane=halt.lane)
+        marks[halt.lane] = max(marks[halt.lane], last + 1)
+        at, note = min(marks), self._config.lanes.note(marks)
+
+        def commit() -> bool:
+            if self._config.commit.settles:
+                return self._committer.settle({key: (at, note)}, {key})
+            self._committer.commit({key: at}, {key: note})
+            return True
+
+        write_at_once(self._config.write, outcome, commit)
+        self._totals.counters["write.errors"] += count
+        self._committer.begin(key, marks)
+        _LOGGER.warning("%s-%d: skipped as told: offsets %d to %d", *key, first, last)
+        return f"offsets {first} to {last} are written to the error topic and skipped"
+
+    def _go_on(self, key: PartitionKey) -> None:
+        """Read a halted partition on from where it stands."""
+        marks = list(self._committer.done.marks(key))
+        self._abandon(key)
+        self._reader.begin_anew({key: marks})
+        _LOGGER.info("%s-%d: goes on at %d, as told", *key, min(marks))
 
     # -- beginning and end -----------------------------------------------------------------
 
@@ -880,7 +1147,8 @@ class Rounds:
 
     def _stand(self) -> Standing:
         invoker = self._invoker
-        if invoker.has_work or invoker.has_finished or to_write_again(self._config.write):
+        again = to_write_again(self._config.write)
+        if invoker.has_work or invoker.has_finished or again or self._revived:
             return Standing()
         halted = {finished.key for finished in invoker.halted}
         lost = self._reader.lost.keys()
@@ -945,16 +1213,55 @@ class Rounds:
             and (self._reader.has_ended(each.key) if each.key in read else not self._members)
         }
 
-    def _look_at_lags(self, every_secs: float = _LAGS_SECS) -> None:
-        """Note how far off the partitions' ends are and what was read, for `status`.
+    def _look(self) -> None:
+        """Note how things stand between two rounds, for `status`.
 
         Another thread must not ask the fetcher: it would have to wait for a moment in which this
         one does not, and may never meet with one.
         """
-        if self._timer() - self._looked >= every_secs:
-            self._looked = self._timer()
-            committed = self._committer.committed
-            self._lags = {
-                key: self._reader.behind(key, committed[key]) for key in self._reader.partitions
-            }
-            self._oldest_read_ms = self._reader.oldest_ms
+        self._looked, started = self._timer(), thread_time()
+        reader, committed = self._reader, self._committer.committed
+        lags: dict[PartitionKey, int | None] = {}
+        views: dict[PartitionKey, PartitionView] = {}
+        books, here = self._invoker.books()
+        for key, records in to_write_again(self._config.write).items():
+            here[key[0]] += records
+        for key in reader.partitions:
+            lags[key] = lag = reader.behind(key, committed[key])
+            held = self._held.get(key, Held())
+            here[key[0]] += reader.waiting(key)[0]
+            views[key] = PartitionView(
+                state_of(held, self._limits_now, lag, key in self._paused),
+                None if lag is None else committed[key] + lag,
+                reader.read_to(key),
+                min(self._committer.done.marks(key), default=committed[key]),
+                held.queue.records + held.records,
+                held.bytes,
+                reader.oldest_ms(key),
+            )
+        self._lags, self._views = lags, views
+        books = books.since(self._books_before)
+        held_now: dict[Series, float] = {
+            (HELD, (topic,)): float(count) for topic, count in here.items()
+        }
+        self._books = replace(books, counts={**books.counts, **held_now})
+        if _LOGGER.isEnabledFor(logging.DEBUG) and self._looked - self._logged > _LOG_SECS:
+            self._logged = self._looked
+            for key, view in views.items():
+                self._log_offsets(key, view, committed[key])
+        self._look_secs = thread_time() - started
+
+    def _log_offsets(self, key: PartitionKey, view: PartitionView, committed: int) -> None:
+        """As an event source mapping logs them."""
+        facts = {
+            "event_type": "KAFKA_STATUS_EVENT",
+            "topic": key[0],
+            "partition": key[1],
+            "end_offset": view.end,
+            "consumed_offset": view.read,
+            "processed_offset": view.processed,
+            "committed_offset": committed,
+        }
+        text = "%s-%d: end %s, consumed %d, processed %d, committed %d"
+        offsets = (view.end, view.read, view.processed, committed)
+        _LOGGER.debug(text, *key, *offsets, extra={"facts": facts})

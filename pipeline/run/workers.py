@@ -10,10 +10,12 @@ who left before would hand over what it has stopped at. With `--max_workers` som
 
 from __future__ import annotations
 
+import itertools
 import logging
 import logging.handlers
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import warnings
@@ -27,6 +29,7 @@ from time import monotonic, process_time
 from typing import TYPE_CHECKING, Any
 
 from pipeline.options.config import Config
+from pipeline.run.hands import ANSWER_SECS, LEVEL, PAUSE, RESUME, Command, Pauses, Told
 from pipeline.run.rounds import (
     OTHERS_MOST_SECS,
     Rounds,
@@ -36,14 +39,12 @@ from pipeline.run.rounds import (
     left_elsewhere,
 )
 from pipeline.run.scaling import LOOK_SECS, Look, Machine, wanted_workers
+from pipeline.watch.logs import set_level
 from transforms.errors import SinkError, WorkerError
 from transforms.invoke.failures import Trouble
 from transforms.names import NUMBERS
 from transforms.records import Finished
-
-if TYPE_CHECKING:
-    # What a worker is told: to stop, or how many invocations at once there may be, from and to.
-    Message = str | tuple[int, int]
+from transforms.tally import HELD, RELEASED, Series, Tallied
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -69,6 +70,38 @@ class Report:
     used_secs: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A command that a worker is to carry out.
+
+    Attributes:
+        number: Tells it from others.
+        command: The command.
+    """
+
+    number: int
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a worker says to an order.
+
+    Attributes:
+        number: Of the order.
+        told: What came of it.
+    """
+
+    number: int
+    told: Told
+
+
+if TYPE_CHECKING:
+    # What a worker is told: to stop, how many invocations at once there may be, from and to, or
+    # what an operator says.
+    Message = str | tuple[int, int] | Order
+
+
 def merge(statuses: Sequence[Status], elapsed_secs: float, left: Sequence[Status] = ()) -> Status:
     """How the runs of all workers stand together. Pure.
 
@@ -77,13 +110,13 @@ def merge(statuses: Sequence[Status], elapsed_secs: float, left: Sequence[Status
         elapsed_secs: Since the program began.
         left: Of those that were taken away: what they have done counts.
     """
+    left = [_done_by(status) for status in left]
     counters: Counter[str] = Counter()
     lags: dict[Any, int | None] = {}
     committed: dict[Any, int] = {}
     for status in (*left, *statuses):
         counters.update(status.totals.counters)
-        if status not in left:
-            lags |= status.lags
+        lags |= status.lags
         # One may have had a partition before another.
         committed |= {k: max(at, committed.get(k, at)) for k, at in status.committed.items()}
     standings = [status.standing for status in statuses]
@@ -101,7 +134,7 @@ def merge(statuses: Sequence[Status], elapsed_secs: float, left: Sequence[Status
         breaker_open=any(status.breaker_open for status in statuses),
         breaker_openings=sum(status.breaker_openings for status in (*left, *statuses)),
         begun=all(status.begun for status in statuses),
-        trouble=Trouble.join([status.trouble for status in statuses]),
+        trouble=Trouble.join([status.trouble for status in (*left, *statuses)]),
         names=next((status.names for status in statuses), NUMBERS),
         standing=Standing(
             all(standing.done for standing in standings),
@@ -110,6 +143,27 @@ def merge(statuses: Sequence[Status], elapsed_secs: float, left: Sequence[Status
             sum(standing.kept for standing in standings),
         ),
         workers=len(statuses),
+        books=Tallied.join(status.books for status in (*left, *statuses)),
+        tallied=Tallied.join(status.tallied for status in (*left, *statuses)),
+        partitions={key: view for status in statuses for key, view in status.partitions.items()},
+        still_secs=max((status.still_secs for status in statuses), default=0.0),
+        # One that leaves while the others go on is not all of them.
+        draining=bool(statuses) and all(status.draining for status in statuses),
+        paused=bool(statuses) and all(status.paused for status in statuses),
+    )
+
+
+def _done_by(status: Status) -> Status:
+    """What counts of a worker that was taken away: others have its partitions, and read again what
+    it held."""
+    trouble, books = status.trouble, Counter[Series]()
+    for (name, labels), count in status.books.counts.items():
+        books[RELEASED if name == HELD else name, labels] += count  # type: ignore[assignment]
+    return replace(
+        status,
+        lags={},
+        trouble=Trouble(trouble.last_error, errors=trouble.errors),
+        books=Tallied(books),
     )
 
 
@@ -150,6 +204,14 @@ class _Worker:
     connection: Connection
     leaves: bool = False
     report: Report = field(default_factory=lambda: Report(Status.of_nothing(0)))
+    reported: float = 0.0
+
+    def status(self, now: float) -> Status:
+        """How its run stands; who says nothing any more does not turn."""
+        status = self.report.status
+        if self.report.ended or not status.begun:
+            return status
+        return replace(status, still_secs=status.still_secs + now - self.reported)
 
 
 class Workers:
@@ -187,12 +249,18 @@ class Workers:
         self._done_since = self._started
         self._standing = Standing()
         self._error: BaseException | None = None
+        self._begun = False
         self._workers: list[_Worker] = []
+        # Other threads look and give commands while this one adds workers and ends them.
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._replies: dict[int, queue.SimpleQueue[Told]] = {}
+        self._pauses = Pauses(config.run.start_paused)
         for _ in range(config.run.workers):
             self._add(config.run.workers)
 
     def _add(self, count: int) -> None:
-        """Fork one more, of so many."""
+        """Fork one more, of so many. It begins with what is paused by then."""
         fork = multiprocessing.get_context("fork")
         taken = {worker.index for worker in self._workers}
         index = min({*range(len(taken) + 1)} - taken)
@@ -201,16 +269,23 @@ class Workers:
         others = [ours, *(worker.connection for worker in self._workers)]
         process = fork.Process(
             target=_work,
-            args=(member_of(self._config, index, count), index, self._started, theirs, others),
+            args=(
+                member_of(self._config, index, count),
+                index,
+                self._started,
+                theirs,
+                others,
+                self._pauses,
+            ),
             name=f"worker-{index}",
             daemon=True,
         )
-        with warnings.catch_warnings():
-            # There is the thread that shows progress by then, and it is nothing to the worker.
+        with self._lock, warnings.catch_warnings():
+            # There are threads that show the run by then, and they are nothing to the worker.
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
+            self._workers.append(_Worker(index, process, ours, reported=self._timer()))
         theirs.close()
-        self._workers.append(_Worker(index, process, ours))
 
     def run(self) -> Status:
         """Wait for the end of all workers.
@@ -240,8 +315,39 @@ class Workers:
 
     def status(self) -> Status:
         """How all of them stand together; may be called from another thread."""
-        statuses = [worker.report.status for worker in list(self._workers)]
-        return merge(statuses, self._timer() - self._started, list(self._left))
+        status = self._merged()
+        # It stays so while one more worker begins.
+        self._begun = self._begun or status.begun
+        return replace(status, begun=self._begun)
+
+    def _merged(self) -> Status:
+        with self._lock:
+            workers, left = list(self._workers), list(self._left)
+        now = self._timer()
+        return merge([worker.status(now) for worker in workers], now - self._started, left)
+
+    def command(self, command: Command) -> Told:
+        """Have each worker carry something out; called from another thread."""
+        number = next(self._numbers)
+        replies = self._replies[number] = queue.SimpleQueue()
+        with self._lock:
+            if command.action in (PAUSE, RESUME):
+                self._pauses.set(command, command.action == PAUSE)
+            elif command.action == LEVEL:
+                set_level(command.level)
+            asked = [
+                worker
+                for worker in self._workers
+                if not (worker.leaves or worker.report.ended)
+                and self._send(worker, Order(number, command))
+            ]
+        told: list[Told] = []
+        deadline = self._timer() + ANSWER_SECS + _LOOK_SECS
+        with suppress(queue.Empty):
+            for _ in asked:
+                told.append(replies.get(timeout=max(0.0, deadline - self._timer())))
+        del self._replies[number]
+        return Told.join(told)
 
     # -- more and fewer of them ------------------------------------------------------------
 
@@ -265,7 +371,7 @@ class Workers:
         self._share_out(wanted)
 
     def _look_around(self) -> Look:
-        status, used = self.status(), 0.0
+        status, used = self._merged(), 0.0
         for worker in self._workers:
             secs = worker.report.used_secs
             used += max(0.0, secs - self._used_secs.get(worker.index, 0.0))
@@ -291,25 +397,38 @@ class Workers:
     def _say_goodbye(self) -> None:
         """Count only what they have done, of those that were taken away."""
         for worker in [each for each in self._workers if each.leaves and each.report.ended]:
-            self._left.append(worker.report.status)
-            self._workers.remove(worker)
+            with self._lock:
+                self._left.append(worker.report.status)
+                self._workers.remove(worker)
             self._used_secs.pop(worker.index, None)
             worker.process.join()
             worker.connection.close()
 
     def _tell(self, worker: _Worker, message: Message) -> None:
-        with suppress(OSError):  # it has ended
+        with self._lock:
+            self._send(worker, message)
+
+    def _send(self, worker: _Worker, message: Message) -> bool:
+        """Whether it was there to be told. Holds the lock."""
+        try:
             worker.connection.send(message)
+        except OSError:
+            return False
+        return True
 
     def _take_in(self, worker: _Worker) -> None:
         try:
-            said: Report | logging.LogRecord = worker.connection.recv()
+            said: Report | Reply | logging.LogRecord = worker.connection.recv()
         except (EOFError, OSError):
             said = self._died(worker)
         if isinstance(said, logging.LogRecord):
             logging.getLogger(said.name).handle(said)
             return
-        worker.report = said
+        if isinstance(said, Reply):
+            if replies := self._replies.get(said.number):
+                replies.put(said.told)
+            return
+        worker.report, worker.reported = said, self._timer()
         if said.error and self._error is None:
             self._error = said.error
 
@@ -332,7 +451,7 @@ class Workers:
 
     def _all_done(self) -> bool:
         """Whether nothing more is to come, or nothing more can; see `Rounds`."""
-        status = self.status()
+        status = self._merged()
         standing = status.standing
         if not (status.begun and standing.done and (self._ends or standing.stopped)):
             self._standing = Standing()
@@ -356,7 +475,7 @@ class _Line(logging.handlers.QueueHandler):
         self._said = threading.Lock()
         self._ended = False
 
-    def say(self, what: Report | logging.LogRecord) -> None:
+    def say(self, what: Report | Reply | logging.LogRecord) -> None:
         """Send it, unless the last word was said.
 
         Raises:
@@ -374,7 +493,12 @@ class _Line(logging.handlers.QueueHandler):
 
 
 def _work(
-    config: Config, index: int, started: float, connection: Connection, others: list[Connection]
+    config: Config,
+    index: int,
+    started: float,
+    connection: Connection,
+    others: list[Connection],
+    pauses: Pauses,
 ) -> None:
     """The life of a worker."""
     for other in others:
@@ -387,6 +511,7 @@ def _work(
     stop = threading.Event()
     error: BaseException | None = None
     runs: list[Rounds] = []
+    begun = threading.Event()
     allowed: list[tuple[int, int]] = []
 
     def status() -> Status:
@@ -396,7 +521,10 @@ def _work(
         while True:
             try:
                 told = connection.recv() if connection.poll(_REPORT_SECS) else None
-                if told == _STOP:
+                if isinstance(told, Order):
+                    # Who carries it out may take its time.
+                    threading.Thread(target=obey, args=(told,), daemon=True).start()
+                elif told == _STOP:
                     stop.set()
                 elif told:
                     allowed[:] = [told]
@@ -407,13 +535,20 @@ def _work(
                 # Nobody is there any more. Who runs us again must not find us at work.
                 os._exit(1)
 
+    def obey(order: Order) -> None:
+        begun.wait()
+        told = runs[0].command(order.command)
+        with suppress(OSError):  # noticed by who listens
+            line.say(Reply(order.number, told))
+
     def tell() -> None:
         with suppress(OSError):  # noticed by who listens
             line.say(Report(status(), used_secs=process_time()))
 
     threading.Thread(target=listen, name="listen", daemon=True).start()
     try:
-        runs.append(Rounds(config, stop, started, tell=tell))
+        runs.append(Rounds(config, stop, started, tell=tell, pauses=pauses))
+        begun.set()
         runs[0].run()
     except SinkError as raised:
         error = raised

@@ -22,6 +22,7 @@ from pipeline.build import build
 from pipeline.options.config import Config
 from pipeline.options.declare import DATAFLOW_RUNNER, FLINK_RUNNERS
 from pipeline.options.resolve import parse_beam
+from pipeline.run.hands import Command, Told
 from pipeline.run.preflight import preflight
 from pipeline.run.rounds import Status, Totals
 from pipeline.submit import dataflow
@@ -212,6 +213,10 @@ class StreamRun:
             elapsed_secs,
             trouble=trouble,
         )
+
+    def command(self, _: Command) -> Told:
+        """Nothing can be told to a job from here; see `Rounds.command`."""
+        return Told(False, "a job elsewhere is told by Flink's or Dataflow's own commands")
 
     def _running_counters(self) -> Counter[str] | None:
         """What a job that runs on Flink has counted, if Flink can be asked."""

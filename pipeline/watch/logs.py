@@ -12,6 +12,8 @@ from typing import Any
 
 import orjson
 
+from pipeline.options.levels import LEVELS
+
 
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
@@ -48,8 +50,17 @@ class _Stderr:
         sys.stderr.flush()
 
 
-def configure(format: str) -> None:
-    """Send all logs to stderr. Ours from INFO on, everybody else's from WARNING on."""
+_OURS = ("pipeline", "transforms")
+
+
+def set_level(level: str) -> None:
+    """From which level on our own lines are shown."""
+    for ours in _OURS:
+        logging.getLogger(ours).setLevel(level)
+
+
+def configure(format: str, level: str = "INFO") -> None:
+    """Send all logs to stderr. Ours from a level on, everybody else's from WARNING on."""
     handler = logging.StreamHandler(_Stderr())
     if format == "json":
         handler.setFormatter(_JsonFormatter())
@@ -60,8 +71,7 @@ def configure(format: str) -> None:
     # A failed round is reported by us, in one line; Beam would log the whole stack before.
     for quiet in ("apache_beam", "botocore", "urllib3"):
         logging.getLogger(quiet).setLevel(logging.CRITICAL)
-    for ours in ("pipeline", "transforms"):
-        logging.getLogger(ours).setLevel(logging.INFO)
+    set_level(level)
     # One line per attempt to connect; `transforms.kafka.client.ErrorLog` says it once in a while.
     logging.getLogger("librdkafka").setLevel(logging.CRITICAL)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -69,8 +79,10 @@ def configure(format: str) -> None:
 
 def configure_as(values: Mapping[str, Any]) -> None:
     """Send the logs as the options say, wherever they say it; text is what they begin with."""
-    if (value := values.get("log_format")) and value.text == "json":
-        configure("json")
+    given = {name: values[name].text for name in ("log_format", "log_level") if name in values}
+    if given:
+        level = given.get("log_level", "INFO")
+        configure(given.get("log_format", "text"), level if level in LEVELS else "INFO")
 
 
 def show(text: str) -> None:

@@ -87,7 +87,7 @@ def _last_error(error: Failed | None, names: Names) -> dict[str, Any] | None:
     if error is None:
         return None
     offsets = names.numbers(error.facts["offsets"])
-    return {"time": _time(error.at)} | error.facts | {"offsets": offsets}
+    return {"time": when(error.at)} | error.facts | {"offsets": offsets}
 
 
 def _waits(status: Status) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def _waits(status: Status) -> list[dict[str, Any]]:
             "topic": each.topic,
             "partition": each.partition,
             "for": each.waits_for,
-            "until": None if each.until is None else _time(each.until),
+            "until": None if each.until is None else when(each.until),
             "error_type": each.error_type,
         }
         for each in status.trouble.stuck
@@ -115,7 +115,8 @@ def _waits(status: Status) -> list[dict[str, Any]]:
     return stuck + halted
 
 
-def _time(secs: float) -> str:
+def when(secs: float) -> str:
+    """A moment as ISO 8601, of seconds since the epoch."""
     return datetime.fromtimestamp(secs, timezone.utc).isoformat(timespec="milliseconds")
 
 

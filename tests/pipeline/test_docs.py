@@ -18,12 +18,14 @@ import pytest
 import transforms
 from pipeline import docs
 from pipeline.local.lambda_server import ClientContext, LambdaContext
+from pipeline.offsets.command import GROUP as OFFSETS_OPTIONS
 from pipeline.options.declare import OPTIONS
 from pipeline.options.resolve import _FLINK_OPTIONS, _beam_parser, parse_arguments
 from pipeline.redrive.command import GROUP as REDRIVE_OPTIONS
+from pipeline.watch import ctl
 from tests import ROOT
 from transforms.batch.payload import PayloadFormat, encode_records
-from transforms.conditions import RESPONSE_REFUSED
+from transforms.conditions import CONDITIONS, RESPONSE_REFUSED, SKIPPED
 from transforms.decode import decode
 from transforms.envelope import Envelope
 from transforms.filter.filter import (
@@ -223,6 +225,7 @@ def test_every_named_option_exists(page: Path) -> None:
     switches = {f"no_{name}" for name, option in OPTIONS.items() if option.kind == "flag"}
     known = set(OPTIONS) | switches | FOREIGN
     known |= {option.name for option in REDRIVE_OPTIONS.options} | BENCHS
+    known |= {option.name for option in OFFSETS_OPTIONS.options} | ctl.options()
     if page.parent.name == "templates":
         known |= SHELL
     if re.search("Flink|Beam's", text):
@@ -470,6 +473,7 @@ def test_every_header_and_condition_is_in_the_docs() -> None:
     conditions = set(re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE))
     text = Records([1], [NO_TIMESTAMP], [None], [b"text"], [None])
     rejected = encode_records("t", 0, text, PayloadFormat(value="json")).rejections[0]
+    assert conditions == set(CONDITIONS)
     assert conditions == {
         retry.RETRIES_EXHAUSTED,
         retry.AGE_EXCEEDED,
@@ -477,6 +481,7 @@ def test_every_header_and_condition_is_in_the_docs() -> None:
         retry.INVALID_REPLY,
         retry.INVALID_CONTENT,
         RESPONSE_REFUSED,
+        SKIPPED,
         rejected.condition,
         decode.SCHEMA_NOT_FOUND,
         decode.DESERIALIZATION_ERROR,

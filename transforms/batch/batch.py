@@ -29,7 +29,12 @@ from transforms.batch.payload import PayloadFormat, encode_records
 from transforms.coding import SizedPickleCoder
 from transforms.conditions import SIZE_EXCEEDED
 from transforms.records import (
+    ALONE,
     ARRAY,
+    BY_BYTES,
+    BY_COUNT,
+    BY_END,
+    BY_WINDOW,
     Batch,
     Frame,
     LaneKey,
@@ -250,6 +255,13 @@ class _BufferFn(beam.DoFn):
         self._batches = counter("batch", "batches")
         self._duplicates = counter("batch", "duplicates")
         self._out_of_order = counter("batch", "out_of_order")
+        self._closed_by = {
+            BY_COUNT: counter("batch", "closed_by_count"),
+            BY_BYTES: counter("batch", "closed_by_bytes"),
+            BY_WINDOW: counter("batch", "closed_by_window"),
+            BY_END: counter("batch", "closed_by_end"),
+            ALONE: counter("batch", "closed_by_alone"),
+        }
         self._base64_fields = counter("batch", "base64_fields")
         self._batch_records = beam.metrics.Metrics.distribution("batch", "batch_records")
         self._batch_bytes = beam.metrics.Metrics.distribution("batch", "batch_bytes")
@@ -333,7 +345,9 @@ class _BufferFn(beam.DoFn):
             piece = Piece(chunk.start, chunk.next_offset, chunk.records, ())
             yield assemble(chunk.lane_key, [piece], frame=frame, first=True)
 
-    def _close(self, key: LaneKey, state: OpenBatch, pieces: BagRuntimeState) -> Iterator[Batch]:
+    def _close(
+        self, key: LaneKey, state: OpenBatch, pieces: BagRuntimeState, by: str = BY_END
+    ) -> Iterator[Batch]:
         """End the open batch where it stands."""
         if state.start < state.next_offset:
             held = list(pieces.read())
@@ -342,7 +356,7 @@ class _BufferFn(beam.DoFn):
             start = Piece(state.start, state.start, Records(), ())
             frame = self._config.format.envelope.frame(key[0], key[1])
             first = state.start == state.base
-            yield self._count(assemble(key, [start, *held, end], frame=frame, first=first))
+            yield self._count(assemble(key, [start, *held, end], frame=frame, first=first), by)
         pieces.clear()
 
     def _add(
@@ -425,9 +439,16 @@ class _BufferFn(beam.DoFn):
                     pieces.clear()
                 together = [*held, piece]
                 first = batch_start == state.base
-                yield self._count(
-                    assemble(chunk.lane_key, together, part.rejection, frame, batch_start, first)
+                if part.rejection:
+                    by = ALONE
+                elif open_records + high - low >= self._config.max_records:
+                    by = BY_COUNT
+                else:
+                    by = BY_BYTES if part.close else chunk.closed_by
+                batch = assemble(
+                    chunk.lane_key, together, part.rejection, frame, batch_start, first
                 )
+                yield self._count(batch, by)
                 batch_start, open_records, open_bytes = end, 0, 0
             else:
                 pieces.add(piece)
@@ -441,9 +462,10 @@ class _BufferFn(beam.DoFn):
             entry_bytes=open_bytes,
         )
 
-    def _count(self, batch: Batch) -> Batch:
+    def _count(self, batch: Batch, by: str) -> Batch:
         if len(batch):
             self._batches.inc()
+            self._closed_by[by or BY_END].inc()
             self._batch_records.update(len(batch))
             self._batch_bytes.update(batch.payload_bytes)
         return batch
@@ -503,7 +525,7 @@ class _StreamBufferFn(_BufferFn):
         state: OpenBatch | None = open_state.read()
         if state is None:
             return
-        yield from self._close(key, state, pieces)
+        yield from self._close(key, state, pieces, BY_WINDOW)
         open_state.write(_closed(state))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
+from transforms.conditions import INVALID_RECORD
 from transforms.envelope import CONFLUENT, Envelope, encode_event_records
 from transforms.json_text import JSON_STARTS, loads
 from transforms.names import NUMBERS, Names
@@ -108,7 +109,7 @@ def _base64(data: bytes | None) -> bytes:
 
 def _reject(part: str, data: bytes | None) -> Rejection:
     return Rejection(
-        "InvalidRecord",
+        INVALID_RECORD,
         "InvalidJson",
         f"the record's {part} ({len(data or b'')} bytes) is not JSON, and "
         f"--{part}_format=json asks for it; use auto to send it as a string",

@@ -15,6 +15,7 @@ from transforms.lanes import Lanes
 from transforms.per_process import per_process
 from transforms.records import PartitionKey
 from transforms.source import Source, TransactionalStore
+from transforms.tally import COMMIT_ERRORS, COMMITTED, LAST_COMMIT, PULSE, TALLY
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -123,11 +124,23 @@ class Committer:
                 notes = {key: note for key, (_, note) in put.items()}
                 why = self._store.commit(offsets, notes, self._timer() >= deadline)
                 if why is None:
-                    self.committed.update(offsets)
-                    self._notes.update(notes)
+                    self._take_note(offsets, notes)
                     return
+            TALLY.count(COMMIT_ERRORS, 1)
+            # Whoever waits for it has not come to a stop.
+            PULSE.beat()
             _LOGGER.warning("commit to %s is repeated: %s", self._ledger, why)
             time.sleep(0.5)
+
+    def _take_note(
+        self, offsets: Mapping[PartitionKey, int], notes: Mapping[PartitionKey, str]
+    ) -> None:
+        """They are committed. Holds the lock."""
+        for key, offset in offsets.items():
+            TALLY.count(COMMITTED, offset - self.committed.get(key, offset), key[0])
+        TALLY.note(LAST_COMMIT, time.time())
+        self.committed.update(offsets)
+        self._notes.update(notes)
 
     def settle(
         self,
@@ -152,9 +165,9 @@ class Committer:
         with self._one:
             why = self._store.settle(offsets, notes, written)
             if why is None:
-                self.committed.update(offsets)
-                self._notes.update(notes)
+                self._take_note(offsets, notes)
                 return True
+        TALLY.count(COMMIT_ERRORS, 1)
         _LOGGER.warning("what was written is not to be seen, and is written again: %s", why)
         return False
 
@@ -234,6 +247,7 @@ class Committer:
             why = self._store.commit(positions, self._notes, late=False)
         wait_secs = self._refresh_secs
         if why is not None:
+            TALLY.count(COMMIT_ERRORS, 1)
             _LOGGER.warning("offsets of %s are not committed again: %s", self._ledger, why)
             wait_secs = min(_RETRY_SECS, wait_secs)
         self._refresh_at = self._timer() + wait_secs

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import apache_beam as beam
 
+from transforms.conditions import DESERIALIZATION_ERROR, SCHEMA_NOT_FOUND
 from transforms.errors import RegistryError
 from transforms.per_process import per_process
 from transforms.records import Decoded, RecordChunk, Records, Rejection
@@ -29,8 +30,6 @@ from transforms.schemas.schema import (
 )
 
 KEY, VALUE = ATTRIBUTES = ("KEY", "VALUE")
-
-SCHEMA_NOT_FOUND, DESERIALIZATION_ERROR = "SCHEMA_NOT_FOUND", "DESERIALIZATION_ERROR"
 
 
 @dataclass(frozen=True, slots=True)

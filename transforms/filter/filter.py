@@ -17,6 +17,7 @@ from typing import Any, Final
 import apache_beam as beam
 import orjson
 
+from transforms.conditions import INVALID_RECORD
 from transforms.errors import UsageError
 from transforms.filter.rules import (
     Bare,
@@ -33,6 +34,7 @@ from transforms.filter.rules import (
 from transforms.json_text import JSON_STARTS, loads, no_constant
 from transforms.plain_text import parse_yaml
 from transforms.records import NO_TIMESTAMP, Header, RecordChunk, Records, Rejection
+from transforms.tally import BOOKS, FILTERED
 from transforms.text_file import read_text
 
 MAX_FILTERS = 10
@@ -289,7 +291,7 @@ class RecordFilter:
             if row[FIELDS.index(name)][form] is _MISFIT
         }
         return Rejection(
-            "InvalidRecord",
+            INVALID_RECORD,
             "FilterUnparsable",
             f"the record's {' and '.join(parts)} cannot be compared with --filter_criteria, and "
             f"--filter_unparsable=error asks for an error record then",
@@ -386,5 +388,7 @@ class _FilterFn(beam.DoFn):
 
     def process(self, chunk: RecordChunk) -> Iterator[RecordChunk]:
         kept = filter_chunk(chunk, self._filter)
-        self._filtered.inc(len(chunk.records) - len(kept.records))
+        filtered = len(chunk.records) - len(kept.records)
+        self._filtered.inc(filtered)
+        BOOKS.count(FILTERED, filtered, chunk.topic)
         yield kept

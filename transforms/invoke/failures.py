@@ -9,7 +9,7 @@ message as error records have it, cut short and on one line.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from transforms.invoke.outcome import Outcome
 from transforms.records import Failure, Finished, PartitionKey
 
 WINDOW_SECS = 30.0
+PROCESSING = {"event_type": "ESM_PROCESSING_EVENT"}
+"""What an event source mapping calls the event of a failure in its log."""
 MESSAGE_CHARACTERS = 500
 """As much of an error's message is shown."""
 _TYPE_CHARACTERS = 128
@@ -362,6 +364,50 @@ class FailureLog:
             self._said.pop(key, None)
 
 
+# -- errors by type -----------------------------------------------------------------------
+
+MOST_TYPES = 20
+"""So many error types are told apart; a function may have any number of them."""
+OTHER = "_OTHER"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Errors of one type.
+
+    Attributes:
+        error_type: The type; `OTHER` for all that are not told apart.
+        count: How many there were.
+        first_at: When the first one was, in seconds since the epoch.
+        last: The last one.
+    """
+
+    error_type: str
+    count: int
+    first_at: float
+    last: Failed
+
+    @staticmethod
+    def add(found: dict[str, Seen], failure: Failed) -> None:
+        """Take in one more failure."""
+        Seen.join(found, [Seen(failure.error_type, 1, failure.at, failure)])
+
+    @staticmethod
+    def join(found: dict[str, Seen], more: Iterable[Seen]) -> None:
+        """Take in what others have seen."""
+        for each in more:
+            error_type = each.error_type
+            if error_type not in found and len(found.keys() - {OTHER}) >= MOST_TYPES:
+                error_type = OTHER
+            before = found.get(error_type, each)
+            found[error_type] = Seen(
+                error_type,
+                each.count + (before.count if error_type in found else 0),
+                min(before.first_at, each.first_at),
+                max(before.last, each.last, key=lambda failed: failed.at),
+            )
+
+
 # -- how things stand ---------------------------------------------------------------------
 
 BACKOFF, THROTTLE, BREAKER, REPEATING = "backoff", "throttle", "breaker", "reply"
@@ -378,6 +424,8 @@ class Stuck:
             `REPEATING` (its turn, or the reply to a repeated invocation).
         until: When it is invoked again, in seconds since the epoch; None if that is not known.
         error_type: Of its last failure.
+        attempt: Which call of the same records that was.
+        at: When it was.
     """
 
     topic: str
@@ -385,6 +433,12 @@ class Stuck:
     waits_for: str
     until: float | None
     error_type: str
+    attempt: int = 0
+    at: float = 0.0
+
+    @property
+    def key(self) -> PartitionKey:
+        return (self.topic, self.partition)
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,19 +450,36 @@ class Trouble:
         stuck: Partitions that fail, and what they wait for; those that are halted left out.
         oldest_age_secs: Age of the oldest record that is not finished, by its timestamp; None if
             there is none, or nobody knows.
+        oldest_ms: By partition, the timestamp of its oldest record that is not finished; those
+            left out where there is none, or nobody knows.
+        halted_at: When partitions were halted, in seconds since the epoch.
+        errors: All failures so far, by type.
     """
 
     last_error: Failed | None = None
     stuck: Sequence[Stuck] = ()
     oldest_age_secs: float | None = None
+    oldest_ms: Mapping[PartitionKey, int] = field(default_factory=dict)
+    halted_at: Mapping[PartitionKey, float] = field(default_factory=dict)
+    errors: Sequence[Seen] = ()
 
     @staticmethod
     def join(troubles: Sequence[Trouble]) -> Trouble:
         """Those of several processes together."""
         errors = [each.last_error for each in troubles if each.last_error]
         ages = [each.oldest_age_secs for each in troubles if each.oldest_age_secs is not None]
+        oldest_ms: dict[PartitionKey, int] = {}
+        halted_at: dict[PartitionKey, float] = {}
+        seen: dict[str, Seen] = {}
+        for each in troubles:
+            oldest_ms |= each.oldest_ms
+            halted_at |= each.halted_at
+            Seen.join(seen, each.errors)
         return Trouble(
             max(errors, key=lambda error: error.at, default=None),
             [stuck for each in troubles for stuck in each.stuck],
             max(ages, default=None),
+            oldest_ms,
+            halted_at,
+            tuple(seen.values()),
         )

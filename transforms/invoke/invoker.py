@@ -17,7 +17,7 @@ import math
 import threading
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
@@ -29,10 +29,12 @@ from transforms.invoke.concurrency import ConcurrencyLimit
 from transforms.invoke.failures import (
     BACKOFF,
     BREAKER,
+    PROCESSING,
     REPEATING,
     THROTTLE,
     Failed,
     FailureLog,
+    Seen,
     Stuck,
     Trouble,
     failed,
@@ -52,6 +54,22 @@ from transforms.records import (
     LaneKey,
     PartitionKey,
     Responses,
+)
+from transforms.tally import (
+    BATCH_BYTES,
+    BATCH_RECORDS,
+    BATCH_WAIT,
+    BOOKS,
+    DURATION,
+    FAILED_INVOKE,
+    INVOCATIONS,
+    INVOKED,
+    ITERATOR_AGE,
+    LAST_SUCCESS,
+    RELEASED,
+    RETRIES,
+    TALLY,
+    Tallied,
 )
 
 _LOGGER = logging.getLogger(__name__)
@@ -92,6 +110,7 @@ class _Partition:
 
     lanes: dict[int, _Queue] = field(default_factory=dict)
     halted: Finished | None = None
+    halted_at: float = 0.0
     retired: bool = False
 
     @property
@@ -107,6 +126,10 @@ class _Queue:
     key: LaneKey
     partition: _Partition
     batches: deque[Batch] = field(default_factory=deque)
+    since: deque[float] = field(default_factory=deque)
+    """When each of the batches was handed over, by the timer."""
+    waited_since: float | None = None
+    """The same of the one that is being worked on, before its first call."""
     delivery: Delivery | None = None
     steps: Generator[Step, Outcome | None, None] | None = None
     prepared: _Prepared | None = None
@@ -119,6 +142,12 @@ class _Queue:
     called: int = 0
     failed: Failed | None = None
     counted: CallStats = field(default_factory=CallStats)
+
+    def drop(self) -> None:
+        """Forget the batches that have not begun."""
+        BOOKS.count(RELEASED, sum(map(len, self.batches)), self.key[0])
+        self.batches.clear()
+        self.since.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +237,8 @@ class Invoker:
         self._ready: deque[_Queue] = deque()
         self._waits: list[tuple[float, int, _Queue]] = []
         self._held: list[_Queue] = []
+        self._paused: frozenset[PartitionKey] = frozenset()
+        self._parked: list[_Queue] = []
         self._order = itertools.count()
         self._finished: list[Finished] = []
         self._finished_records = 0
@@ -225,6 +256,7 @@ class Invoker:
         self._broken: BaseException | Outcome | None = None
         self._failures = FailureLog()
         self._last_error: Failed | None = None
+        self._seen: dict[str, Seen] = {}
         self._stats = CallStats()
         self._taken_stats = CallStats()
 
@@ -236,10 +268,15 @@ class Invoker:
             for batch in batches:
                 partition = self._partitions.setdefault(batch.key, _Partition())
                 if partition.stopped or self._stopping:
+                    BOOKS.count(RELEASED, len(batch), batch.topic)
                     continue
                 queue = partition.lanes.setdefault(batch.lane, _Queue(batch.lane_key, partition))
                 queue.batches.append(batch)
+                queue.since.append(self._timer())
                 records, size = _size(batch)
+                if records:
+                    TALLY.observe(BATCH_RECORDS, records)
+                    TALLY.observe(BATCH_BYTES, batch.payload_bytes)
                 queue.records += records
                 queue.bytes += size
                 self._schedule(queue)
@@ -318,6 +355,9 @@ class Invoker:
                     self._abandon(partition.lanes[lane])
             dropped = [finished for finished in self._finished if finished.lane_key == key]
             self._finished = [finished for finished in self._finished if finished.lane_key != key]
+            records = sum(len(part) for finished in dropped for part in finished.parts)
+            BOOKS.count(RELEASED, records, topic)
+            self._finished_records -= records
             size = sum(finished.held_bytes for finished in dropped)
             self._finished_bytes[topic, partition_number] -= size
             self._finished_total -= size
@@ -325,14 +365,19 @@ class Invoker:
                 self._wake()
 
     def _abandon(self, queue: _Queue) -> None:
-        queue.batches.clear()
+        queue.drop()
         queue.records = queue.bytes = 0
         if queue.delivery:
             queue.abandoned = True
             queue.records, queue.bytes = _size(queue.delivery.batch)
-        elif queue in self._ready:
-            self._ready.remove(queue)
-            queue.scheduled = False
+        for line in (self._ready, self._parked):
+            if queue in line:
+                line.remove(queue)
+                queue.scheduled = False
+        if queue.delivery and not queue.scheduled:
+            # Whoever takes it up finds that it counts for nothing.
+            queue.scheduled = True
+            self._ready.append(queue)
         queue.prepared = queue.failed = None
         self._failures.left(queue.key[:2], queue.key[2])
 
@@ -340,6 +385,62 @@ class Invoker:
         """Block until `done`, asked after every change, or the time is over; says which."""
         with self._changed:
             return self._changed.wait_for(lambda: done(self), timeout_secs)
+
+    # -- hands ----------------------------------------------------------------------------
+
+    def pause(self, keys: Collection[PartitionKey]) -> None:
+        """Begin no call of these partitions, and go on with all others; what runs ends."""
+        with self._changed:
+            self._paused = frozenset(keys)
+            parked, self._parked = self._parked, []
+            for queue in parked:
+                (self._parked if self._is_paused(queue) else self._ready).append(queue)
+            if self._ready:
+                self._wake()
+
+    def _is_paused(self, queue: _Queue) -> bool:
+        return bool(self._paused) and queue.key[:2] in self._paused and not queue.abandoned
+
+    def retry(self, keys: Collection[PartitionKey]) -> set[PartitionKey]:
+        """Make calls now that these partitions back off from; says which did."""
+        with self._changed:
+            now = [queue for _, _, queue in self._waits if queue.key[:2] in keys]
+            self._waits = [wait for wait in self._waits if wait[2] not in now]
+            heapq.heapify(self._waits)
+            for queue in now:
+                queue.waiting, queue.due = False, None
+                self._ready.append(queue)
+            if now:
+                self._wake()
+            return {queue.key[:2] for queue in now}
+
+    def stop_at(self, key: PartitionKey, offset: int | None = None) -> Finished | None:
+        """Halt a partition that waits for a repeat, in front of the record it would begin with.
+
+        Args:
+            key: The partition.
+            offset: That record; None for any.
+
+        Returns:
+            The halt; None if it does not wait for that, as while its invocation is running.
+        """
+        with self._changed:
+            partition = self._partitions.get(key)
+            for queue in partition.lanes.values() if partition else ():
+                delivery, error = queue.delivery, queue.failed
+                if not (delivery and error and (queue.waiting or queue in self._parked)):
+                    continue
+                if offset not in (None, delivery.head_offset):
+                    continue
+                self._waits = [wait for wait in self._waits if wait[2] is not queue]
+                heapq.heapify(self._waits)
+                self._held = [each for each in self._held if each is not queue]
+                self._parked = [each for each in self._parked if each is not queue]
+                queue.waiting = False
+                delivery.stop(error.error_type, error.message, error.attempt)
+                self._finish(queue, delivery)
+                return delivery.finished
+            return None
 
     # -- what can be seen -----------------------------------------------------------------
 
@@ -358,7 +459,7 @@ class Invoker:
     @property
     def has_work(self) -> bool:
         """Whether there are batches that are not finished, those that a halt dropped left out."""
-        return bool(self._working or self._ready or self._waits or self._held)
+        return not self.is_idle
 
     @property
     def done_batches(self) -> int:
@@ -439,7 +540,8 @@ class Invoker:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is under way, in line, or waits for its next call."""
-        return not (self._working or self._ready or self._waits or self._held)
+        lines = self._ready, self._waits, self._held, self._parked
+        return not (self._working or any(lines))
 
     @property
     def trouble(self) -> Trouble:
@@ -451,10 +553,33 @@ class Invoker:
                 queue = next((each for each in partition.lanes.values() if each.failed), None)
                 if queue and queue.failed and not partition.halted:
                     until = None if queue.due is None else clock + queue.due - now
-                    stuck.append(Stuck(*key, _waits_for(queue), until, queue.failed.error_type))
-            oldest = min(filter(None, map(_oldest_ms, self._partitions.values())), default=None)
-            age_secs = None if oldest is None else max(0.0, clock - oldest / 1000)
-            return Trouble(self._last_error, stuck, age_secs)
+                    error = queue.failed
+                    waits_for = _waits_for(queue)
+                    stuck.append(
+                        Stuck(*key, waits_for, until, error.error_type, error.attempt, error.at)
+                    )
+            oldest = {key: _oldest_ms(each) for key, each in self._partitions.items()}
+            oldest_ms = {key: ms for key, ms in oldest.items() if ms}
+            first = min(oldest_ms.values(), default=None)
+            return Trouble(
+                self._last_error,
+                stuck,
+                None if first is None else max(0.0, clock - first / 1000),
+                oldest_ms,
+                {key: each.halted_at for key, each in self._partitions.items() if each.halted},
+                tuple(self._seen.values()),
+            )
+
+    def books(self) -> tuple[Tallied, Counter[str]]:
+        """What this process has counted of records, and how many of each topic are here: handed
+        over and not collected. Both of one moment."""
+        with self._changed:
+            held: Counter[str] = Counter()
+            for key, partition in self._partitions.items():
+                held[key[0]] += sum(queue.records for queue in partition.lanes.values())
+            for finished in self._finished:
+                held[finished.topic] += sum(map(len, finished.parts))
+            return BOOKS.take(), held
 
     # -- ending ---------------------------------------------------------------------------
 
@@ -472,7 +597,8 @@ class Invoker:
             thread.join(max(0.0, deadline - self._timer()))
         with self._changed:
             # What was waiting is left where it stands, with the records it has done.
-            for queue in [*self._ready, *self._held, *(wait[2] for wait in self._waits)]:
+            waiting = [wait[2] for wait in self._waits]
+            for queue in [*self._ready, *self._held, *self._parked, *waiting]:
                 if queue.delivery:
                     queue.waiting = False
                     self._finish(queue, queue.delivery)
@@ -532,6 +658,9 @@ class Invoker:
                         # It was abandoned while it stood in line.
                         queue.scheduled = False
                         continue
+                    if self._is_paused(queue):
+                        self._parked.append(queue)
+                        continue
                     self._working += 1
                     if queue.delivery is None:
                         self._start(queue)
@@ -566,6 +695,7 @@ class Invoker:
     def _start(self, queue: _Queue) -> None:
         """Begin with a queue's next batch. Holds the lock."""
         batch = queue.batches.popleft()
+        queue.waited_since = queue.since.popleft()
         queue.delivery = Delivery(batch, self._policy, self._clock, self._random)
         queue.counted = CallStats()
         queue.steps = queue.delivery.steps()
@@ -593,9 +723,10 @@ class Invoker:
                     return None
                 begun = self._begin()
                 queue.called = next(self._order)
+            self._tally_begin(queue, delivery.batch)
             outcome = self._invoke(queue, delivery, step, begun)
             call, step = step, _send(steps, outcome)
-            self._count(queue, delivery)
+            self._count(queue, delivery, outcome)
             self._note(queue, delivery, call, outcome, step)
         with self._changed:
             self._working -= 1
@@ -614,6 +745,10 @@ class Invoker:
 
     def _put_aside(self, queue: _Queue) -> bool:
         """Whether a queue's next call must not begin now; then somebody takes it up later."""
+        if self._is_paused(queue):
+            self._working -= 1
+            self._parked.append(queue)
+            return True
         if not self._breaker.lets_through(self._timer()):
             self._working -= 1
             self._put_off(queue)
@@ -664,8 +799,29 @@ class Invoker:
             raise
         took_secs = self._timer() - started
         delivery.finished.stats.invoke_ms += round(took_secs * 1000)
+        self._tally_end(batch.topic, len(call), outcome, took_secs)
         self._usual_secs += (took_secs - self._usual_secs) / 8
         return self._ended(batch, call, outcome, begun)
+
+    def _tally_begin(self, queue: _Queue, batch: Batch) -> None:
+        """The first call of a batch begins."""
+        if queue.waited_since is not None:
+            TALLY.observe(BATCH_WAIT, self._timer() - queue.waited_since)
+            queue.waited_since = None
+            stamp = batch.records.timestamps[-1]
+            if stamp != NO_TIMESTAMP:
+                TALLY.observe(ITERATOR_AGE, max(0.0, self._clock() - stamp / 1000))
+
+    def _tally_end(self, topic: str, records: int, outcome: Outcome, took_secs: float) -> None:
+        """A call with so many records has ended."""
+        TALLY.count(INVOKED, records, topic)
+        TALLY.count(INVOCATIONS, 1, outcome.name)
+        if outcome.kind is Kind.SUCCESS:
+            TALLY.note(LAST_SUCCESS, self._clock())
+            TALLY.observe(DURATION, took_secs, "success")
+        else:
+            TALLY.count(FAILED_INVOKE, len(outcome.failed) or records, topic)
+            TALLY.observe(DURATION, took_secs, "error")
 
     def _prepare_next(self, queue: _Queue) -> None:
         """While the call for a queue's head is under way, prepare the one behind it."""
@@ -731,12 +887,14 @@ class Invoker:
             policy.wait_secs,
         )
 
-    def _count(self, queue: _Queue, delivery: Delivery) -> None:
+    def _count(self, queue: _Queue, delivery: Delivery, outcome: Outcome) -> None:
         """Add what a call has come to, at once and not when its batch ends."""
         stats = replace(delivery.finished.stats)
         with self._changed:
-            self._stats.add(stats.since(queue.counted))
+            more = stats.since(queue.counted)
+            self._stats.add(more)
             queue.counted = stats
+        TALLY.count(RETRIES, more.retries, outcome.name)
 
     def _note(
         self, queue: _Queue, delivery: Delivery, call: Call, outcome: Outcome, step: Step | None
@@ -760,6 +918,7 @@ class Invoker:
         failure = failed(batch.key, offsets, outcome, call.attempt, self._clock())
         with self._changed:
             queue.failed = self._last_error = failure
+            Seen.add(self._seen, failure)
             if delivery.finished.halted:
                 return  # said as that
             held_back = self._failures.failed(
@@ -780,7 +939,7 @@ class Invoker:
             then = "given up"
         more = {"next_try_secs": secs, "held_back": held_back}
         text = failure_line(failure, then, held_back)
-        _LOGGER.warning("%s", text, extra={"facts": failure.facts | more})
+        _LOGGER.warning("%s", text, extra={"facts": PROCESSING | failure.facts | more})
 
     def _note_end(self, delivery: Delivery, is_halt: bool) -> None:
         """Say that a partition was halted, or that records were given up that were not sent."""
@@ -789,7 +948,9 @@ class Invoker:
             with self._changed:
                 held_back = self._failures.halted(batch.key)
                 self._last_error = given_up(batch.key, finished.halted, self._clock())
-                facts = self._last_error.facts | halt_facts(finished)
+                if not finished.halted.attempts:
+                    Seen.add(self._seen, self._last_error)
+                facts = PROCESSING | self._last_error.facts | halt_facts(finished)
             _LOGGER.error("%s", halt_log_line(finished, held_back), extra={"facts": facts})
         for part in finished.parts:
             if isinstance(part, Responses) or (part.attempts and part.condition != AGE_EXCEEDED):
@@ -797,14 +958,19 @@ class Invoker:
             failure = given_up(batch.key, part, self._clock())
             with self._changed:
                 self._last_error = failure
+                Seen.add(self._seen, failure)
                 due = self._failures.given_up(batch.key, failure.error_type, self._timer())
             if due is not None:
                 text = failure_line(failure, "given up", due)
-                _LOGGER.warning("%s", text, extra={"facts": failure.facts | {"held_back": due}})
+                _LOGGER.warning(
+                    "%s", text, extra={"facts": PROCESSING | failure.facts | {"held_back": due}}
+                )
 
     def _finish(self, queue: _Queue, delivery: Delivery) -> None:
         """The head is done, halted, or abandoned. Holds the lock."""
         batch, finished = delivery.batch, delivery.finished
+        done = 0 if queue.abandoned else sum(map(len, finished.parts))
+        BOOKS.count(RELEASED, len(batch) - done, batch.topic)
         queue.failed = queue.due = None
         queue.delivery = queue.steps = None
         queue.scheduled = False
@@ -847,20 +1013,22 @@ class Invoker:
             if finished.halted and _failed_at(finished) < _failed_at(partition.halted):
                 partition.halted = finished
             return
-        partition.halted = finished
+        partition.halted, partition.halted_at = finished, self._clock()
         self._cut_off(partition)
 
     def _cut_off(self, partition: _Partition) -> None:
         """Take all that has not begun out of a partition's queues. Holds the lock."""
         queues = partition.lanes.values()
         idle = [queue for queue in self._ready if queue in queues]
+        idle += [queue for queue in self._parked if queue in queues]
         idle += [queue for queue in queues if queue.waiting]
         self._ready = deque(queue for queue in self._ready if queue not in idle)
         self._held = [queue for queue in self._held if queue not in idle]
+        self._parked = [queue for queue in self._parked if queue not in idle]
         self._waits = [wait for wait in self._waits if wait[2] not in idle]
         heapq.heapify(self._waits)
         for queue in queues:
-            queue.batches.clear()
+            queue.drop()
             queue.prepared = None
             queue.records, queue.bytes = _size(queue.delivery.batch) if queue.delivery else (0, 0)
         for queue in idle:

@@ -35,6 +35,20 @@ class Kind(enum.Enum):
     CONFIG = "configuration"
 
 
+_NAMES = {
+    Kind.SUCCESS: "success",
+    Kind.PARTIAL: "partial",
+    Kind.FUNCTION_ERROR: "function_error",
+    Kind.THROTTLED: "throttled",
+    Kind.TRANSIENT: "transient",
+    Kind.TOO_LARGE: "too_large",
+    Kind.POISON: "invalid_request",
+    Kind.CONFIG: "refused",
+}
+NAMES = (*_NAMES.values(), "invalid_reply")
+"""What an outcome is called where outcomes are counted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One invocation, classified.
@@ -72,6 +86,13 @@ class Outcome:
     failed: Sequence[int] = ()
     spared: bool = False
     trace: str | None = None
+
+    @property
+    def name(self) -> str:
+        """One of `NAMES`."""
+        if self.kind is Kind.FUNCTION_ERROR and self.error_type == INVALID_REPLY:
+            return "invalid_reply"
+        return _NAMES[self.kind]
 
     def of_function(self, sent: int) -> Kind:
         """What a call of so many records says about the function itself.

@@ -40,6 +40,7 @@ from transforms.conditions import (
     INVALID_REPLY,
     RETRIES_EXHAUSTED,
     SIZE_EXCEEDED,
+    SKIPPED,
 )
 from transforms.invoke.outcome import Kind, Outcome
 from transforms.records import NO_TIMESTAMP, Batch, Failure, Finished, Responses
@@ -168,6 +169,25 @@ class Delivery:
         self._answer(len(batch))
         # An empty batch, or a range that ends in offsets without a record.
         self.finished.next_offset = batch.next_offset
+
+    @property
+    def head_offset(self) -> int:
+        """The offset of the first record that is not done."""
+        return self.batch.records.offsets[self._at]
+
+    def stop(self, error_type: str, message: str, attempts: int) -> None:
+        """Halt in front of that record, between two steps, since somebody says so."""
+        self.finished.halted = Failure(
+            records=self.batch.records.slice(self._at, self._at + 1),
+            entries=self.batch.entries[self._at : self._at + 1],
+            condition=SKIPPED,
+            error_type=error_type,
+            message=message,
+            attempts=attempts,
+            status_code=0,
+            function_error=error_type,
+            frame=self.batch.frame,
+        )
 
     def _part(
         self, indexes: Sequence[int], reason: str, parts: list[tuple[Sequence[int], str]]

@@ -58,10 +58,13 @@ class KafkaFetcher:
         self.consumer.incremental_assign(
             [TopicPartition(*key, offset) for key, offset in positions.items()]
         )
+        # One that was here before, and paused when it went, would stay so.
+        self.resume(positions.keys())
 
     def assign_again(self, key: PartitionKey, position: int) -> None:
         self.consumer.incremental_unassign([TopicPartition(*key)])
         self.consumer.incremental_assign([TopicPartition(*key, position)])
+        self.resume([key])
 
     def unassign(self, keys: Collection[PartitionKey]) -> None:
         self._assigned -= set(keys)

@@ -32,11 +32,13 @@ from transforms.kafka.transaction import TransactionConfig, shared_transaction
 from transforms.per_process import per_process
 from transforms.records import PartitionKey
 from transforms.source import Deal
+from transforms.tally import PULSE
 
 _LOGGER = logging.getLogger(__name__)
 
 # How long the group may wait for an answer; while it has given nothing yet, it has more to say.
 _POLL_SECS, _EAGER_SECS = 0.1, 0.01
+_BEAT_SECS = 10.0
 _EAGER_POLLS = 1_000
 _SESSION_MS, _HEARTBEAT_MS = 45_000, 1_000
 _METADATA_MS = 2_000
@@ -255,7 +257,9 @@ class Member:
                 raise self._problem
             self._commits.append(asked)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: asked.done or self._ended)
+            while not self._changed.wait_for(lambda: asked.done or self._ended, _BEAT_SECS):
+                # Kafka may take minutes to say what became of a transaction: that is no stop.
+                PULSE.beat()
             if self._problem:
                 raise self._problem
         return asked.why

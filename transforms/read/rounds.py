@@ -23,8 +23,17 @@ from transforms.coding import SizedPickleCoder
 from transforms.errors import SinkError
 from transforms.lanes import Lanes
 from transforms.per_process import per_process
-from transforms.records import LaneKey, PartitionKey, RecordChunk, Records
+from transforms.records import (
+    BY_BYTES,
+    BY_END,
+    BY_WINDOW,
+    LaneKey,
+    PartitionKey,
+    RecordChunk,
+    Records,
+)
 from transforms.source import Fetched, Fetcher, Message, Source
+from transforms.tally import BOOKS, POLLED, POLLED_BYTES, POLLING_ERRORS, RELEASED, TALLY
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -203,7 +212,7 @@ class RoundReader:
 
     def release(self, key: PartitionKey) -> None:
         """Know a partition no more."""
-        del self._partitions[key]
+        self._let_go(self._partitions.pop(key))
         self.fetcher.unassign([key])
 
     def position(self, key: PartitionKey) -> int:
@@ -235,15 +244,14 @@ class RoundReader:
         flush = (flush and partition.at_end) or partition.ended
         return any(self._due(lane, flush, lane.number in busy) for lane in partition.lanes)
 
-    @property
-    def oldest_ms(self) -> int | None:
-        """The timestamp of the oldest record that was read and not handed out."""
-        firsts = (
-            lane.messages[0].timestamp()
-            for partition in self._partitions.values()
-            for lane in partition.lanes
-            if lane.messages
-        )
+    def read_to(self, key: PartitionKey) -> int:
+        """Everything below it was fetched."""
+        return self._partitions[key].next_offset
+
+    def oldest_ms(self, key: PartitionKey) -> int | None:
+        """The timestamp of the oldest record of a partition that was read and not handed out."""
+        lanes = self._partitions[key].lanes
+        firsts = (lane.messages[0].timestamp() for lane in lanes if lane.messages)
         return min((stamp for kind, stamp in firsts if kind), default=None)
 
     def waiting(self, key: PartitionKey) -> tuple[int, int]:
@@ -255,8 +263,9 @@ class RoundReader:
         """Begin again with partitions, each lane at its offset; what was read is dropped."""
         for key, offsets in marks.items():
             lanes = [_Lane(number, offset) for number, offset in enumerate(offsets)]
-            place = self._partitions[key].place
-            self._partitions[key] = _Partition(key, place, lanes, min(offsets))
+            before = self._partitions[key]
+            self._let_go(before)
+            self._partitions[key] = _Partition(key, before.place, lanes, min(offsets))
             self.fetcher.assign_again(key, min(offsets))
 
     def go_on_at(self, key: PartitionKey, offset: int) -> None:
@@ -323,7 +332,12 @@ class RoundReader:
             partition.dropped = True
             self._forget(partition)
 
+    def _let_go(self, partition: _Partition) -> None:
+        """What was read of a partition and not handed out comes to no end here."""
+        BOOKS.count(RELEASED, partition.waiting, partition.key[0])
+
     def _forget(self, partition: _Partition) -> None:
+        self._let_go(partition)
         for lane in partition.lanes:
             lane.messages, lane.bytes = [], 0
         partition.next_offset = partition.start
@@ -386,12 +400,12 @@ class RoundReader:
                 limit = min(records, room_records), min(size, room_bytes)
                 busy = number in room.busy and not room.flush
                 handed_out = self._hand_out(partition, lane, *limit, flush, busy)
-                for (next_offset, messages, chunk_bytes), last in _with_last(handed_out):
+                for (next_offset, messages, chunk_bytes, by), last in _with_last(handed_out):
                     count = len(messages)
                     room_records, room_bytes = room_records - count, room_bytes - chunk_bytes
                     records, size = records - count, size - chunk_bytes
                     self._served, partition.served = partition.place, number
-                    yield self._chunk(partition, lane, next_offset, messages, begun, last)
+                    yield self._chunk(partition, lane, next_offset, messages, begun, last, by)
             for lane in partition.lanes:
                 if not lane.messages and lane.start < partition.next_offset:
                     # No record of this lane, and yet its offsets have to be committed.
@@ -406,6 +420,7 @@ class RoundReader:
         if due > records:
             # A batch is better begun in the next round than cut in two.
             due = records - records % config.batch_size
+        by = BY_BYTES if lane.bytes >= config.batch_bytes else BY_END if flush else BY_WINDOW
         taken = taken_bytes = 0
         while taken < due and taken_bytes < size:
             high = min(taken + step, due)
@@ -422,7 +437,7 @@ class RoundReader:
             taken, taken_bytes = taken + count, taken_bytes + chunk_bytes
             is_last = taken == len(lane.messages)
             next_offset = partition.next_offset if is_last else messages[count - 1].offset() + 1
-            yield next_offset, messages[:count], chunk_bytes
+            yield next_offset, messages[:count], chunk_bytes, by
             if cut_short:
                 break
         if taken:
@@ -457,6 +472,7 @@ class RoundReader:
         messages: list[Any],
         begun: set[LaneKey],
         last: bool = True,
+        closed_by: str = "",
     ) -> RecordChunk:
         """A lane's next chunk; its first one of the round if it is not among those begun: the state
         before it is gone."""
@@ -465,7 +481,9 @@ class RoundReader:
         key = (*partition.key, lane.number)
         first = key not in begun
         begun.add(key)
-        return RecordChunk(*partition.key, start, next_offset, records, first, lane.number, last)
+        return RecordChunk(
+            *partition.key, start, next_offset, records, first, lane.number, last, closed_by
+        )
 
     def _due(self, lane: _Lane, flush: bool, busy: bool) -> int:
         waited_secs = self._timer() - lane.since
@@ -507,8 +525,11 @@ class RoundReader:
                 own = [m for m in own if m.offset() >= lane.start]
             if own and not lane.messages:
                 lane.since = self._timer()
+            size = self.fetcher.bytes(own)
             lane.messages += own
-            lane.bytes += self.fetcher.bytes(own)
+            lane.bytes += size
+            BOOKS.count(POLLED, len(own), partition.key[0])
+            TALLY.count(POLLED_BYTES, size, partition.key[0])
         partition.next_offset = messages[-1].offset() + 1
         partition.at_end = False
         partition.lost = None
@@ -526,13 +547,14 @@ class RoundReader:
         return divided
 
     def _trouble(self, partition: _Partition, error: SinkError) -> None:
+        TALLY.count(POLLING_ERRORS, 1)
         if partition.lost is None:
             _LOGGER.warning("%s-%d: %s; the others go on", *partition.key, error)
         partition.lost = error
 
 
-_Part = tuple[int, list[Any], int]
-"""What becomes a chunk: where its range ends, its messages, their bytes."""
+_Part = tuple[int, list[Any], int, str]
+"""What becomes a chunk: where its range ends, its messages, their bytes, what closes its batch."""
 
 
 def _with_last(parts: Iterator[_Part]) -> Iterator[tuple[_Part, bool]]:

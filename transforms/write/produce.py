@@ -43,6 +43,15 @@ from transforms.records import (
 from transforms.schemas.registry import RegistryConfig, shared_registry
 from transforms.schemas.schema import DecodeError
 from transforms.source import Source
+from transforms.tally import (
+    ANSWERED,
+    BOOKS,
+    DELIVERY_ERRORS,
+    DROPPED,
+    ERROR_TOPIC,
+    RELEASED,
+    TALLY,
+)
 from transforms.write import formats
 from transforms.write.destination import destination_records
 from transforms.write.formats import (
@@ -196,6 +205,11 @@ def make_halted(_: WriteConfig) -> set[PartitionKey]:
     return set()
 
 
+def records_of(finished: Finished) -> int:
+    """How many records something became of."""
+    return sum(map(len, finished.parts))
+
+
 @dataclass(slots=True)
 class Written:
     """What a bundle has written of one batch."""
@@ -235,7 +249,9 @@ class ProduceFn(beam.DoFn):
 
     def process(self, finished: Finished) -> None:
         if finished.key in per_process(make_halted, self._config):
-            return  # it will be read again
+            # It will be read again.
+            self._book(RELEASED, records_of(finished), finished.topic)
+            return
         written = Written(
             finished.key,
             finished.start,
@@ -249,8 +265,11 @@ class ProduceFn(beam.DoFn):
                 if isinstance(part, Responses):
                     self._write_responses(written, part)
                 else:
-                    self._errors.inc(len(part))
                     self._write_failure(written, part)
+
+    def _book(self, name: str, records: int, *labels: str) -> None:
+        """Count what became of records that were read."""
+        BOOKS.count(name, records, *labels)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         with self._fresh_after_failure():
@@ -288,6 +307,9 @@ class ProduceFn(beam.DoFn):
                 written.refused.append((offsets, refused.error))
                 # Counted when it was handed over; whatever becomes of its records, it is not there.
                 self._responses.inc(-len(offsets))
+                # Unless their error records are written, they are read again.
+                self._book(ANSWERED, -len(offsets), written.key[0])
+                self._book(RELEASED, len(offsets), written.key[0])
             for written in self._all_written:
                 self._see_to_responses(written)
         if config.error_topic:
@@ -312,7 +334,7 @@ class ProduceFn(beam.DoFn):
                     self._stop_at(written, failure)
                     return
                 failure = replace(failure, records=records)
-            self._errors.inc(len(failure))
+            self._book(RELEASED, -len(failure), written.key[0])
             self._write_failure(written, failure)
 
     def _stop_at(self, written: Written, failure: Failure) -> None:
@@ -340,6 +362,7 @@ class ProduceFn(beam.DoFn):
 
     def _write_responses(self, written: Written, part: Responses) -> None:
         self._responses.inc(len(part))
+        self._book(ANSWERED, len(part), written.key[0])
         if not self._config.response_topic:
             return
         topic, partition, names = *written.key, self._config.names
@@ -368,8 +391,15 @@ class ProduceFn(beam.DoFn):
                 partition, message["key"], message["value"], headers, self._delivered, owner
             )
 
+    @property
+    def _failures_go_to(self) -> str:
+        config = self._config
+        return ERROR_TOPIC if config.error_topic and config.on_error != "ignore" else DROPPED
+
     def _write_failure(self, written: Written, failure: Failure, omitted: int = 0) -> None:
         config = self._config
+        self._errors.inc(len(failure))
+        self._book(self._failures_go_to, len(failure), written.key[0], failure.condition)
         if config.on_error == "ignore":
             return
         if not config.error_topic:
@@ -419,13 +449,22 @@ class ProduceFn(beam.DoFn):
         """An error record was refused: write it with less in it, or halt the partition."""
         failure, written = owner.failure, owner.written
         self._error_records.inc(-1)
+        TALLY.count(DELIVERY_ERRORS, 1)
         if written.next_offset <= failure.records.offsets[0]:
+            self._release(written, failure)
             return
         if owner.omitted < WITHOUT_ORIGINAL:
             self._write_error(replace(owner, omitted=owner.omitted + 1))
             return
+        self._release(written, failure)
         why = f"topic {self._config.error_topic} refuses the error record: {error.str()}"
         self._stop_at(written, replace(failure, message=why, error_type=error.name()))
+
+    def _release(self, written: Written, failure: Failure) -> None:
+        """Records whose error record is not written are read again."""
+        topic = written.key[0]
+        self._book(ERROR_TOPIC, -len(failure), topic, failure.condition)
+        self._book(RELEASED, len(failure), topic)
 
 
 class _Answered:

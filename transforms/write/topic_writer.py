@@ -15,6 +15,7 @@ from transforms.kafka.client import (
     reason,
     said,
 )
+from transforms.tally import PULSE
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ class TopicWriter:
                     messages.append(message)
                 else:
                     self._note(note, error, message["key"], message["value"])
+            if messages:
+                PULSE.beat()
             self._producer.poll(0.1 if messages else 0)
 
     def write(
@@ -152,6 +155,7 @@ class TopicWriter:
                 )
                 return
             except BufferError:
+                PULSE.beat()
                 self._producer.poll(0.1)
             except KafkaException as error:
                 self._note(note, error.args[0], key, value)
@@ -211,6 +215,7 @@ class TopicWriter:
         """Wait until it is known of everything what became of it."""
         while self._producer.flush(_FLUSH_SECS):
             _LOGGER.warning("waiting for Kafka to acknowledge records of topic %s", self.topic)
+            PULSE.beat()
 
     def _failed(self, why: str) -> str:
         return (

@@ -27,6 +27,7 @@ from transforms.records import (
     Responses,
     halt_name,
 )
+from transforms.tally import BOOKS, DELIVERY_ERRORS, RELEASED, TALLY, Series
 from transforms.write.produce import (
     WITHOUT_ORIGINAL,
     HaltPartition,
@@ -36,6 +37,7 @@ from transforms.write.produce import (
     Written,
     error_writer,
     make_halted,
+    records_of,
     response_writer,
 )
 from transforms.write.topic_writer import OF_THE_COUNT, Delivered, Refused, TopicWriter
@@ -64,12 +66,13 @@ _Place = tuple[LaneKey, int]
 
 
 @dataclass(slots=True)
-class _Kept:
+class Kept:
     """What is to be written, until it can be seen, and what is known of it from other tries.
 
     Attributes:
         finished: In order per lane.
         counted: What was counted of it.
+        books: What becomes of its records, in the books once it can be seen.
         refused: By batch, the responses that are refused: the offsets they answer, and why.
         omitted: By batch and offset, how much is left out of the error record.
         stopped: By batch, the failures whose error records are refused whatever is left out.
@@ -81,6 +84,7 @@ class _Kept:
 
     finished: list[Finished] = field(default_factory=list)
     counted: Counter[str] = field(default_factory=Counter)
+    books: Counter[Series] = field(default_factory=Counter)
     refused: dict[_Place, list[tuple[Sequence[int], Any]]] = field(default_factory=dict)
     omitted: dict[_Place, dict[int, int]] = field(default_factory=dict)
     stopped: dict[_Place, list[Failure]] = field(default_factory=dict)
@@ -90,13 +94,23 @@ class _Kept:
     again_at: float = 0.0
 
     def forget(self, key: PartitionKey) -> None:
-        """Nothing of a partition is to be written."""
+        """Nothing of a partition is to be written: it will be read again."""
+        records = sum(records_of(each) for each in self.finished if each.key == key)
+        BOOKS.count(RELEASED, records, key[0])
         self.finished = [finished for finished in self.finished if finished.key != key]
+        if not self.finished:
+            self._begin_anew()
 
     def settle(self) -> None:
         """All of it can be seen."""
-        self.finished = []
+        for (name, labels), count in self.books.items():
+            BOOKS.count(name, count, *labels)
         self.counted.clear()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.finished = []
+        self.books.clear()
         for known in (self.refused, self.omitted, self.stopped):
             known.clear()
         self.recounted = self.written = False
@@ -115,17 +129,24 @@ class _Kept:
         self.again_at = now + _AGAIN_SECS
 
 
-def make_kept(_: WriteConfig) -> _Kept:
-    return _Kept()
+def make_kept(_: WriteConfig) -> Kept:
+    return Kept()
 
 
 class TransactFn(ProduceFn):
     """All of a bundle in one transaction. What Kafka refuses makes an end of it, so what is at
     fault is found first, in transactions that are not to be seen, and all the rest is written again
-    by what is known then."""
+    by what is known then.
 
-    def __init__(self, config: WriteConfig, halt: HaltPartition) -> None:
+    Args:
+        config: Where outcomes go.
+        halt: Told of partitions that are halted here.
+        kept: What to write besides; None for what this process keeps from bundle to bundle.
+    """
+
+    def __init__(self, config: WriteConfig, halt: HaltPartition, kept: Kept | None = None) -> None:
         super().__init__(config, halt)
+        self._own = kept
         assert config.transaction
         self._transaction_config = config.transaction
         self._counters = {
@@ -138,8 +159,8 @@ class TransactFn(ProduceFn):
         self._producer: Producer | None = None
 
     @property
-    def _kept(self) -> _Kept:
-        return per_process(make_kept, self._config)
+    def _kept(self) -> Kept:
+        return self._own or per_process(make_kept, self._config)
 
     @property
     def _transaction(self) -> Transaction:
@@ -186,11 +207,12 @@ class TransactFn(ProduceFn):
         kept = self._kept
         for tally in self._tallies.values():
             tally.take_back()
+        kept.books.clear()
         self._all_written = []
         self._delivered, self._errors_delivered = Delivered(), Delivered()
         halted = per_process(make_halted, self._config)
         for key in {finished.key for finished in kept.finished} & halted:
-            kept.forget(key)  # it will be read again
+            kept.forget(key)
         problem: WriteError | None = None
         self._begin(kept.settle)
         try:
@@ -229,11 +251,20 @@ class TransactFn(ProduceFn):
         self._producer = None
         self._forget_writers()
 
+    def _book(self, name: str, records: int, *labels: str) -> None:
+        self._kept.books[name, labels] += records
+
     def _write(self, finished: Finished) -> None:
+        """Write what became of a batch; what is not written of it will be read again."""
+        books = self._kept.books
+        before = books.total()
+        if finished.key not in per_process(make_halted, self._config):
+            self._write_parts(finished)
+        self._book(RELEASED, records_of(finished) - books.total() + before, finished.topic)
+
+    def _write_parts(self, finished: Finished) -> None:
         place = (finished.lane_key, finished.start)
         kept = self._kept
-        if finished.key in per_process(make_halted, self._config):
-            return
         written = Written(
             finished.key,
             finished.start,
@@ -255,7 +286,6 @@ class TransactFn(ProduceFn):
             elif rest := _failure_where(
                 part, [o < written.next_offset for o in part.records.offsets]
             ):
-                self._errors.inc(len(rest))
                 self._write_failure(written, rest)
 
     def _write_failure(self, written: Written, failure: Failure, omitted: int = 0) -> None:
@@ -293,6 +323,7 @@ class TransactFn(ProduceFn):
 
     def _leave_out(self, refused: Refused) -> None:
         """An error record is refused: next time with less in it, or not at all."""
+        TALLY.count(DELIVERY_ERRORS, 1)
         owner: Owner = refused.owner
         failure, written = owner.failure, owner.written
         place = ((*written.key, written.lane), written.start)

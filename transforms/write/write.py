@@ -6,14 +6,24 @@ transaction that Commit ends (`transforms.write.transact`).
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import apache_beam as beam
 
+from transforms.errors import WriteError
+from transforms.kafka.transaction import shared_transaction
 from transforms.per_process import per_process
 from transforms.records import Finished, PartitionKey, Progress
-from transforms.write.produce import HaltPartition, ProduceFn, WriteConfig, make_halted
-from transforms.write.transact import TransactFn, make_kept
+from transforms.write.produce import (
+    HaltPartition,
+    ProduceFn,
+    WriteConfig,
+    make_halted,
+    records_of,
+)
+from transforms.write.transact import Kept, TransactFn, make_kept
 
 
 class WriteToKafka(beam.PTransform):
@@ -53,6 +63,44 @@ class WriteToKafka(beam.PTransform):
         }
 
 
+def write_at_once(config: WriteConfig, finished: Finished, commit: Callable[[], bool]) -> None:
+    """Write what became of records of a stopped partition, outside any pipeline, and commit it.
+
+    Args:
+        config: Where outcomes go.
+        finished: What became of them. Nothing else of its partition is under way.
+        commit: Commits it, once it is acknowledged; with `config.transaction` it ends that, as
+            Commit does. Says whether it is to be seen.
+
+    Raises:
+        WriteError: It is not written, as far as anybody can see.
+        SinkError: It is not known whether it is committed.
+    """
+    forget_partition(config, finished.key)
+    kept = Kept()
+    write: ProduceFn
+    if config.transaction:
+        write = TransactFn(config, _halt_nothing, kept)
+    else:
+        write = ProduceFn(config, _halt_nothing)
+    write.start_bundle()
+    write.process(finished)
+    try:
+        progress = [each.value for each in write.finish_bundle()]
+        if any(each.halted for each in progress):
+            raise WriteError(f"topic {config.error_topic} does not take the error record")
+        if not progress or not commit():
+            raise WriteError("what was written cannot be seen, the log says why")
+    finally:
+        if config.transaction and kept.finished:
+            shared_transaction(config.transaction).abort()
+            kept.forget(finished.key)
+
+
+def _halt_nothing(_: Finished) -> None:
+    """For a partition that is halted."""
+
+
 def forget_partition(config: WriteConfig, key: PartitionKey) -> None:
     """A partition is begun again, or is another process's: what stopped it stops it no more, and
     what is to be written of it again is not."""
@@ -61,8 +109,11 @@ def forget_partition(config: WriteConfig, key: PartitionKey) -> None:
         per_process(make_kept, config).forget(key)
 
 
-def to_write_again(config: WriteConfig) -> set[PartitionKey]:
-    """Partitions of which something is to be written again, with the next bundle."""
-    if config.transaction is None:
-        return set()
-    return {finished.key for finished in per_process(make_kept, config).finished}
+def to_write_again(config: WriteConfig) -> Counter[PartitionKey]:
+    """Partitions of which something is to be written again, with the next bundle, and of how many
+    records."""
+    records: Counter[PartitionKey] = Counter()
+    if config.transaction:
+        for finished in per_process(make_kept, config).finished:
+            records[finished.key] += records_of(finished)
+    return records

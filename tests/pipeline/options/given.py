@@ -46,6 +46,7 @@ def arguments_of(*more: str) -> list[str]:
     return [*(f"--{name}={value}" for name, value in REQUIRED.items()), *more]
 
 
+TOKEN = str(Path(__file__).with_name("token.txt"))
 FILTERS = str(Path(__file__).with_name("filters.json"))
 
 # Every option: where its value is found, its default there, a text, and what that comes to.
@@ -202,12 +203,28 @@ CASES = {
     "preflight": (lambda c: c.run.preflight, True, "false", False),
     "until": (lambda c: c.run.until, "forever", "caught_up", "caught_up"),
     "summary": (lambda c: c.run.summary, "text", "none", "none"),
+    "http": (lambda c: c.run.http, None, "[::1]:9464", ("::1", 9464)),
+    "metrics_partitions": (lambda c: c.run.metrics_partitions, 100, "7", 7),
+    "http_token_file": (
+        lambda c: c.run.http_token,
+        "",
+        TOKEN,
+        "0123456789abcdef",
+    ),
+    "report": (lambda c: c.run.report, None, "run.html", "run.html"),
+    "page_show": (lambda c: c.run.page_show, "none", "messages", "messages"),
+    "start_paused": (lambda c: c.run.start_paused, False, "true", True),
+    "log_level": (lambda c: c.run.log_level, "INFO", "DEBUG", "DEBUG"),
     "log_format": (lambda c: c.run.log_format, "text", "json", "json"),
     "trace": (lambda c: c.invoke.trace and "otlp", None, "otlp", "otlp"),
 }
 
 # What an option, or one of its values, needs beside it.
 BESIDE = {
+    "http_token_file": {"http": "0"},
+    "metrics_partitions": {"http": "0"},
+    "page_show": {"http": "0"},
+    "start_paused": {"http": "0"},
     "schema_validation": {"schema_registry_url": REGISTRY},
     "event_record_format": {"schema_registry_url": REGISTRY, "envelope": "kafka_event"},
     "event_source_arn": {"envelope": "kafka_event"},

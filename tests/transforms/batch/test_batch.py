@@ -256,8 +256,10 @@ def _run(chunks, config: BatchConfig | None = None, lanes: Lanes | None = None):
     counters = {
         counter.key.metric.name: counter.committed
         for counter in result.metrics().query()["counters"]
-        if counter.key.metric.namespace == "batch"
+        if counter.key.metric.namespace == "batch" and counter.committed
     }
+    closed = {name: counters.pop(name) for name in list(counters) if name.startswith("closed_by_")}
+    assert sum(closed.values()) == counters.get("batches", 0), "each batch is closed by something"
     return _collected.pop(token), counters
 
 

@@ -1,0 +1,1 @@
+"""Offsets: the command of that name."""
