@@ -370,8 +370,6 @@ def _check_watching(
     ]
     if given.get("page_show") is not None and not (http or values["report"]):
         problems.append("--page_show goes with --http or --report only")
-    if values["start_paused"] and not http:
-        problems.append("--start_paused needs --http, over which the run is resumed")
 
 
 def parse_address(text: str) -> tuple[str, int] | None:

@@ -23,7 +23,7 @@ from pipeline.options.declare import (
     OPTIONS,
     STREAM_RUNNERS,
 )
-from pipeline.options.token import read_token
+from pipeline.options.token import VARIABLE, read_token
 from transforms import envelope
 from transforms.access import (
     KINDS,
@@ -183,10 +183,19 @@ class Config:
                 check_settings(RegistryConfig(registry, values["kafka_config_file"]))
             except UsageError as error:
                 problems += error.problems
+        token = ""
         try:
-            token = read_token(values["http_token_file"]) if values["http"] else ""
+            if values["http"]:
+                token = read_token(values["http_token_file"])
+            if values["start_paused"] and not token:
+                problems.append(
+                    f"--start_paused needs --http and a token (--http_token_file, or {VARIABLE}): "
+                    f"without them nobody can resume the run"
+                )
         except UsageError as error:
             problems += error.problems
+        if runner in STREAM_RUNNERS and values["start_paused"]:
+            problems.append("--start_paused goes with the DirectRunner only")
         if problems:
             raise UsageError(problems)
         return _make_config(values, settings, runner, patterns, reached, token)

@@ -723,7 +723,7 @@ GROUPS = (
             ),
             Option(
                 "start_paused",
-                "Read and invoke nothing before it is resumed over --http.",
+                "Read and invoke nothing before it is resumed over --http, on the DirectRunner.",
                 kind="flag",
                 default=False,
             ),

@@ -18,6 +18,13 @@ LEFT_OUT = {
     "max_workers": "they are Dataflow's",
     "rebalance_wait_secs": "a job's partitions move to no other member of a group",
     "log_format": "the log is Cloud Logging's",
+    "log_level": "it is the launcher's; the workers' is Beam's default_sdk_harness_log_level",
+    "http": "the launcher ends when the job begins, so nobody would answer",
+    "http_token_file": "there is no http",
+    "page_show": "there is no http",
+    "metrics_partitions": "there is no http",
+    "report": "the launcher ends when the job begins, so there is nothing to report",
+    "start_paused": "a job is not told anything from outside",
 }
 """Options that are no parameters of the template, and why."""
 

@@ -23,6 +23,7 @@ from tests.pipeline.options.given import (
     REGISTRY,
     ROLE,
     TEXTS,
+    TOKEN,
     config_of,
     problems_of,
 )
@@ -46,7 +47,7 @@ def test_a_number_outside_its_bounds_is_refused(name: str) -> None:
     low, high, special = BOUNDS[name]
     below = low - 1 if low - 1 != special else low - 2
     for number in (below, high + 1, -(10**9), 10**30):
-        (problem,) = problems_of(**{name: str(number)})
+        (problem,) = problems_of(**BESIDE.get(name, {}), **{name: str(number)})
         assert problem.startswith(f"--{name}={number} is not allowed; give ")
         assert f"{low} to {high}" in problem
         if special is not None:
@@ -57,7 +58,7 @@ def test_a_number_outside_its_bounds_is_refused(name: str) -> None:
 @pytest.mark.parametrize("text", ["", "many", "1,5", "0x10", "--", "1 2", "none"])
 def test_a_number_has_to_be_one(name: str, text: str) -> None:
     """What is no number is refused, with the option, the text and the range."""
-    (problem,) = problems_of(**{name: text})
+    (problem,) = problems_of(**BESIDE.get(name, {}), **{name: text})
     assert problem.startswith(f"--{name}={text} is not a")
     assert str(BOUNDS[name][1]) in problem
 
@@ -66,7 +67,7 @@ def test_a_number_has_to_be_one(name: str, text: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NUMBERS if OPTIONS[name].kind == "int"])
 def test_a_whole_number_has_no_fraction(name: str, text: str) -> None:
     """An int option takes no fraction and no exponent."""
-    (problem,) = problems_of(**{name: text})
+    (problem,) = problems_of(**BESIDE.get(name, {}), **{name: text})
     assert "is not a whole number" in problem
 
 
@@ -97,7 +98,7 @@ def test_a_choice_takes_each_of_its_values_and_nothing_else(name: str) -> None:
 )
 def test_a_flag_is_true_or_false(name: str, text: str, value: bool) -> None:
     """A flag's value may be given, in either case."""
-    assert CASES[name][0](config_of(**{name: text})) is value
+    assert CASES[name][0](config_of(**BESIDE.get(name, {}), **{name: text})) is value
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -374,6 +375,13 @@ def test_a_time_without_a_zone_is_utc(text: str, expected: datetime | None) -> N
         ),
         ({"workers": "4", "max_workers": "3"}, ["--workers=4 is above --max_workers=3"]),
         ({"delivery": "exactly_once"}, ["--delivery=exactly_once needs --response_topic or"]),
+        ({"http": "127.0.0.1:99999"}, ["--http=127.0.0.1:99999 is not a HOST:PORT"]),
+        ({"http_token_file": TOKEN}, ["--http_token_file goes with --http only"]),
+        ({"http": "0", "http_token_file": "/no/such"}, ["/no/such cannot be read"]),
+        ({"metrics_partitions": "5"}, ["--metrics_partitions goes with --http only"]),
+        ({"page_show": "messages"}, ["--page_show goes with --http or --report only"]),
+        ({"start_paused": "true"}, ["--start_paused needs --http and a token"]),
+        ({"start_paused": "true", "http": "0"}, ["--start_paused needs --http and a token"]),
         ({"starting_timestamp": "2026-01-01"}, ["--starting_position=AT_TIMESTAMP only"]),
         (
             {"starting_timestamp": "2026-01-01", "starting_position": "LATEST"},

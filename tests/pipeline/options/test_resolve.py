@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.options.resolve import parse_arguments
-from tests.pipeline.options.given import CASES, FLAGS, arguments_of
+from tests.pipeline.options.given import BESIDE, CASES, FLAGS, TOKEN, arguments_of
 from transforms.errors import UsageError
 
 
@@ -20,8 +20,9 @@ from transforms.errors import UsageError
 def test_flags_on_the_command_line(name: str) -> None:
     """A flag alone is true; with a value it is that."""
     find = CASES[name][0]
+    beside = [f"--{other}={value}" for other, value in BESIDE.get(name, {}).items()]
     for argument, value in ((name, True), (f"{name}=true", True), (f"{name}=false", False)):
-        config, _ = parse_arguments(arguments_of(f"--{argument}"))
+        config, _ = parse_arguments(arguments_of(*beside, f"--{argument}"))
         assert find(config) is value
 
 
@@ -90,6 +91,10 @@ def test_unknown_options_are_reported_with_the_other_problems() -> None:
         (
             ["--runner=FlinkRunner", "--delivery=exactly_once", "--response_topic=r"],
             ["--delivery=exactly_once goes with the DirectRunner only"],
+        ),
+        (
+            ["--runner=FlinkRunner", "--start_paused", "--http=0", f"--http_token_file={TOKEN}"],
+            ["--start_paused goes with the DirectRunner only"],
         ),
         (["--direct_num_workers=2"], ["--direct_num_workers=2 has no effect; use --workers"]),
         (["--kafka_config_file=/no/such/file"], ["--kafka_config_file=/no/such/file cannot"]),
