@@ -1,9 +1,9 @@
 """Docs: what is made from declarations in the code.
 
-From the options docs/options.md, the table in README.md, those of redrive in docs/redrive.md, and
-the parameters of the template for Dataflow; from what becomes of each setting of another system
-the tables in docs/coming-from.md; from the chain and the folders the picture and the tables in
-docs/architecture.md.
+From the options docs/options.md, the table in README.md, those of redrive in docs/redrive.md, the
+parameters of the template for Dataflow, and what the Helm chart checks; from what becomes of each
+setting of another system the tables in docs/coming-from.md; from the chain and the folders the
+picture and the tables in docs/architecture.md.
 ``python -m pipeline.docs`` writes them; with ``--check`` it only says which of them is stale.
 """
 
@@ -24,6 +24,7 @@ from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 from pipeline.build import build
 from pipeline.migrate import connector, mapping
 from pipeline.migrate.carried import Row
+from pipeline.options import chart
 from pipeline.options.declare import GROUPS, Option
 from pipeline.options.declare import OPTIONS as DECLARED
 from pipeline.options.explain import explain
@@ -36,6 +37,7 @@ README, OPTIONS = "README.md", "docs/options.md"
 COMING_FROM, REDRIVE = "docs/coming-from.md", "docs/redrive.md"
 ARCHITECTURE = "docs/architecture.md"
 METADATA, TEMPLATE = "templates/dataflow/metadata.json", "templates/dataflow/README.md"
+CHART = "templates/helm/values.schema.json"
 
 _HEAD = """# Options
 
@@ -225,7 +227,7 @@ def rooms_table() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the files, or check them; returns the exit code."""
-    names = (README, OPTIONS, COMING_FROM, REDRIVE, ARCHITECTURE, METADATA, TEMPLATE)
+    names = (README, OPTIONS, COMING_FROM, REDRIVE, ARCHITECTURE, METADATA, TEMPLATE, CHART)
     found = {name: _read(ROOT / name) for name in names}
     made = {
         README: with_part("options", found[README], options_table(), README),
@@ -240,6 +242,7 @@ def main(arguments: Sequence[str]) -> int:
         ),
         METADATA: flex_template.metadata_text(),
         TEMPLATE: template_page(found[TEMPLATE]),
+        CHART: chart.with_options(found[CHART]),
     }
     stale = [name for name in made if made[name] != found[name]]
     if "--check" in arguments:

@@ -88,7 +88,7 @@ DATAFLOWS = {
     "dry_run",
 }
 GCLOUD = {"print", "repository", "location", "data", "role", "member", "format"}
-SHELL = {"summary", "system", "wheel", "now", "no", "from"}
+SHELL = {"summary", "system", "wheel", "now", "no", "from", "values"}
 
 parametrize_pages = pytest.mark.parametrize(
     "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
@@ -196,16 +196,21 @@ def test_the_check_names_stale_files(
     template = (ROOT / docs.TEMPLATE).read_text(encoding="utf-8")
     (tmp_path / docs.TEMPLATE).parent.mkdir(parents=True)
     (tmp_path / docs.TEMPLATE).write_text(template.replace("| `topics` |", "| `old` |"))
+    chart = (ROOT / docs.CHART).read_text(encoding="utf-8")
+    (tmp_path / docs.CHART).parent.mkdir(parents=True)
+    (tmp_path / docs.CHART).write_text(chart.replace('"batch_size"', '"old"'))
 
     assert docs.main(["--check"]) == 1
     said = capsys.readouterr().err
     assert docs.README in said and docs.OPTIONS in said and docs.COMING_FROM in said
     assert docs.METADATA in said and docs.TEMPLATE in said and docs.ARCHITECTURE in said
+    assert docs.CHART in said
     assert docs.main([]) == 0
     assert docs.main(["--check"]) == 0
     assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
     assert (tmp_path / docs.COMING_FROM).read_text() == coming_from
     assert (tmp_path / docs.TEMPLATE).read_text() == template
+    assert (tmp_path / docs.CHART).read_text() == chart
     assert json.loads((tmp_path / docs.METADATA).read_text())["parameters"]
 
 
