@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,18 +10,32 @@ from typing import Any
 import orjson
 
 from pipeline.options.checks import parse_timestamp, parse_value
+from pipeline.options.checks_login import check_login, login_of
 from pipeline.options.declare import OPTIONS, Group, Option
 from pipeline.options.help import format_group
 from pipeline.options.resolve import Parser
+from transforms.access import KINDS, Access, AccessError, login_settings, parse_access
 from transforms.errors import KafkaError, UsageError
 from transforms.kafka.client import KafkaConfig, make_consumer
 from transforms.kafka.committer import GroupOffsets
+from transforms.kafka.login import put_over
 from transforms.kafka.offsets import SourceConfig, SourceOffsets
+from transforms.properties import load_properties
 from transforms.records import PartitionKey, read_halt
 
 COMMAND = "offsets"
 EARLIEST, LATEST = "earliest", "latest"
-_SHARED = ("kafka_bootstrap_servers", "kafka_config_file", "consumer_group", "topics")
+_SHARED = (
+    "kafka_bootstrap_servers",
+    "kafka_config_file",
+    "kafka_role_arn",
+    "kafka_access",
+    "aws_web_identity",
+    "aws_web_identity_audience",
+    "event_source_arn",
+    "consumer_group",
+    "topics",
+)
 
 GROUP = Group(
     "Offsets",
@@ -128,6 +143,28 @@ def help_text() -> str:
     return "\n".join([usage, "", about, "", *format_group(GROUP), *format_group(shared)])
 
 
+def connection(values: Mapping[str, Any]) -> KafkaConfig:
+    """Where Kafka is, with the login of a run that has the same options.
+
+    Raises:
+        UsageError: The login does not fit.
+    """
+    problems: list[str] = []
+    access: tuple[Access, ...] = ()
+    try:
+        access = parse_access(values["kafka_access"] or (), KINDS)
+    except AccessError as error:
+        problems.append(f"--kafka_access: {error}")
+    file = values["kafka_config_file"]
+    settings = put_over(login_settings(access), load_properties(file) if file else {})
+    check_login(values, settings, os.environ, problems)
+    if problems:
+        raise UsageError(problems)
+    login = login_of(values, settings, os.environ)
+    servers, group = values["kafka_bootstrap_servers"], values["consumer_group"]
+    return KafkaConfig(servers, group, file, login, access)
+
+
 def main(arguments: Sequence[str], show: Callable[[str], None]) -> int:
     """Run the command; returns its exit code.
 
@@ -137,9 +174,7 @@ def main(arguments: Sequence[str], show: Callable[[str], None]) -> int:
     values, problems = parse(arguments)
     if problems:
         raise UsageError(problems)
-    kafka = KafkaConfig(
-        values["kafka_bootstrap_servers"], values["consumer_group"], values["kafka_config_file"]
-    )
+    kafka = connection(values)
     consumer = make_consumer(kafka)
     try:
         offsets = SourceOffsets(SourceConfig(kafka, values["topics"]), consumer)

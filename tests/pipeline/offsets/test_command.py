@@ -12,9 +12,14 @@ import pytest
 
 from pipeline import cli
 from pipeline.local.broker import KafkaBroker
-from pipeline.offsets.command import help_text, parse
+from pipeline.offsets.command import _SHARED as OURS
+from pipeline.offsets.command import connection, help_text, parse
 from tests.conftest import Names
+from tests.pipeline.options.given import IAM_PROPERTIES, MSK, REQUIRED, ROLE, SECRET, config_of
 from tests.sink import Topics, answer, commit, numbered, serve
+from transforms.errors import UsageError
+
+_GIVEN = ("--kafka_bootstrap_servers=a:1", "--consumer_group=g", "--topics=t")
 
 
 @pytest.mark.parametrize(
@@ -28,11 +33,38 @@ from tests.sink import Topics, answer, commit, numbered, serve
     ],
 )
 def test_what_does_not_fit(arguments: list[str], problem: str) -> None:
-    given = ["--kafka_bootstrap_servers=a:1", "--consumer_group=g", "--topics=t", *arguments]
-    _, problems = parse(given)
+    _, problems = parse([*_GIVEN, *arguments])
     assert [each[: len(problem)] for each in problems] == [problem]
     assert len(parse(arguments)[1]) == 4
     assert "--execute" in help_text()
+
+
+@pytest.mark.parametrize(
+    "login",
+    [
+        {},
+        {"kafka_config_file": IAM_PROPERTIES},
+        {"kafka_config_file": IAM_PROPERTIES, "kafka_role_arn": ROLE, "aws_web_identity": "google"},
+        {"kafka_access": "IAM_AUTH", "event_source_arn": MSK, "envelope": "kafka_event"},
+        {"kafka_access": f"SASL_SCRAM_512_AUTH={SECRET}"},
+    ],
+)
+def test_it_logs_in_as_a_run_does(login: dict[str, str]) -> None:
+    """With the same options it reaches the same cluster."""
+    given = {name: text for name, text in (REQUIRED | login).items() if name in OURS}
+    values, problems = parse([f"--{name}={text}" for name, text in given.items()])
+    assert problems == []
+    assert connection(values) == config_of(**login).kafka
+
+
+def test_a_login_that_does_not_fit_is_refused() -> None:
+    values, _ = parse([*_GIVEN, "--kafka_access=NO_AUTH=x", f"--kafka_role_arn={ROLE}"])
+    with pytest.raises(UsageError) as raised:
+        connection(values)
+    assert [text.split(" ")[0] for text in raised.value.problems] == [
+        "--kafka_access:",
+        "--kafka_role_arn",
+    ]
 
 
 def _offsets(
