@@ -26,7 +26,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, ConsumerGroupState, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from pipeline.local.broker import KafkaBroker, StoredRecord
 from pipeline.local.faults import Fault
@@ -406,6 +407,16 @@ class Topics:
     def run(self, server: LambdaServer | None, code: int | None = 0, **options: Any) -> Ended:
         """`run`, with these topics."""
         return run(self.broker, server, code, **{**self.options, **options})
+
+    def is_dealt(self, members: int) -> bool:
+        """Whether the group has so many members, each with partitions: nothing moves any more."""
+        admin = AdminClient({"bootstrap.servers": self.broker.bootstrap_servers})
+        try:
+            group = admin.describe_consumer_groups([self.group])[self.group].result(30)
+        except KafkaException:
+            return False  # who looks after it is not known yet
+        given = [each.assignment and each.assignment.topic_partitions for each in group.members]
+        return group.state == ConsumerGroupState.STABLE and len(given) == members and all(given)
 
     def sent(self) -> set[Coordinates]:
         """All records of the source."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from time import monotonic, thread_time, time
+from typing import NamedTuple
 
 from pipeline.build import build
 from pipeline.options.config import Config
@@ -58,7 +59,7 @@ _MEND_SECS = 0.5
 _LOOK_SECS = 1.0
 _LOG_SECS = 60.0
 # With many partitions less often: of its time the loop spends such a part on looking.
-_LOOK_SHARE = 0.01
+_LOOK_SHARE = 0.005
 _LOOK_MOST_SECS = 5.0
 # While partitions are asked for; how often it is looked at what others have; how long a run that
 # ends waits to be given something; and for what is nobody's or does not get on elsewhere.
@@ -251,9 +252,8 @@ BACKING_OFF, PAUSED, HALTED = "backing_off", "paused", "halted"
 STATES = (READING, IDLE, FULL, BACKING_OFF, PAUSED, HALTED)
 
 
-@dataclass(frozen=True, slots=True)
-class PartitionView:
-    """How a partition stands.
+class PartitionView(NamedTuple):
+    """How a partition stands. One of each is made, and sent to the first process, again and again.
 
     Attributes:
         state: One of `STATES`.
@@ -1147,8 +1147,9 @@ class Rounds:
 
     def _stand(self) -> Standing:
         invoker = self._invoker
-        again = to_write_again(self._config.write)
-        if invoker.has_work or invoker.has_finished or again or self._revived:
+        if invoker.has_work or invoker.has_finished or self._revived:
+            return Standing()
+        if to_write_again(self._config.write):
             return Standing()
         halted = {finished.key for finished in invoker.halted}
         lost = self._reader.lost.keys()

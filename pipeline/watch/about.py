@@ -22,7 +22,6 @@ class About:
         runner: Name of the runner.
         version: Ours.
         envelope: How records are handed to the function.
-        workers: Processes.
         topics: Those that are read, as far as they are named.
         metrics_partitions: Up to how many partitions each has series of its own.
         function_timeout_secs: The function's own timeout.
@@ -37,7 +36,6 @@ class About:
     runner: str = "DirectRunner"
     version: str = ""
     envelope: str = ""
-    workers: int = 1
     topics: tuple[str, ...] = ()
     metrics_partitions: int = 100
     function_timeout_secs: int = 900
@@ -62,7 +60,6 @@ class About:
             runner=runner,
             version=version(),
             envelope=config.batch.format.envelope.name,
-            workers=config.run.workers,
             topics=config.source.topics,
             metrics_partitions=config.run.metrics_partitions,
             function_timeout_secs=config.invoke.function.timeout_secs,

@@ -101,7 +101,7 @@ def facts_of(status: Status, about: About) -> dict[str, Any]:
         "function": about.function,
         "runner": about.runner,
         "version": about.version,
-        "workers": about.workers,
+        "workers": numbers.pop("workers"),
         "state": state_word(status),
         "reason": reason(status),
         "numbers": {

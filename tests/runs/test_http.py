@@ -19,9 +19,18 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.local.broker import KafkaBroker
-from pipeline.local.faults import unavailable
+from pipeline.local.faults import slow, unavailable
 from tests.conftest import Names
-from tests.sink import Sink, Topics, answer, numbered, of_partition, poison, serve
+from tests.sink import (
+    TRANSACTIONS,
+    Sink,
+    Topics,
+    answer,
+    numbered,
+    of_partition,
+    poison,
+    serve,
+)
 
 BOOKS = ("filtered", "answered", "dropped", "error_topic", "released")
 
@@ -98,8 +107,7 @@ def test_the_books_balance_in_each_scrape(
 ) -> None:
     """With records that are filtered, answered, given up to the error topic, and away for a while;
     whichever process they are in."""
-    topics = Topics(broker, names, partitions=4, count=60, filter_criteria=filters, http=0)
-    broker.produce(topics.source, [(number, b"k", b"drop") for number in range(4)] * 5)
+    topics = Topics(broker, names, partitions=4, filter_criteria=filters, http=0)
     with (
         serve(
             lambda event, _: (time.sleep(0.02), poison("order 1/7")(event, _))[1],
@@ -115,6 +123,10 @@ def test_the_books_balance_in_each_scrape(
         ) as sink,
     ):
         watched = Watched(sink)
+        # What moves is read twice.
+        sink.until(lambda: topics.is_dealt(workers), "all have partitions")
+        broker.produce(topics.source, numbered(4, 60))
+        broker.produce(topics.source, [(number, b"k", b"drop") for number in range(4)] * 5)
         watched.until(lambda each: total(each, "answered_records_total") == 239)
         broker.produce(topics.source, numbered(4, 10, "more"))
         watched.until(
@@ -164,6 +176,46 @@ def test_the_books_balance_in_each_scrape(
     assert error["request_id"]
     options = {each["option"]: each for each in facts["configuration"]}
     assert options["batch_size"] == {"option": "batch_size", "value": "5", "origin": "command line"}
+
+
+def test_what_is_written_again_is_counted_once(broker: KafkaBroker, names: Names) -> None:
+    """In transactions: some are given up since Kafka refuses a response in them, others since the
+    broker is away. The books balance all the while, and each end is in them once."""
+    topics = Topics(
+        broker,
+        names,
+        partitions=2,
+        responses={"max_message_bytes": "20000"},
+        delivery="exactly_once",
+        kafka_config_file=TRANSACTIONS,
+        http=0,
+    )
+    large = {(0, 70), (1, 3), (1, 150)}
+    records = [
+        (p, b"k", b"x" * 30_000 if (p, n) in large else b"order %d/%d" % (p, n))
+        for n in range(200)
+        for p in range(2)
+    ]
+    with (
+        serve(faults=[slow(0.02, times=None)]) as server,
+        topics.start(server, until=None, batch_size=10, **topics.log_errors) as sink,
+    ):
+        watched = Watched(sink)
+        broker.produce(topics.source, records)
+        watched.until(lambda each: total(each, "answered_records_total") > 100)
+        broker.kill()
+        broker.start()
+        watched.until(lambda each: total(each, "committed_records_total") == 400)
+        watched.until(lambda each: each["partitions"][("idle",)] == 2)
+        scraped = balanced(watched.scrape())
+        sink.send(signal.SIGTERM)
+        ended = sink.wait()
+    assert total(scraped, "answered_records_total") == 397
+    errors = {each: n for each, n in scraped["error_topic_records_total"].items() if n}
+    assert errors == {("ResponseRefused", topics.source): 3}
+    assert total(scraped, "released_records_total") == 0
+    assert (ended.summary["responses"], ended.summary["errors"]) == (397, 3)
+    topics.assert_exactly_once()
 
 
 def test_a_halt_and_a_back_off_are_seen(broker: KafkaBroker, names: Names) -> None:

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.options.config import Config
-from pipeline.run.rounds import Standing, Status, Totals
+from pipeline.run.rounds import READING, PartitionView, Standing, Status, Totals
 from pipeline.run.workers import member_of, merge, part_of
+from transforms.invoke.failures import BACKOFF, Failed, Seen, Stuck, Trouble
 from transforms.records import Failure, Finished, Records
+from transforms.tally import ANSWERED, COMMITTED, HELD, POLLED, RELEASED, Tallied
 
 COUNTS = st.integers(1, 16)
 
@@ -101,6 +103,58 @@ def test_what_workers_say_is_added_up() -> None:
     assert (together.breaker_open, together.breaker_openings) == (True, 2)
     assert (together.elapsed_secs, together.begun) == (6.5, True)
     assert not merge([*statuses, Status.of_nothing(0)], 7).begun
+
+
+def test_what_a_worker_has_done_that_was_taken_away_stays() -> None:
+    """Counters never fall; what it held is read again by whoever has its partitions now."""
+    failure = Failed("orders", 1, 5, 5, "function error", "ValueError", "no", 2, 100.0)
+    stuck = Stuck("orders", 1, BACKOFF, None, "ValueError")
+    gone = Status(
+        totals=Totals(Counter({"write.responses": 5}), 2),
+        in_flight=0,
+        lags={("orders", 1): 4},
+        halted=[_halt(1)],
+        committed={("orders", 1): 11},
+        elapsed_secs=1,
+        begun=True,
+        trouble=Trouble(failure, [stuck], 50.0, errors=[Seen("ValueError", 3, 90.0, failure)]),
+        books=Tallied(
+            {(POLLED, ("orders",)): 9, (ANSWERED, ("orders",)): 5, (HELD, ("orders",)): 4}
+        ),
+        tallied=Tallied({(COMMITTED, ("orders",)): 5.0}),
+        partitions={("orders", 1): PartitionView(READING, 15, 15, 11)},
+        draining=True,
+        still_secs=500.0,
+    )
+    stays = replace(
+        Status.of_nothing(1),
+        begun=True,
+        books=Tallied({(POLLED, ("orders",)): 2, (ANSWERED, ("orders",)): 2}),
+    )
+
+    together = merge([stays], 6.5, [gone])
+
+    assert together.totals["write.responses"] == 5
+    assert together.committed == {("orders", 1): 11}
+    assert together.books.by(POLLED) == {("orders",): 11}
+    assert together.books.by(ANSWERED) == {("orders",): 7}
+    assert together.books.by(RELEASED) == {("orders",): 4}
+    assert together.books.by(HELD) == {}
+    assert together.tallied.by(COMMITTED) == {("orders",): 5}
+    assert [(each.error_type, each.count) for each in together.trouble.errors] == [
+        ("ValueError", 3)
+    ]
+    assert together.trouble.last_error == failure
+    assert (together.trouble.stuck, together.trouble.oldest_age_secs) == ([], None)
+    assert (together.lags, together.partitions, together.halted) == ({}, {}, [])
+    assert (together.draining, together.still_secs, together.workers) == (False, 0.0, 1)
+
+
+def test_a_run_drains_when_all_workers_do() -> None:
+    """One that leaves while the others go on is no reason not to be ready."""
+    goes_on, drains = (replace(Status.of_nothing(0), draining=each) for each in (False, True))
+    assert not merge([goes_on, drains], 1).draining
+    assert merge([drains, drains], 1).draining
 
 
 def test_a_run_is_done_when_all_workers_are_and_each_partition_was_somebody_s() -> None:
