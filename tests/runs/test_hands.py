@@ -16,10 +16,14 @@ from pipeline.local.faults import unavailable
 from tests import ROOT
 from tests.conftest import Names
 from tests.runs.test_http import Watched, balanced, total
+from tests.runs.test_workers import IN_SECONDS
 from tests.sink import (
+    TRANSACTIONS,
+    Sink,
     Topics,
     answer,
     answered,
+    arguments,
     environment,
     facts,
     failed,
@@ -99,13 +103,61 @@ def test_a_run_is_paused_and_resumed(
     topics.assert_exactly_once()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_halted_partition_goes_on(
-    broker: KafkaBroker, names: Names, tmp_path: Path, workers: int
+def test_workers_that_come_later_are_paused_too(
+    broker: KafkaBroker, names: Names, tmp_path: Path
 ) -> None:
-    """Once the function is mended; or behind its record, which is in the error topic then."""
+    """They begin as the others stand, and what they have done stays in the books when they go; the
+    run is ready all the while."""
+    options = _options(tmp_path) | {"workers": 1, "max_workers": 3, "start_paused": True}
+    options |= {"preflight": "false"}
+    topics = Topics(broker, names, partitions=4, count=30, **options)
+    with (
+        serve() as server,
+        Sink(
+            arguments(broker, server, **topics.options), environment(), ("-c", IN_SECONDS)
+        ) as sink,
+    ):
+        run = Told(sink)
+
+        def has(workers: int) -> bool:
+            return bool(run.json("/api/status")["workers"] == workers) and ready()
+
+        def ready() -> bool:
+            assert run.get("/readyz")[0] == 200
+            return True
+
+        run.until(lambda each: each["partitions"][("paused",)] == 4)
+        sink.until(lambda: has(3), "none has come")
+        sink.until(lambda: ready() and topics.is_dealt(3), "none has partitions")
+        run.until(lambda each: each["partitions"][("paused",)] == 4)
+        assert server.calls == []
+        run.ctl("resume")
+        run.until(lambda each: ready() and total(each, "committed_records_total") == 120)
+        sink.until(lambda: has(1), "none has gone")
+        run.until(lambda each: each["partitions"][("idle",)] == 4)
+        scraped = balanced(run.scrape())
+        sink.send(signal.SIGTERM)
+        sink.wait()
+    assert total(scraped, "answered_records_total") == 120
+    topics.assert_exactly_once()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"workers": 2},
+        {"delivery": "exactly_once", "kafka_config_file": TRANSACTIONS},
+    ],
+    ids=["one", "two", "exactly-once"],
+)
+def test_a_halted_partition_goes_on(
+    broker: KafkaBroker, names: Names, tmp_path: Path, how: dict[str, object]
+) -> None:
+    """Once the function is mended; or behind its record, which is in the error topic then: with
+    exactly once in a transaction together with the offset."""
     bad = {"order 1/5", "order 2/3"}
-    topics = Topics(broker, names, partitions=3, count=10, **_options(tmp_path))
+    topics = Topics(broker, names, partitions=3, count=10, **_options(tmp_path), **how)
 
     def handler(event: object, context: object) -> object:
         return poison(*bad)(event, context)
@@ -118,7 +170,6 @@ def test_a_halted_partition_goes_on(
             error_topic=topics.errors,
             batch_size=4,
             bisect_on_error=True,
-            workers=workers,
         ) as sink,
     ):
         run = Told(sink)

@@ -237,7 +237,7 @@ def test_partitions_made_later_are_found_by_their_worker(
 
 
 # The minutes are seconds, and what is wanted does not hang on how busy this machine is.
-_IN_SECONDS = """
+IN_SECONDS = """
 import sys
 from pipeline import cli
 from pipeline.run import workers
@@ -254,7 +254,7 @@ def test_workers_come_and_go(broker: KafkaBroker, topics: dict[str, Any]) -> Non
     topics |= {"workers": 1, "max_workers": 3, "max_concurrency": 9, "until": "forever"}
     with (
         serve(faults=[slow(0.05, times=None)]) as server,
-        Sink(arguments(broker, server, **topics), environment(), ("-c", _IN_SECONDS)) as sink,
+        Sink(arguments(broker, server, **topics), environment(), ("-c", IN_SECONDS)) as sink,
     ):
         sink.until(lambda: "workers: 3 in place of 1: a test" in sink.stderr, "none has come")
         sink.until(lambda: len(_workers(sink)) == 3, "none has come")

@@ -141,7 +141,7 @@ class TransactFn(ProduceFn):
     Args:
         config: Where outcomes go.
         halt: Told of partitions that are halted here.
-        kept: What to write besides; None for what this process keeps from bundle to bundle.
+        kept: What is kept from bundle to bundle; None for what this process keeps of the config.
     """
 
     def __init__(self, config: WriteConfig, halt: HaltPartition, kept: Kept | None = None) -> None:
