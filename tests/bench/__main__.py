@@ -475,7 +475,7 @@ def report(result: dict[str, Any]) -> None:
     print(
         "\nrecords/s: from the start of the process to its exit. While calling: from its first call"
         " to the last reply; so are the multiples of 1 lane.\n% of limit: of partitions x batch /"
-        " latency; in brackets the same while calling, of that and of what a client that only counts"
+        " latency; in brackets the same while calling, and beside what a client that only counts"
         " bytes makes.\nPeak: of the largest process; this "
         f"benchmark's own {result['least_peak_mb']:.0f} MB are the least it can show."
     )
