@@ -310,6 +310,36 @@ def test_copies_that_end_are_through_with_all_of_it(broker: KafkaBroker, names: 
     topics.assert_caught_up()
 
 
+def test_one_that_waits_for_others_can_be_stopped(broker: KafkaBroker, names: Names) -> None:
+    """What it had is done; of what another one has it says nothing, since it was told not to
+    wait."""
+    topics = Topics(broker, names, partitions=2, count=10)
+    other = Consumer(
+        {
+            "bootstrap.servers": broker.bootstrap_servers,
+            "group.id": topics.group,
+            "partition.assignment.strategy": "cooperative-sticky",
+            "enable.auto.commit": False,
+        }
+    )
+    other.subscribe([topics.source])
+    try:
+        wait_until(lambda: other.poll(0.1) is None and len(other.assignment()) == 2, "no member")
+        with serve() as server, topics.start(server, until="caught_up") as sink:
+
+            def half() -> bool:
+                other.poll(0.1)
+                return list(broker.committed(topics.group, topics.source).values()) == [10]
+
+            sink.until(half, "it has nothing")
+            time.sleep(2)
+            sink.send(signal.SIGTERM)
+            ended = sink.wait()
+    finally:
+        other.close()
+    assert ended.summary["records"] == 10
+
+
 def test_the_group_of_another_program_is_left_alone(broker: KafkaBroker, names: Names) -> None:
     """One that deals out otherwise: the run says so and ends."""
     topics = Topics(broker, names, count=10)
