@@ -48,7 +48,6 @@ _POLL_EVERY = 10_000
 # What makes the start short: one compiler tier, a collector without threads, no JMX lookups.
 _QUICK_START = ("-XX:TieredStopAtLevel=1",)
 _JVM_FLAGS = (
-    "-Xmx512m",
     "-Xshare:auto",
     "-Dlog4j2.level=WARN",
     "-Dlog4j2.disableJmx=true",
@@ -125,6 +124,7 @@ class KafkaBroker(LocalServer):
         start_timeout: Seconds until the broker must answer.
         compiled_well: Let the JVM compile as well as it can, as brokers do that run for long. It
             starts slower, and takes a minute of work until it is faster.
+        heap_mb: Its memory. With thousands of partitions under load the usual is too little.
     """
 
     def __init__(
@@ -133,9 +133,11 @@ class KafkaBroker(LocalServer):
         *,
         start_timeout: float = 60,
         compiled_well: bool = False,
+        heap_mb: int = 512,
     ) -> None:
         super().__init__("broker", start_timeout)
-        self._jvm_flags = (*_JVM_FLAGS, *(() if compiled_well else _QUICK_START))
+        start = () if compiled_well else _QUICK_START
+        self._jvm_flags = (f"-Xmx{heap_mb}m", *_JVM_FLAGS, *start)
         self._port, self._controller_port = free_ports(2)
         self._config = {
             **_BROKER_CONFIG,

@@ -13,6 +13,7 @@ from tests.bench import stub
 
 PIPELINE = "pipeline"
 HAND_WRITTEN = "hand-written"
+HAND_WRITTEN_ORJSON = "hand-written, orjson"
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "bench",

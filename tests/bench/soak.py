@@ -225,7 +225,7 @@ class _Writer:
 
 def soak(load: Load) -> Result:
     """Run it on a broker of its own."""
-    with tempfile.TemporaryDirectory() as folder, KafkaBroker() as broker:
+    with tempfile.TemporaryDirectory() as folder, KafkaBroker(heap_mb=2048) as broker:
         broker.create_topic(load.responses, 8)
         # A few at a time: each time is waited for, and the machine may be busy.
         broker.create_topic(load.name, min(load.partitions, 100))
