@@ -433,7 +433,8 @@ class Rounds:
             preflight(self._config, self._source)
         self._discover(at_start=True)
         self._look_at_lags(0)
-        while not (self._stop.is_set() or self._invoker.broken or self._ended()):
+        ended = False
+        while not (self._stop.is_set() or self._invoker.broken or (ended := self._ended())):
             came = self._wait()
             # Where a partition ends for now counts in a run that ends there.
             if (came and (self._flush or self._reader.stirred)) or self._is_time():
@@ -452,7 +453,7 @@ class Rounds:
             there = {each.key for each in self._found}
             for key in sorted(self._standing.elsewhere - there):
                 raise self._source.gone(key)
-            if self._flush and self._standing.elsewhere:
+            if ended and self._flush and self._standing.elsewhere:
                 raise left_elsewhere(self._standing.elsewhere)
         return self.status()
 
