@@ -149,6 +149,7 @@ def test_told_to_stop_all_end_what_is_running(broker: KafkaBroker, topics: dict[
 def test_a_worker_that_dies_ends_the_run(broker: KafkaBroker, topics: dict[str, Any]) -> None:
     """The others finish what is running; the next run goes on where each partition was."""
     with serve(faults=[slow(0.05, times=None)]) as server:
+        topics["kafka_config_file"] = SAME_MEMBER
         with start(broker, server, **topics) as sink:
             sink.until(lambda: len(server.calls) > 20, "no calls")
             pids = _workers(sink)

@@ -27,7 +27,7 @@ from transforms.source import Fetched
 _LOGGER = logging.getLogger(__name__)
 
 _POLL_RECORDS = 500
-_AGAIN_SECS = 30.0
+_AGAIN_SECS, _POLL_SECS = 30.0, 0.5
 
 # Fetched ahead, for all partitions together. The backoff is what librdkafka waits after that
 # is full; its default of a second would leave a fast pipeline with nothing to do.
@@ -146,7 +146,8 @@ def _by_partition(messages: list[Message]) -> Iterator[Fetched]:
 
 
 def _make_consumer(kafka: KafkaConfig) -> Consumer:
-    return make_consumer(kafka)
+    # What is wanted is there; else it would come behind the fetch before, which waits at the end.
+    return make_consumer(kafka, **{"fetch.wait.max.ms": 10})
 
 
 def fetch_again(kafka: KafkaConfig, key: PartitionKey, offsets: Sequence[int]) -> Records | None:
@@ -162,14 +163,17 @@ def fetch_again(kafka: KafkaConfig, key: PartitionKey, offsets: Sequence[int]) -
     consumer.assign([TopicPartition(*key, min(offsets))])
     try:
         while len(found) < len(wanted) and time.monotonic() < deadline:
-            for message in consumer.consume(500, 0.5):
-                if message.error():
-                    if message.error().code() == ErrorCode._PARTITION_EOF:
-                        return None
-                elif message.offset() in wanted:
-                    found.append(message)
-                elif message.offset() > offsets[-1]:
-                    deadline = 0
+            # One by one: to ask for many waits until so many have come.
+            message = consumer.poll(_POLL_SECS)
+            if message is None:
+                continue
+            # The partition's end is told with the offset that the next record gets.
+            is_record, offset = not message.error(), message.offset()
+            if is_record and offset in wanted:
+                found.append(message)
+            elif is_record or message.error().code() == ErrorCode._PARTITION_EOF:
+                if offset is not None and offset > offsets[-1]:
+                    break
     except KafkaException as error:
         _LOGGER.warning("%s: %s", describe(kafka), reason(error))
     finally:
