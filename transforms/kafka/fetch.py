@@ -147,7 +147,8 @@ def _by_partition(messages: list[Message]) -> Iterator[Fetched]:
 
 def _make_consumer(kafka: KafkaConfig) -> Consumer:
     # What is wanted is there; else it would come behind the fetch before, which waits at the end.
-    return make_consumer(kafka, **{"fetch.wait.max.ms": 10})
+    settings: dict[str, Any] = {"fetch.wait.max.ms": 10}
+    return make_consumer(kafka, **settings)
 
 
 def fetch_again(kafka: KafkaConfig, key: PartitionKey, offsets: Sequence[int]) -> Records | None:
@@ -168,12 +169,13 @@ def fetch_again(kafka: KafkaConfig, key: PartitionKey, offsets: Sequence[int]) -
             if message is None:
                 continue
             # The partition's end is told with the offset that the next record gets.
-            is_record, offset = not message.error(), message.offset()
-            if is_record and offset in wanted:
+            error, offset = message.error(), message.offset()
+            if error and error.code() != ErrorCode._PARTITION_EOF:
+                continue
+            if not error and offset in wanted:
                 found.append(message)
-            elif is_record or message.error().code() == ErrorCode._PARTITION_EOF:
-                if offset is not None and offset > offsets[-1]:
-                    break
+            elif offset is not None and offset > offsets[-1]:
+                break
     except KafkaException as error:
         _LOGGER.warning("%s: %s", describe(kafka), reason(error))
     finally:
