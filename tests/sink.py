@@ -321,7 +321,6 @@ def arguments(broker: KafkaBroker, server: LambdaServer | None, **options: Any) 
         "lambda_endpoint_url": server.url if server else None,
         "until": "caught_up",
         "summary": "json",
-        **({} if "runner" in options else {"kafka_config_file": MEMBERS}),
         **options,
     }
     return [

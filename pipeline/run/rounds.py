@@ -526,7 +526,8 @@ class Rounds:
         self._discover(at_start=True)
         PULSE.beat()
         self._look()
-        while not (self._stop.is_set() or self._invoker.broken or self._ended()):
+        ended = False
+        while not (self._stop.is_set() or self._invoker.broken or (ended := self._ended())):
             PULSE.beat()
             self._obey()
             came = self._wait()
@@ -548,7 +549,7 @@ class Rounds:
             there = {each.key for each in self._found}
             for key in sorted(self._standing.elsewhere - there):
                 raise self._source.gone(key)
-            if self._flush and self._standing.elsewhere:
+            if ended and self._flush and self._standing.elsewhere:
                 raise left_elsewhere(self._standing.elsewhere)
         return self.status()
 

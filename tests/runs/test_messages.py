@@ -141,6 +141,7 @@ def test_json_for_programs(broker: KafkaBroker, names: Names) -> None:
         "filtered": 0,
         "halted": [],
         "waits": [],
+        "workers": 1,
         "lag_max": 0,
         "oldest_age_secs": None,
         "committed": {f"{topic}-0": 25, f"{topic}-1": 25},

@@ -19,6 +19,7 @@ from tests import ROOT
 from tests.conftest import Names
 from tests.sink import (
     FUNCTION,
+    SAME_MEMBER,
     Coordinates,
     Ended,
     Sink,
@@ -309,7 +310,7 @@ def test_a_crash_loses_nothing(broker: KafkaBroker, names: Names) -> None:
         return answer(event)
 
     with serve(slow) as server:
-        with topics.start_redrive(server, batch_size=5) as sink:
+        with topics.start_redrive(server, batch_size=5, kafka_config_file=SAME_MEMBER) as sink:
             sink.until(
                 lambda: len(bad & set(answered(broker, topics.responses))) >= 40,
                 "the other partition was not redriven",
@@ -318,7 +319,7 @@ def test_a_crash_loses_nothing(broker: KafkaBroker, names: Names) -> None:
         hold.set()
     assert topics.missing()
     with serve(answer) as server:
-        facts = topics.redrive(server).summary["redrive"]
+        facts = topics.redrive(server, kafka_config_file=SAME_MEMBER).summary["redrive"]
     assert facts["error_records"] >= len(bad) - 75
     assert topics.missing() == set()
     with serve(answer) as server:

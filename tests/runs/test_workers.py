@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka.admin import AdminClient
 
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.faults import drop_connection, slow, throttle, unavailable
@@ -64,6 +65,15 @@ def topics(broker: KafkaBroker, names: Names) -> dict[str, Any]:
         "batch_size": 10,
         "workers": 3,
     }
+
+
+def _shares(broker: KafkaBroker, options: dict[str, Any]) -> list[int]:
+    """How many partitions each worker has, by what the group says; 0 for one that it lacks."""
+    admin = AdminClient({"bootstrap.servers": broker.bootstrap_servers})
+    group = options["consumer_group"]
+    members = admin.describe_consumer_groups([group])[group].result().members
+    shares = [len(member.assignment.topic_partitions) for member in members]
+    return shares + [0] * (options["workers"] - len(shares))
 
 
 def _assert_done(broker: KafkaBroker, options: dict[str, Any], crashed: bool = False) -> None:
@@ -148,9 +158,12 @@ def test_told_to_stop_all_end_what_is_running(broker: KafkaBroker, topics: dict[
 
 def test_a_worker_that_dies_ends_the_run(broker: KafkaBroker, topics: dict[str, Any]) -> None:
     """The others finish what is running; the next run goes on where each partition was."""
-    with serve(faults=[slow(0.05, times=None)]) as server:
+    topics["kafka_config_file"] = SAME_MEMBER
+    with serve(faults=[slow(0.3, times=None)]) as server:
         with start(broker, server, **topics) as sink:
-            sink.until(lambda: len(server.calls) > 20, "no calls")
+            sink.until(lambda: all(_shares(broker, topics)), "a worker has no partition")
+            calls = len(server.calls)
+            sink.until(lambda: len(server.calls) > calls + 20, "no calls")
             pids = _workers(sink)
             os.kill(pids[1], signal.SIGKILL)
             ended = sink.wait(1)

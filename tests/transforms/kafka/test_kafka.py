@@ -269,7 +269,7 @@ schema.registry.url=http://registry
 def test_each_client_gets_its_settings(tmp_path: Path, prefix: str, expected: dict) -> None:
     """Common settings go to all, those with a prefix to one, and over the common ones."""
     common = {"security.protocol": "SSL", "client.id": "mine", "socket.keepalive.enable": "false"}
-    assert client_settings(_config(tmp_path, FILE), prefix) == common | expected
+    assert client_settings(_config(tmp_path, FILE), *filter(None, [prefix])) == common | expected
 
 
 def test_without_a_file_there_is_a_default() -> None:
