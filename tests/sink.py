@@ -578,13 +578,14 @@ def assert_exactly_once(
         crashed: The run was broken off: outcomes may be there more than once, and before they
             are committed.
     """
+    # First: a run that goes on writes outcomes before it commits.
+    committed_in = {topic: broker.committed(group, topic) for topic in sources}
     outcomes = Counter(elsewhere)
     if responses:
         outcomes.update(answered(broker, responses))
     if errors:
         outcomes.update(failed(broker, errors))
-    for topic in sources:
-        committed = broker.committed(group, topic)
+    for topic, committed in committed_in.items():
         for record in broker.read_all(topic):
             count = outcomes.pop(coordinates(record), 0)
             where = f"{coordinates(record)}, committed {committed.get(record.partition)}"

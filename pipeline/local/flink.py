@@ -330,6 +330,13 @@ class FlinkRest:
         )
 
 
+def _shortened(trace: list[str]) -> list[str]:
+    """A Java trace: what was thrown, and what was the cause of it, which comes last. Pure."""
+    first, rest = trace[:_TRACE_LINES], trace[_TRACE_LINES:]
+    causes = [line for line in rest[:-_TRACE_LINES] if line.startswith("Caused by")]
+    return [*first, *(["..."] if rest else []), *causes, *rest[-_TRACE_LINES:]]
+
+
 class FlinkCluster(LocalServers):
     """A session cluster; a context manager. Entering starts it, leaving ends it and its data.
 
@@ -475,7 +482,7 @@ class FlinkCluster(LocalServers):
                     f"{name} {task['status']}" for name, task in self.rest.tasks(job.id).items()
                 )
                 lines.append(f"job {job.id}: {job.status} ({', '.join(tasks)})")
-                lines += self.rest.exception(job.id).splitlines()[:_TRACE_LINES]
+                lines += _shortened(self.rest.exception(job.id).splitlines())
         except ServerError as error:
             lines.append(str(error))
         for name in self._processes:

@@ -28,6 +28,8 @@ _LOGGER = logging.getLogger(__name__)
 
 _POLL_RECORDS = 500
 _AGAIN_SECS, _POLL_SECS = 30.0, 0.5
+# What a consumer says of an offset that retention has taken.
+_GONE = frozenset({ErrorCode._AUTO_OFFSET_RESET, ErrorCode.OFFSET_OUT_OF_RANGE})
 
 # Fetched ahead, for all partitions together. The backoff is what librdkafka waits after that
 # is full; its default of a second would leave a fast pipeline with nothing to do.
@@ -170,6 +172,8 @@ def fetch_again(kafka: KafkaConfig, key: PartitionKey, offsets: Sequence[int]) -
                 continue
             # The partition's end is told with the offset that the next record gets.
             error, offset = message.error(), message.offset()
+            if error and error.code() in _GONE:
+                break
             if error and error.code() != ErrorCode._PARTITION_EOF:
                 continue
             if not error and offset in wanted:
