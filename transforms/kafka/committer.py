@@ -11,6 +11,7 @@ from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
 from transforms.records import PartitionKey
 
+_ASK_SECS = 5.0
 _FOREIGN_MEMBER = frozenset(
     {
         ErrorCode.UNKNOWN_MEMBER_ID,
@@ -52,6 +53,14 @@ class GroupOffsets:
                 raise problem from None
             return reason(error)
         return None
+
+    def kept(self, key: PartitionKey) -> int | None:
+        """See `Store.kept`."""
+        try:
+            (found,) = self._consumer.committed([TopicPartition(*key)], timeout=_ASK_SECS)
+        except KafkaException:
+            return None
+        return None if found.error or found.offset < 0 else int(found.offset)
 
     def listen(self) -> None:
         """See `Store.listen`."""
