@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka import KafkaError as ErrorCode
-from confluent_kafka import KafkaException, TopicPartition
 
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
@@ -56,15 +56,20 @@ class GroupOffsets:
 
     def kept(self, key: PartitionKey) -> int | None:
         """See `Store.kept`."""
-        try:
-            (found,) = self._consumer.committed([TopicPartition(*key)], timeout=_ASK_SECS)
-        except KafkaException:
-            return None
-        return None if found.error or found.offset < 0 else int(found.offset)
+        return kept(self._consumer, key)
 
     def listen(self) -> None:
         """See `Store.listen`."""
         self._consumer.poll(0)
+
+
+def kept(consumer: Consumer, key: PartitionKey) -> int | None:
+    """What is committed of a partition in a consumer's group; None if it is not known."""
+    try:
+        (found,) = consumer.committed([TopicPartition(*key)], timeout=_ASK_SECS)
+    except KafkaException:
+        return None
+    return None if found.error or found.offset < 0 else int(found.offset)
 
 
 def final_problem(error: KafkaException, kafka: KafkaConfig, late: bool) -> KafkaError | None:
