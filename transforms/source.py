@@ -217,6 +217,9 @@ class Store(Protocol):
             SinkError: They cannot be kept.
         """
 
+    def kept(self, key: PartitionKey) -> int | None:
+        """The position that is kept of a partition; None if there is none, or it is not known."""
+
     def listen(self) -> None:
         """Take in what the connections have said, where nobody else does."""
 

@@ -258,5 +258,8 @@ class MemoryStore:
             self._stream.table[key] = (position, notes.get(key, ""))
         return None
 
+    def kept(self, key: PartitionKey) -> int | None:
+        return self._stream.table[key][0] if key in self._stream.table else None
+
     def listen(self) -> None:
         pass

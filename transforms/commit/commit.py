@@ -28,6 +28,8 @@ from transforms.records import EVERY_LANE, HALT_NOTE, PartitionKey, Progress
 
 _LOGGER = logging.getLogger(__name__)
 
+_ASK_AGAIN_SECS = 10.0
+
 
 class CommitOffsets(beam.PTransform):
     """Commit each partition's highest contiguous finished offset, once per bundle.
@@ -153,6 +155,7 @@ class _CommitPartitionFn(_CommitBundleFn):
         super().__init__(config)
         self._told = told
         self._clock = clock
+        self._ask_at: dict[PartitionKey, float] = {}
 
     def process(
         self,
@@ -175,6 +178,8 @@ class _CommitPartitionFn(_CommitBundleFn):
             done.begin(key, [progress.start] * self._config.lanes.count)
         if not begins:
             done.add(progress)
+            if done.waits(key):
+                self._skip(key, done)
         stops = bool(progress.halted and not partition.halt_note)
         if stops:
             # Kept with the offset, it can be seen from anywhere, whichever runner this is.
@@ -213,6 +218,19 @@ class _CommitPartitionFn(_CommitBundleFn):
 
     def _begins_unsaid(self, key: PartitionKey) -> bool:
         return self._told is not None and key not in self._told
+
+    def _skip(self, key: PartitionKey, done: ContiguousOffsets) -> None:
+        """Skip what an earlier worker has done.
+
+        A job may go back to a checkpoint in which a partition has begun and its reader has not.
+        That begins at what is committed by then: the ranges before it never come.
+        """
+        if (now := time.monotonic()) < self._ask_at.get(key, now):
+            return
+        self._ask_at[key] = now + _ASK_AGAIN_SECS
+        if (kept := shared_committer(self._config).kept(key)) is not None:
+            done.skip(key, kept)
+            _LOGGER.info("%s-%d goes on at offset %d, where the group stands", *key, kept)
 
     def _commit_again(self, key: PartitionKey, partition: _Partition | None) -> None:
         """Have the bundle commit where a partition stands, if that is known."""

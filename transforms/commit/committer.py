@@ -252,6 +252,11 @@ class Committer:
             wait_secs = min(_RETRY_SECS, wait_secs)
         self._refresh_at = self._timer() + wait_secs
 
+    def kept(self, key: PartitionKey) -> int | None:
+        """Where a partition stands, whoever has committed it; None if that is not known."""
+        with self._one:
+            return self._store.kept(key)
+
     def listen(self) -> None:
         """Take in what the connections have said: nobody else does, and it would pile up."""
         self._store.listen()

@@ -34,6 +34,14 @@ class ContiguousOffsets:
         """How far each lane of a partition is done; empty until `begin`."""
         return self._marks.get(key, ())
 
+    def waits(self, key: PartitionKey) -> bool:
+        """Whether a finished range of a partition that has begun waits for one before it."""
+        return any(self._held.get((*key, lane)) for lane in range(len(self.marks(key))))
+
+    def skip(self, key: PartitionKey, offset: int) -> None:
+        """Say that everything below an offset is done, in all lanes of a partition."""
+        self.begin(key, [max(mark, offset) for mark in self._marks[key]])
+
     def add(self, progress: Progress) -> int | None:
         """Take in a finished range; returns the partition's mark if it moved."""
         key, lane = (progress.topic, progress.partition), progress.lane

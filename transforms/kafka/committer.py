@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka import KafkaError as ErrorCode
-from confluent_kafka import KafkaException, TopicPartition
 
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig, describe, make_consumer, reason
 from transforms.records import PartitionKey
 
+_ASK_SECS = 5.0
 _FOREIGN_MEMBER = frozenset(
     {
         ErrorCode.UNKNOWN_MEMBER_ID,
@@ -53,9 +54,22 @@ class GroupOffsets:
             return reason(error)
         return None
 
+    def kept(self, key: PartitionKey) -> int | None:
+        """See `Store.kept`."""
+        return kept(self._consumer, key)
+
     def listen(self) -> None:
         """See `Store.listen`."""
         self._consumer.poll(0)
+
+
+def kept(consumer: Consumer, key: PartitionKey) -> int | None:
+    """What is committed of a partition in a consumer's group; None if it is not known."""
+    try:
+        (found,) = consumer.committed([TopicPartition(*key)], timeout=_ASK_SECS)
+    except KafkaException:
+        return None
+    return None if found.error or found.offset < 0 else int(found.offset)
 
 
 def final_problem(error: KafkaException, kafka: KafkaConfig, late: bool) -> KafkaError | None:

@@ -27,7 +27,7 @@ from transforms.kafka.client import (
     make_consumer,
     reason,
 )
-from transforms.kafka.committer import final_problem, foreign_members
+from transforms.kafka.committer import final_problem, foreign_members, kept
 from transforms.kafka.transaction import TransactionConfig, shared_transaction
 from transforms.per_process import per_process
 from transforms.records import PartitionKey
@@ -263,6 +263,10 @@ class Member:
             if self._problem:
                 raise self._problem
         return asked.why
+
+    def kept(self, key: PartitionKey) -> int | None:
+        """See `Store.kept`."""
+        return kept(self._consumer, key)
 
     def listen(self) -> None:
         """See `Store.listen`: the member's own thread does."""

@@ -358,6 +358,22 @@ def test_a_partition_that_nothing_was_said_of_begins_with_the_first_range_to_com
     assert broker.committed(group, topic) == {0: 10, 1: 30}
 
 
+@pytest.mark.parametrize(("lanes", "done"), [(Lanes(), 30), (Lanes(2, 100), 20)])
+def test_what_an_earlier_worker_has_committed_is_not_waited_for(
+    broker: KafkaBroker, names: Names, lanes: Lanes, done: int
+) -> None:
+    """A restored job may know a beginning that its reader, which begins anew, has passed."""
+    topic, group = names.topic(), names.group()
+    broker.create_topic(topic, 1)
+    broker.produce(topic, list(sink.numbered(1, 50)))
+    config = CommitConfig(
+        SourceConfig(KafkaConfig(broker.bootstrap_servers, group), (topic,)), lanes, None
+    )
+    Committer(config).commit({(topic, 0): 20})
+    _commit(config, [Progress(topic, 0, 20, 30)], {0: 0})
+    assert broker.committed(group, topic) == {0: done}
+
+
 _committed: dict[str, list[tuple[dict[PartitionKey, int], dict[PartitionKey, str]]]] = {}
 
 
