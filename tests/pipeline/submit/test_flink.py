@@ -210,7 +210,10 @@ def test_a_lost_process_costs_repeats_and_no_record(
     flink: Flink, reader: str, lose: Callable[[Flink], None]
 ) -> None:
     flink.create()
-    flink.produce(4, 3000)
+    # Without a checkpoint Beam's reader may leave one unread that its TaskManager has read before.
+    waits = reader == "beam" and lose is not _LOSE_TASKMANAGER
+    records = 8000 if waits else 3000
+    flink.produce(4, records)
 
     def slowly(event: Any, context: Any) -> Any:
         time.sleep(0.05)
@@ -222,8 +225,11 @@ def test_a_lost_process_costs_repeats_and_no_record(
     with sink.serve(slowly) as server, flink.start(server, reader, **options) as run:
         run.until(lambda: sum(flink.committed().values()) > 2000, "nothing committed", WAIT_SECS)
         flink.check(crashed=True)
+        if waits:
+            (job,) = flink.rest.running_jobs()
+            flink.rest.wait_for_checkpoints(job.id, 2)
         lose(flink)
-        flink.wait_done(dict.fromkeys(range(4), 3000))
+        flink.wait_done(dict.fromkeys(range(4), records))
         flink.check(crashed=True)
         _assert_never_ahead(sink.invocations(server))
 
