@@ -106,7 +106,8 @@ def _ctl(arguments: Sequence[str]) -> int:
 def _run(resolved: Resolved, started: float) -> int:
     with _importing():
         from pipeline.options.declare import DIRECT_RUNNERS
-        from pipeline.run.rounds import Rounds, Status
+        from pipeline.run.rounds import Rounds
+        from pipeline.run.status import Status
         from pipeline.watch.progress import Progress, print_summary
 
     config = resolved.config

@@ -17,7 +17,7 @@ from pipeline.options.help import format_group, format_help
 from pipeline.options.resolve import Parser
 from pipeline.options.resolve import resolve as resolve_options
 from pipeline.redrive.run import Redrive
-from pipeline.run.rounds import Status
+from pipeline.run.status import Status
 from pipeline.signals import DONE, HALTED, stop_on_signals, tune_interpreter
 from pipeline.watch import logs
 from pipeline.watch.logs import say

@@ -19,7 +19,8 @@ from pipeline.options.config import Config
 from pipeline.redrive.counts import Counts
 from pipeline.run.graph import Graph
 from pipeline.run.preflight import check_outputs
-from pipeline.run.rounds import Status, Totals, drain, hear, run_or_stop, with_calls
+from pipeline.run.rounds import drain, hear, run_or_stop
+from pipeline.run.status import Status, Totals, with_calls
 from transforms.errors import KafkaError, UsageError
 from transforms.invoke.invoke import shared_invoker
 from transforms.kafka.client import describe

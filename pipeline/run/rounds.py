@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from time import monotonic, thread_time, time
-from typing import NamedTuple
 
 from pipeline.build import build
 from pipeline.options.config import Config
@@ -32,17 +31,18 @@ from pipeline.run.hands import (
     Pauses,
     Told,
 )
+from pipeline.run.limits import Held, PartitionLimits, RoundLimits, state_of
 from pipeline.run.preflight import preflight
+from pipeline.run.status import PartitionView, Standing, Status, Totals, with_calls
 from pipeline.watch.logs import set_level
 from transforms.commit.committer import shared_committer
 from transforms.conditions import SKIPPED
 from transforms.errors import SinkError, Stopped, WriteError
 from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import InvokeConfig, shared_invoker, why_broken
-from transforms.invoke.invoker import Invoker, QueueView
-from transforms.names import NUMBERS, Names
+from transforms.invoke.invoker import Invoker
 from transforms.read.rounds import Room, Round, shared_reader
-from transforms.records import CallStats, Finished, PartitionKey
+from transforms.records import Finished, PartitionKey
 from transforms.schemas.registry import shared_registry
 from transforms.source import Found, Members, held_up, startable
 from transforms.tally import BOOKS, HELD, POLLED, PULSE, TALLY, Series, Tallied
@@ -79,288 +79,6 @@ _SLICES = 8
 _COLLECT_SECS_BUSY = 1.0
 _COLLECT_SECS_MOST = 0.1
 _COLLECT_ROUNDS = 4
-
-
-# What a record takes beside its bytes: the objects that hold it.
-_RECORD_BYTES = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What this process holds of a partition, each thing counted once.
-
-    Attributes:
-        queue: What was handed over: waiting, being worked on, finished and not collected.
-        records: Records that were read and not handed over.
-        read_bytes: Their bytes: keys, values and headers.
-    """
-
-    queue: QueueView = QueueView()
-    records: int = 0
-    read_bytes: int = 0
-
-    @property
-    def handed_over(self) -> int:
-        """Bytes of what was handed over, until it is collected."""
-        queue = self.queue
-        return queue.bytes + queue.finished_bytes + _RECORD_BYTES * queue.records
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all of it."""
-        return self.handed_over + self.read_bytes + _RECORD_BYTES * self.records
-
-
-@dataclass(frozen=True, slots=True)
-class RoundLimits:
-    """What bounds memory, and keeps one partition from using up what is there for all.
-
-    Each partition has a bound of its own, so that all together stay below `all_bytes` whatever
-    becomes of them. Below that those that get on share `common_bytes`; where these are used up each
-    of them still gets two turns, a turn being a batch for each of its lanes. A partition that is
-    stuck or halted takes nothing of what is common.
-
-    Attributes:
-        records: Records a round may read.
-        bytes: Bytes a round may read.
-        first_records: Records of the first round, small so that the function gets to work.
-        queue_records: Records a partition may have waiting for the function; as many more may
-            have been read for it.
-        partition_bytes: Bytes that may be held of a partition.
-        common_bytes: Bytes of those that get on, above which each has two turns at most.
-        all_bytes: Bytes of all partitions together, divided among them where they are many.
-        collect_records: Finished records that are worth a round of their own.
-    """
-
-    records: int = 100_000
-    bytes: int = 32 * 2**20
-    first_records: int = 10_000
-    queue_records: int = 25_000
-    partition_bytes: int = 32 * 2**20
-    common_bytes: int = 128 * 2**20
-    all_bytes: int = 512 * 2**20
-    collect_records: int = 50_000
-
-    def among(self, all_held: Collection[Held], turn_records: int) -> PartitionLimits:
-        """What each partition may have, as things are.
-
-        Args:
-            all_held: What is held of each partition.
-            turn_records: Records of a batch for each lane of a partition.
-        """
-        common = sum(h.bytes for h in all_held if not (h.queue.halted or h.queue.stuck))
-        own = min(self.partition_bytes, self.all_bytes // max(1, len(all_held)))
-        most = max(self.queue_records, 2 * turn_records)
-        return PartitionLimits(own, most, turn_records, common >= self.common_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class PartitionLimits:
-    """What each partition may have now. Pure.
-
-    Attributes:
-        bytes: Bytes that may be held of it.
-        records: Records it may have waiting; as many more may have been read.
-        turn_records: Records of a batch for each of its lanes.
-        full: Whether what all have in common is used up.
-    """
-
-    bytes: int
-    records: int
-    turn_records: int
-    full: bool = False
-
-    def room(self, held: Held) -> tuple[int, int]:
-        """How many records and bytes more a partition may hand over; 0 for not now."""
-        queue = held.queue
-        records = self._records(queue) - queue.records
-        free = self.bytes - held.handed_over
-        # Less than a batch for each lane is not worth it, and little room would cut batches short.
-        if queue.halted or records < self.turn_records or 2 * free < self.bytes:
-            return 0, 0
-        # What is handed over is held twice from then on: as it was, and as it is sent.
-        return records, max(1, free // 2)
-
-    def is_full(self, held: Held) -> bool:
-        """Whether nothing more may be read of a partition before it has handed something over."""
-        return held.bytes >= self.bytes
-
-    def wanted(self, held: Held, ready: bool, paused: bool) -> bool:
-        """Whether more should be read of a partition.
-
-        Args:
-            held: What is held of it.
-            ready: Whether there is enough for a batch among what was read.
-            paused: Whether nothing is read of it now. To pause throws away what was fetched ahead,
-                so it is done seldom: until half of what it may have is gone.
-        """
-        if held.queue.halted:
-            return False
-        if not ready:
-            # Waiting alone would not make a batch of it, or only when its window is over.
-            return not self.is_full(held)
-        part = 2 if paused else 1
-        return part * held.records < self._records(held.queue) and part * held.bytes < self.bytes
-
-    def starving(self, queue: QueueView) -> bool:
-        """Whether a partition has so little left that it should be read for."""
-        return 2 * queue.records <= self._records(queue)
-
-    def _records(self, queue: QueueView) -> int:
-        """What a partition may have waiting."""
-        return 2 * self.turn_records if self.full or queue.stuck else self.records
-
-
-@dataclass(slots=True)
-class Totals:
-    """Sums over all rounds, by the metrics' names."""
-
-    counters: Counter[str] = field(default_factory=Counter)
-    rounds: int = 0
-
-    def __getitem__(self, name: str) -> int:
-        return self.counters[name]
-
-    def add(self, counted: Counter[str]) -> None:
-        """What was counted in one more round."""
-        self.counters.update(counted)
-        self.rounds += 1
-
-    @property
-    def records(self) -> int:
-        """Records that have come to their end."""
-        return self["write.responses"] + self["write.errors"] + self["filter.filtered"]
-
-
-def with_calls(totals: Totals, invoker: Invoker, before: CallStats) -> Totals:
-    """Totals with all calls that have ended. What the rounds count of them, they do when a batch is
-    finished, which while a function is away may be never.
-
-    Args:
-        totals: Sums over all rounds.
-        invoker: Makes the calls.
-        before: What it had counted when the run began.
-    """
-    counters = Counter(totals.counters)
-    for name, count in asdict(invoker.stats.since(before)).items():
-        counters[f"invoke.{name}"] = count
-    return Totals(counters, totals.rounds)
-
-
-READING, IDLE, FULL = "reading", "idle", "full"
-BACKING_OFF, PAUSED, HALTED = "backing_off", "paused", "halted"
-STATES = (READING, IDLE, FULL, BACKING_OFF, PAUSED, HALTED)
-
-
-class PartitionView(NamedTuple):
-    """How a partition stands. One of each is made, and sent to the first process, again and again.
-
-    Attributes:
-        state: One of `STATES`.
-        end: Its next offset, as the last fetch saw it; None if that is not known yet.
-        read: Everything below it was read.
-        processed: Everything below it is done, committed or not.
-        records: Records that are held of it: read and not done.
-        bytes: About what they hold.
-        oldest_ms: Timestamp of the oldest of those that were read and not handed over.
-    """
-
-    state: str
-    end: int | None
-    read: int
-    processed: int
-    records: int = 0
-    bytes: int = 0
-    oldest_ms: int | None = None
-
-
-def state_of(held: Held, limits: PartitionLimits, lag: int | None, paused: bool = False) -> str:
-    """A partition's state. Pure."""
-    if held.queue.halted:
-        return HALTED
-    if paused:
-        return PAUSED
-    if held.queue.stuck:
-        return BACKING_OFF
-    if not (held.queue.records or held.records or lag):
-        return IDLE
-    # Nothing more is read of it before something of it is done.
-    return FULL if limits.is_full(held) or held.records >= limits.records else READING
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How far a run is from its end, as it sees that by itself.
-
-    Attributes:
-        done: Whether all that it has of the source is done, or stopped.
-        stopped: Whether something of it is stopped.
-        elsewhere: Partitions that it does not have and that are not known to be done.
-        kept: What is kept of those, added up: as long as it rises somebody gets on with them.
-    """
-
-    done: bool = False
-    stopped: bool = False
-    elsewhere: frozenset[PartitionKey] = frozenset()
-    kept: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """How a run stands; what progress and summary show.
-
-    Attributes:
-        totals: Sums over all rounds.
-        in_flight: Invocations running now.
-        lags: Per partition, records behind what is committed; None if not known yet.
-        halted: Batches that stopped their partitions.
-        committed: The group's offsets as far as this run knows them.
-        elapsed_secs: Since the program began.
-        limit: Invocations that may run at once now; None if other processes invoke, each with
-            its own limit and breaker.
-        in_flight_max: The most that have been running at once.
-        breaker_open: Whether nothing is invoked now, but for a probe from time to time.
-        breaker_openings: How often it came to that.
-        begun: Whether the partitions are known.
-        trouble: What does not go well, as things are.
-        names: How records' numbers are written.
-        standing: How far it is from its end.
-        workers: How many processes it is in.
-        books: What became of the records that were read, and how many are held, by topic; all of
-            one moment, between two rounds.
-        tallied: What else was counted.
-        partitions: How each partition stands.
-        still_secs: How long the loop has not turned.
-        draining: Whether nothing more is begun.
-        paused: Whether all is paused.
-    """
-
-    totals: Totals
-    in_flight: int
-    lags: dict[PartitionKey, int | None]
-    halted: list[Finished]
-    committed: dict[PartitionKey, int]
-    elapsed_secs: float
-    limit: int | None = None
-    in_flight_max: int = 0
-    breaker_open: bool = False
-    breaker_openings: int = 0
-    begun: bool = False
-    trouble: Trouble = Trouble()
-    names: Names = NUMBERS
-    standing: Standing = Standing()
-    workers: int = 1
-    books: Tallied = Tallied()
-    tallied: Tallied = Tallied()
-    partitions: Mapping[PartitionKey, PartitionView] = field(default_factory=dict)
-    still_secs: float = 0.0
-    draining: bool = False
-    paused: bool = False
-
-    @staticmethod
-    def of_nothing(elapsed_secs: float) -> Status:
-        """How a run stands that could not begin."""
-        return Status(Totals(), 0, {}, [], {}, elapsed_secs)
 
 
 def run_or_stop(graph: Graph, totals: Totals) -> None:

@@ -30,15 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.options.config import Config
 from pipeline.run.hands import ANSWER_SECS, LEVEL, PAUSE, RESUME, Command, Pauses, Told
-from pipeline.run.rounds import (
-    OTHERS_MOST_SECS,
-    Rounds,
-    Standing,
-    Status,
-    Totals,
-    left_elsewhere,
-)
+from pipeline.run.rounds import OTHERS_MOST_SECS, Rounds, left_elsewhere
 from pipeline.run.scaling import LOOK_SECS, Look, Machine, wanted_workers
+from pipeline.run.status import Standing, Status, Totals
 from pipeline.watch.logs import set_level
 from transforms.errors import SinkError, WorkerError
 from transforms.invoke.failures import Trouble

@@ -24,7 +24,7 @@ from pipeline.options.declare import DATAFLOW_RUNNER, FLINK_RUNNERS
 from pipeline.options.resolve import parse_beam
 from pipeline.run.hands import Command, Told
 from pipeline.run.preflight import preflight
-from pipeline.run.rounds import Status, Totals
+from pipeline.run.status import Status, Totals
 from pipeline.submit import dataflow
 from pipeline.submit.flink_metrics import IN_FLIGHT, OLDEST_AGE_SECS, get_json, job_counters
 from transforms.commit.committer import shared_committer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.run.rounds import BACKING_OFF, HALTED, PartitionView, Status
+from pipeline.run.status import BACKING_OFF, HALTED, PartitionView, Status
 from pipeline.watch.about import About
 from pipeline.watch.progress import summary, when
 from transforms.invoke.failures import Seen, Stuck, halt_facts

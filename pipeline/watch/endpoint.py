@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.run.hands import Command, Told
-from pipeline.run.rounds import Status
+from pipeline.run.status import Status
 from pipeline.watch import api, metrics
 from pipeline.watch.about import About
 from pipeline.watch.hands import serve_hands

@@ -11,7 +11,7 @@ from itertools import accumulate
 from time import time
 from typing import Any
 
-from pipeline.run.rounds import Status
+from pipeline.run.status import Status
 from transforms import tally
 from transforms.invoke.outcome import NAMES as OUTCOMES
 from transforms.records import CLOSED_BY

@@ -23,7 +23,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from pipeline.run.rounds import STATES, Status
+from pipeline.run.status import STATES, Status
 from pipeline.watch.about import About
 from transforms import conditions, tally
 from transforms.invoke.failures import OTHER, halt_facts

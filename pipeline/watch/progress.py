@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.run.rounds import Status
+from pipeline.run.status import Status
 from pipeline.watch.logs import say, show
 from transforms.invoke.failures import Failed, Stuck, halt_facts, halt_line
 from transforms.names import Names

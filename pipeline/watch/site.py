@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from pipeline.run.rounds import Status
+from pipeline.run.status import Status
 from pipeline.watch import api
 from pipeline.watch.about import About
 from pipeline.watch.history import History, Sample, as_columns

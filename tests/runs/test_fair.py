@@ -11,7 +11,8 @@ from pipeline.local.broker import KafkaBroker
 from pipeline.local.faults import Fault
 from pipeline.local.processes import wait_until
 from pipeline.options.resolve import parse_arguments
-from pipeline.run.rounds import RoundLimits, Rounds
+from pipeline.run.limits import RoundLimits
+from pipeline.run.rounds import Rounds
 from tests.conftest import Names
 from tests.sink import answer, arguments, environment, of_partition, serve
 

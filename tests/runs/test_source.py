@@ -20,7 +20,8 @@ from pipeline.local.lambda_server import LambdaContext, LambdaServer
 from pipeline.local.processes import wait_until
 from pipeline.options.config import Config
 from pipeline.options.resolve import parse_arguments
-from pipeline.run.rounds import Rounds, Status
+from pipeline.run.rounds import Rounds
+from pipeline.run.status import Status
 from pipeline.watch.logs import _JsonFormatter
 from pipeline.watch.progress import summary
 from tests import sink

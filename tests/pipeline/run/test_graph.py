@@ -12,6 +12,9 @@ from typing import Any
 import apache_beam as beam
 import pytest
 from apache_beam import coders
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+from apache_beam.runners.worker import statecache
 from apache_beam.transforms.userstate import (
     BagStateSpec,
     ReadModifyWriteStateSpec,
@@ -22,7 +25,10 @@ from apache_beam.utils.timestamp import Timestamp
 
 from pipeline.run import graph
 from pipeline.run.graph import Graph
+from transforms.batch.batch import BatchByPartition, BatchConfig
+from transforms.batch.key import KeyByLane
 from transforms.errors import KafkaError
+from transforms.records import RecordChunk, Records
 
 # Steps are pickled, this module is not: what they share with a test stands here.
 SEEN: list[Any] = []
@@ -343,3 +349,21 @@ def test_streams_and_timers_are_those_of_the_plain_runner(wire: Callable[..., No
     kept, plain = _rounds(wire, keep=True), _rounds(wire, keep=False)
     assert kept == plain
     assert all(seen for seen, _ in kept)
+
+
+def test_beam_s_state_is_not_weighed_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beam's cache of state goes through all modules for each value that it takes in."""
+
+    def weigh(*_: object) -> int:
+        raise AssertionError("a value of state was weighed")
+
+    monkeypatch.setattr(statecache, "get_deep_size", weigh)
+    records = Records([0], [1], [None], [b"v"], [None])
+    pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions([]))
+    _ = (
+        pipeline
+        | beam.Create([RecordChunk("t", 0, 0, 1, records)])
+        | KeyByLane()
+        | BatchByPartition(BatchConfig())
+    )
+    pipeline.run().wait_until_finish()

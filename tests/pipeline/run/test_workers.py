@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.options.config import Config
-from pipeline.run.rounds import READING, PartitionView, Standing, Status, Totals
+from pipeline.run.status import READING, PartitionView, Standing, Status, Totals
 from pipeline.run.workers import member_of, merge, part_of
 from transforms.invoke.failures import BACKOFF, Failed, Seen, Stuck, Trouble
 from transforms.records import Failure, Finished, Records

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.run.rounds import PartitionView, Status
+from pipeline.run.status import PartitionView, Status
 from pipeline.watch import site
 from pipeline.watch.about import About
 from pipeline.watch.api import facts_of, live, partitions_of, ready, state_word

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.run.rounds import PartitionView, Status, Totals
+from pipeline.run.status import PartitionView, Status, Totals
 from pipeline.watch.about import About
 from pipeline.watch.metrics import exposition, families
 from tests import ROOT

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from pipeline.run.rounds import Status, Totals
+from pipeline.run.status import Status, Totals
 from pipeline.watch import logs
 from pipeline.watch.progress import (
     Progress,

@@ -1,24 +1,17 @@
-"""Rounds: how much a partition may hand over, and what running them must not cost."""
+"""Limits: what a partition may hold, and may hand over."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-import apache_beam as beam
 import pytest
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
-from apache_beam.runners.worker import statecache
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.run.rounds import Held, PartitionLimits, RoundLimits
+from pipeline.run.limits import Held, PartitionLimits, RoundLimits
 from tests.examples import examples
-from transforms.batch.batch import BatchByPartition, BatchConfig
-from transforms.batch.key import KeyByLane
 from transforms.invoke.invoker import QueueView
-from transforms.records import RecordChunk, Records
 
 LIMITS = PartitionLimits(bytes=400_000, records=1000, turn_records=100)
 FULL = replace(LIMITS, full=True)
@@ -178,21 +171,3 @@ def test_what_is_held_is_bounded_whatever_the_partitions_do(partitions, some, tu
             assert each.bytes < limits.bytes
         if limits.room(each)[1] > 1:
             assert each.handed_over + 2 * limits.room(each)[1] <= limits.bytes
-
-
-def test_beam_s_state_is_not_weighed_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beam's cache of state goes through all modules for each value that it takes in."""
-
-    def weigh(*_: object) -> int:
-        raise AssertionError("a value of state was weighed")
-
-    monkeypatch.setattr(statecache, "get_deep_size", weigh)
-    records = Records([0], [1], [None], [b"v"], [None])
-    pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions([]))
-    _ = (
-        pipeline
-        | beam.Create([RecordChunk("t", 0, 0, 1, records)])
-        | KeyByLane()
-        | BatchByPartition(BatchConfig())
-    )
-    pipeline.run().wait_until_finish()

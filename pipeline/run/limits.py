@@ -1,0 +1,152 @@
+"""Limits: what a run may hold of each partition, and how that leaves one. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from pipeline.run.status import BACKING_OFF, FULL, HALTED, IDLE, PAUSED, READING
+from transforms.invoke.invoker import QueueView
+
+# What a record takes beside its bytes: the objects that hold it.
+_RECORD_BYTES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What this process holds of a partition, each thing counted once.
+
+    Attributes:
+        queue: What was handed over: waiting, being worked on, finished and not collected.
+        records: Records that were read and not handed over.
+        read_bytes: Their bytes: keys, values and headers.
+    """
+
+    queue: QueueView = QueueView()
+    records: int = 0
+    read_bytes: int = 0
+
+    @property
+    def handed_over(self) -> int:
+        """Bytes of what was handed over, until it is collected."""
+        queue = self.queue
+        return queue.bytes + queue.finished_bytes + _RECORD_BYTES * queue.records
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all of it."""
+        return self.handed_over + self.read_bytes + _RECORD_BYTES * self.records
+
+
+@dataclass(frozen=True, slots=True)
+class RoundLimits:
+    """What bounds memory, and keeps one partition from using up what is there for all.
+
+    Each partition has a bound of its own, so that all together stay below `all_bytes` whatever
+    becomes of them. Below that those that get on share `common_bytes`; where these are used up each
+    of them still gets two turns, a turn being a batch for each of its lanes. A partition that is
+    stuck or halted takes nothing of what is common.
+
+    Attributes:
+        records: Records a round may read.
+        bytes: Bytes a round may read.
+        first_records: Records of the first round, small so that the function gets to work.
+        queue_records: Records a partition may have waiting for the function; as many more may
+            have been read for it.
+        partition_bytes: Bytes that may be held of a partition.
+        common_bytes: Bytes of those that get on, above which each has two turns at most.
+        all_bytes: Bytes of all partitions together, divided among them where they are many.
+        collect_records: Finished records that are worth a round of their own.
+    """
+
+    records: int = 100_000
+    bytes: int = 32 * 2**20
+    first_records: int = 10_000
+    queue_records: int = 25_000
+    partition_bytes: int = 32 * 2**20
+    common_bytes: int = 128 * 2**20
+    all_bytes: int = 512 * 2**20
+    collect_records: int = 50_000
+
+    def among(self, all_held: Collection[Held], turn_records: int) -> PartitionLimits:
+        """What each partition may have, as things are.
+
+        Args:
+            all_held: What is held of each partition.
+            turn_records: Records of a batch for each lane of a partition.
+        """
+        common = sum(h.bytes for h in all_held if not (h.queue.halted or h.queue.stuck))
+        own = min(self.partition_bytes, self.all_bytes // max(1, len(all_held)))
+        most = max(self.queue_records, 2 * turn_records)
+        return PartitionLimits(own, most, turn_records, common >= self.common_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionLimits:
+    """What each partition may have now. Pure.
+
+    Attributes:
+        bytes: Bytes that may be held of it.
+        records: Records it may have waiting; as many more may have been read.
+        turn_records: Records of a batch for each of its lanes.
+        full: Whether what all have in common is used up.
+    """
+
+    bytes: int
+    records: int
+    turn_records: int
+    full: bool = False
+
+    def room(self, held: Held) -> tuple[int, int]:
+        """How many records and bytes more a partition may hand over; 0 for not now."""
+        queue = held.queue
+        records = self._records(queue) - queue.records
+        free = self.bytes - held.handed_over
+        # Less than a batch for each lane is not worth it, and little room would cut batches short.
+        if queue.halted or records < self.turn_records or 2 * free < self.bytes:
+            return 0, 0
+        # What is handed over is held twice from then on: as it was, and as it is sent.
+        return records, max(1, free // 2)
+
+    def is_full(self, held: Held) -> bool:
+        """Whether nothing more may be read of a partition before it has handed something over."""
+        return held.bytes >= self.bytes
+
+    def wanted(self, held: Held, ready: bool, paused: bool) -> bool:
+        """Whether more should be read of a partition.
+
+        Args:
+            held: What is held of it.
+            ready: Whether there is enough for a batch among what was read.
+            paused: Whether nothing is read of it now. To pause throws away what was fetched ahead,
+                so it is done seldom: until half of what it may have is gone.
+        """
+        if held.queue.halted:
+            return False
+        if not ready:
+            # Waiting alone would not make a batch of it, or only when its window is over.
+            return not self.is_full(held)
+        part = 2 if paused else 1
+        return part * held.records < self._records(held.queue) and part * held.bytes < self.bytes
+
+    def starving(self, queue: QueueView) -> bool:
+        """Whether a partition has so little left that it should be read for."""
+        return 2 * queue.records <= self._records(queue)
+
+    def _records(self, queue: QueueView) -> int:
+        """What a partition may have waiting."""
+        return 2 * self.turn_records if self.full or queue.stuck else self.records
+
+
+def state_of(held: Held, limits: PartitionLimits, lag: int | None, paused: bool = False) -> str:
+    """A partition's state. Pure."""
+    if held.queue.halted:
+        return HALTED
+    if paused:
+        return PAUSED
+    if held.queue.stuck:
+        return BACKING_OFF
+    if not (held.queue.records or held.records or lag):
+        return IDLE
+    # Nothing more is read of it before something of it is done.
+    return FULL if limits.is_full(held) or held.records >= limits.records else READING
