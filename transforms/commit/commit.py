@@ -178,8 +178,8 @@ class _CommitPartitionFn(_CommitBundleFn):
             done.begin(key, [progress.start] * self._config.lanes.count)
         if not begins:
             done.add(progress)
-            if done.waits(key):
-                self._skip(key, done)
+        if done.waits(key):
+            self._skip(key, done)
         stops = bool(progress.halted and not partition.halt_note)
         if stops:
             # Kept with the offset, it can be seen from anywhere, whichever runner this is.
