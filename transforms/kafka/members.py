@@ -291,7 +291,7 @@ class Member:
                         lambda: self._has_orders, _EAGER_SECS if eager else _POLL_SECS
                     )
             self._commit_all()
-            self._consumer.close()
+            self._leave()
         except KafkaError as error:
             self._fail(error)
         except BaseException as error:
@@ -372,6 +372,13 @@ class Member:
                 )
             else:
                 self._consumer.unsubscribe()
+
+    def _leave(self) -> None:
+        if self._subscribed and not self._consumer.assignment():
+            # One that was given nothing does not tell the group that it closes: the others' would
+            # not move until its session is over.
+            self._consumer.unsubscribe()
+        self._consumer.close()
 
     def _said(self, message: Message) -> None:
         """An error that is not about a record."""

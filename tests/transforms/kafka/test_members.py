@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import ConsumerGroupState, KafkaException, TopicPartition
 from confluent_kafka import KafkaError as ErrorCode
-from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.processes import wait_until
@@ -85,6 +86,9 @@ class _Group:
             raise KafkaException(self.error)
         self.committed.append({(each.topic, each.partition): each.offset for each in offsets})
         return offsets
+
+    def assignment(self) -> list[TopicPartition]:
+        return [TopicPartition("t", 0)]
 
     def close(self) -> None:
         self.closed = True
@@ -173,6 +177,36 @@ def test_a_member_that_leaves_waits_for_nothing() -> None:
         group.say("on_revoke", A, B)
         wait_until(lambda: member.deal().leaving == {A, B}, "nothing is asked for")
     assert group.released == [A, B]
+
+
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_a_member_that_was_given_nothing_leaves_at_once(
+    broker: KafkaBroker, names: Names, tmp_path: Path, protocol: str
+) -> None:
+    """With real ones. Else the others' partitions do not move until its session is over."""
+    topic = names.topic()
+    broker.create_topic(topic, partitions=1)
+    file = tmp_path / "kafka.properties"
+    file.write_text(f"group.protocol={protocol}\n")
+    kafka = KafkaConfig(broker.bootstrap_servers, names.group(), str(file))
+    admin = AdminClient({"bootstrap.servers": broker.bootstrap_servers})
+
+    def has_members(count: int) -> bool:
+        group = admin.describe_consumer_groups([kafka.group])[kafka.group].result(30)
+        return group.state == ConsumerGroupState.STABLE and len(group.members) == count
+
+    holder, other = (Member(MemberConfig(kafka)) for _ in range(2))
+    try:
+        holder.join([topic])
+        wait_until(lambda: holder.deal().given, "nothing is given")
+        other.join([topic])
+        wait_until(lambda: has_members(2), "it is no member")
+        other.close()
+        wait_until(lambda: has_members(1), "it has not left", 15)
+        assert holder.deal().given
+    finally:
+        holder.close()
+        other.close()
 
 
 def test_who_was_taken_for_dead_commits_nothing_of_others(
