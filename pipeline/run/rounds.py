@@ -66,7 +66,7 @@ _LOOK_MOST_SECS = 5.0
 _LEAVE_SECS = 0.02
 _OTHERS_SECS = 0.5
 _JOIN_SECS = 5.0
-OTHERS_MOST_SECS = 30.0
+OTHERS_MOST_SECS = 60.0
 # What may be needed beside the function's own time.
 _AFTER_SECS = 10.0
 # How long the loop may wait for a record to come. While calls are running it waits for these too,

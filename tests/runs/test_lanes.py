@@ -15,7 +15,7 @@ from pipeline.local.broker import KafkaBroker
 from pipeline.local.faults import drop_connection, slow, throttle, unavailable
 from tests.conftest import Names
 from tests.sink import (
-    SAME_MEMBER,
+    MEMBERS,
     Coordinates,
     Invocation,
     Partition,
@@ -219,7 +219,7 @@ def test_killed_again_and_again_lanes_lose_nothing_and_keep_order(
         "batch_size": lanes.run,
         "parallelization_factor": lanes.count,
         "workers": 1 + seed % 3,
-        "kafka_config_file": SAME_MEMBER,
+        "kafka_config_file": MEMBERS,
     }
     # A server for each attempt: what one of a killed run still reads is no call of the next one's.
     attempts: list[list[Invocation]] = []

@@ -18,7 +18,7 @@ from tests import ROOT
 from tests.conftest import Names
 from tests.pipeline.test_docs import example
 from tests.sink import (
-    SAME_MEMBER,
+    MEMBERS,
     Sink,
     answered,
     arguments,
@@ -158,7 +158,7 @@ def test_told_to_stop_all_end_what_is_running(broker: KafkaBroker, topics: dict[
 
 def test_a_worker_that_dies_ends_the_run(broker: KafkaBroker, topics: dict[str, Any]) -> None:
     """The others finish what is running; the next run goes on where each partition was."""
-    topics["kafka_config_file"] = SAME_MEMBER
+    topics["kafka_config_file"] = MEMBERS
     with serve(faults=[slow(0.3, times=None)]) as server:
         with start(broker, server, **topics) as sink:
             sink.until(lambda: all(_shares(broker, topics)), "a worker has no partition")
@@ -184,7 +184,7 @@ def test_killed_again_and_again_no_worker_stays_and_nothing_is_lost(
 ) -> None:
     """A worker that outlived its run would call the function beside the next one."""
     chance = random.Random(seed)
-    topics |= {"workers": 2 + seed, "kafka_config_file": SAME_MEMBER}
+    topics |= {"workers": 2 + seed, "kafka_config_file": MEMBERS}
     with serve(faults=[slow(0.03, times=None)]) as server:
         for _ in range(3):
             wanted = len(server.calls) + chance.randrange(3, 25)
