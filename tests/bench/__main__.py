@@ -25,13 +25,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from typing import Any
 
+from pipeline.local.processes import free_ports
 from tests.bench import stub
 from tests.bench.common import (
     CREDENTIALS,
@@ -63,8 +67,9 @@ class Scenario:
         mapping: Whether the function is one of an event source mapping: it gets that one's event
             and says which records it failed in; there are no responses.
         delivery: What is promised of responses.
-        beside: Name of the scenario that this one is a multiple of, the same with one lane or at
-            least once.
+        watched: Whether its page is open all the time, and its metrics are read each second.
+        beside: Name of the scenario that this one is a multiple of, the same with one lane, at
+            least once or unseen.
         times: How many times the records; a faster run has to last as long to be measured.
     """
 
@@ -75,6 +80,7 @@ class Scenario:
     workers: int = 1
     mapping: bool = False
     delivery: str = "at_least_once"
+    watched: bool = False
     beside: str | None = None
     times: int = 1
 
@@ -103,6 +109,7 @@ class Job:
     group: str
     endpoint: str
     scenario: Scenario
+    http: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,7 @@ SCENARIOS = (
     Scenario("batch 1000", 1000),
     Scenario("batch 1000, exactly once", 1000, delivery="exactly_once", beside="batch 1000"),
     Scenario("batch 100", 100),
+    Scenario("batch 100, page open", 100, watched=True, beside="batch 100"),
     Scenario("batch 100, 20 ms", 100, latency_ms=20),
     Scenario("batch 100, 20 ms, 10 lanes", 100, 20, lanes=10, beside="batch 100, 20 ms", times=3),
     Scenario(
@@ -177,6 +185,12 @@ AIMS = (
         at_least=0.85,
     ),
     Aim("batch 100: >= 1.5 x the loop with orjson", "batch 100", "orjson_ratio", at_least=1.5),
+    Aim(
+        "batch 100, while calling: page open >= 0.98 x unseen",
+        "batch 100, page open",
+        "of_one_lane",
+        at_least=0.98,
+    ),
     Aim(
         "batch 100, 20 ms: >= 85 % of what strict order allows",
         "batch 100, 20 ms",
@@ -227,6 +241,7 @@ def pipeline_command(job: Job) -> list[str]:
         f"--workers={scenario.workers}",
         f"--delivery={scenario.delivery}",
         *form,
+        *([f"--http={job.http}"] if job.http else []),
         "--summary=json",
     ]
 
@@ -273,14 +288,49 @@ def execute(command: list[str]) -> tuple[float, resource.struct_rusage]:
     return secs, usage
 
 
+@contextmanager
+def watching(http: str) -> Iterator[None]:
+    """Look at a run as an open page and a Prometheus do, from when it can be seen on.
+
+    Raises:
+        WrongResult: It could not be seen.
+    """
+    ended = threading.Event()
+    seen = {"/api/events": 0, "/metrics": 0}
+
+    def look(path: str, pause_secs: float) -> None:
+        while not ended.wait(pause_secs):
+            try:
+                with urllib.request.urlopen(f"http://{http}{path}", timeout=10) as reply:
+                    for line in reply:
+                        seen[path] += len(line)
+            except (OSError, HTTPException):
+                continue  # it has not begun yet, or has ended
+
+    looks = [("/api/events", 0.05), ("/metrics", 1.0)]
+    threads = [threading.Thread(target=look, args=each) for each in looks]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    if not all(seen.values()):
+        raise WrongResult(f"nothing was seen at {http}: {seen}")
+
+
 def measure(topics: Topics, source: Source, scenario: Scenario, who: str, url: str) -> Run:
     """Let one competitor do one scenario; return its figures after the results are checked."""
     fresh = f"bench-{uuid.uuid4().hex[:12]}"
     responses = f"{fresh}-out"
-    job = Job(topics.bootstrap_servers, source.topic, responses, fresh, url, scenario)
+    http = "127.0.0.1:{}".format(*free_ports(1)) if scenario.watched else ""
+    job = Job(topics.bootstrap_servers, source.topic, responses, fresh, url, scenario, http)
     topics.create(responses, source.partitions)
     urllib.request.urlopen(urllib.request.Request(f"{url}/reset", method="POST")).close()
-    secs, usage = execute(COMPETITORS[who](job))
+    with watching(http) if http else nullcontext():
+        secs, usage = execute(COMPETITORS[who](job))
     with urllib.request.urlopen(f"{url}/stats") as reply:
         stats = stub.Stats(**json.load(reply))
     if not scenario.mapping:
