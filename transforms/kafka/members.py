@@ -28,6 +28,7 @@ from transforms.kafka.client import (
     reason,
 )
 from transforms.kafka.committer import final_problem, foreign_members, kept
+from transforms.kafka.orphans import Orphans
 from transforms.kafka.transaction import TransactionConfig, shared_transaction
 from transforms.per_process import per_process
 from transforms.records import PartitionKey
@@ -141,10 +142,13 @@ class Member:
     def __init__(self, config: MemberConfig, make: Callable[..., Consumer] = make_consumer) -> None:
         self._kafka = config.kafka
         self._transaction = config.transaction
-        settings, self._interval_secs = member_settings(
-            client_settings(config.kafka), config.number
-        )
+        user = client_settings(config.kafka)
+        settings, self._interval_secs = member_settings(user, config.number)
         self._consumer = make(config.kafka, settings)
+        self._settings = settings
+        # Of the protocol of Kafka 4 there are none: there it is the broker that deals.
+        self._may_adopt = bool(user.get("group.instance.id")) and "session.timeout.ms" in settings
+        self._orphans: Orphans | None = None
         self._changed = threading.Condition()
         self._commits: list[_Commit] = []
         self._given: dict[PartitionKey, int] = {}
@@ -284,6 +288,8 @@ class Member:
                     message = self._consumer.poll(0)
                     if message is not None and message.error():
                         self._said(message)
+                    if self._orphans:
+                        self._orphans.turn(self._subscribed)
                 polls += 1
                 eager = not self._given and polls < _EAGER_POLLS
                 with self._changed:
@@ -374,6 +380,8 @@ class Member:
                 self._consumer.unsubscribe()
 
     def _leave(self) -> None:
+        if self._orphans:
+            self._orphans.close()
         if self._subscribed and not self._consumer.assignment():
             # One that was given nothing does not tell the group that it closes: the others' would
             # not move until its session is over.
@@ -412,6 +420,9 @@ class Member:
             for key in _keys(partitions):
                 self._given[key] = self._serial
             self._changed.notify_all()
+        if self._may_adopt:
+            self._may_adopt = False
+            self._orphans = Orphans(self._kafka, self._settings)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Wait until the loop has let go, which goes on with all the others meanwhile."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -207,6 +209,56 @@ def test_a_member_that_was_given_nothing_leaves_at_once(
     finally:
         holder.close()
         other.close()
+
+
+_A_MEMBER = """
+import sys, time
+from transforms.kafka.client import KafkaConfig
+from transforms.kafka.members import Member, MemberConfig
+brokers, group, file, topic = sys.argv[1:]
+member = Member(MemberConfig(KafkaConfig(brokers, group, file)))
+member.join([topic])
+while True:
+    print(len(member.deal().given), len(member.deal().leaving), flush=True)
+    time.sleep(0.02)
+"""
+
+
+def test_what_a_member_left_to_nobody_is_dealt_out_once_it_is_back(
+    broker: KafkaBroker, names: Names, tmp_path: Path
+) -> None:
+    """With real ones: with an id of its own, it is killed while it lets go of a partition."""
+    topic, group = names.topic(), names.group()
+    broker.create_topic(topic, partitions=2)
+
+    def config(name: str) -> KafkaConfig:
+        file = tmp_path / f"{name}.properties"
+        file.write_text(f"group.instance.id={name}\n")
+        return KafkaConfig(broker.bootstrap_servers, group, str(file))
+
+    mine, command = config("a"), [sys.executable, "-c", _A_MEMBER]
+    command += [mine.bootstrap_servers, group, str(mine.config_file), topic]
+    others: list[Member] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                given, leaving = map(int, line.split())
+                if given == 2 and not others:
+                    others.append(Member(MemberConfig(config("b"))))
+                    others[0].join([topic])
+                if leaving:
+                    break
+        finally:
+            process.kill()
+    again = Member(MemberConfig(mine))
+    try:
+        again.join([topic])
+        wait_until(lambda: len(again.deal().given) == 1, "it is not back")
+        wait_until(lambda: len(others[0].deal().given) == 1, "one is nobody's")
+    finally:
+        again.close()
+        others[0].close()
 
 
 def test_who_was_taken_for_dead_commits_nothing_of_others(
