@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -39,14 +40,16 @@ def _ask(server: Server, method: str, path: str, **more: object) -> http.client.
 def _raw(server: Server, data: bytes) -> bytes:
     host, _, port = server.url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
         answer = b""
         try:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
             while part := connection.recv(65536):
                 answer += part
-        except ConnectionResetError:
-            pass
+        except OSError as error:
+            # Who is turned away may hear of it at any of these.
+            if error.errno not in {errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE}:
+                raise
         return answer
 
 
