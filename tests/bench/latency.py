@@ -369,7 +369,13 @@ def _verdict(text: str, figure: float | None, at_most: float) -> dict[str, Any]:
 
 
 def command_of(
-    who: str, servers: str, topic: str, responses: str, endpoint: str, window_secs: float
+    who: str,
+    servers: str,
+    topic: str,
+    responses: str,
+    endpoint: str,
+    window_secs: float,
+    workers: int,
 ) -> list[str]:
     """A competitor's command line; it runs until SIGTERM. Its group is named as its topic."""
     if who == PIPELINE:
@@ -383,6 +389,7 @@ def command_of(
             f"--lambda_endpoint_url={endpoint}",
             "--aws_region=us-east-1",
             f"--batch_window_secs={window_secs:g}",
+            f"--workers={workers}",
             f"--response_topic={responses}",
         ]
     return [
@@ -437,13 +444,17 @@ class Bench:
         secs: How long the load goes on that counts.
         warm_up_secs: How long it does before.
         appended: Whether a response's timestamp is the broker's.
+        workers: Processes of the pipeline.
     """
 
-    def __init__(self, topics: Topics, secs: float, warm_up_secs: float, appended: bool) -> None:
+    def __init__(
+        self, topics: Topics, secs: float, warm_up_secs: float, appended: bool, workers: int
+    ) -> None:
         self._servers = topics.bootstrap_servers
         self._secs = secs
         self._warm_up_secs = warm_up_secs
         self._appended = appended
+        self._workers = workers
         self.topics = topics
 
     def measure(self, load: Load, who: str, url: str) -> Run:
@@ -453,7 +464,9 @@ class Bench:
             WrongResult: What is left is not what should be.
         """
         topic, responses = self._make_topics(load.partitions)
-        command = command_of(who, self._servers, topic, responses, url, load.window_secs)
+        command = command_of(
+            who, self._servers, topic, responses, url, load.window_secs, self._workers
+        )
         _reset(url)
         with running(command) as process:
             first = self._wait_for_first(process, topic, url)
@@ -481,7 +494,7 @@ class Bench:
     def idle(self, partitions: int, who: str, url: str, secs: float) -> Idle:
         """What a competitor costs that has answered one record and gets no other."""
         topic, responses = self._make_topics(partitions)
-        command = command_of(who, self._servers, topic, responses, url, 0)
+        command = command_of(who, self._servers, topic, responses, url, 0, self._workers)
         _reset(url)
         with running(command) as process:
             self._wait_for_first(process, topic, url)
@@ -601,7 +614,7 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
     secs += len(idle_partitions) * len(everybody) * (_WARM_UP_SECS + _IDLE_SECS + _AROUND_SECS)
     print(f"{count} runs, about {math.ceil(secs / 60)} minutes", file=sys.stderr)
     topics = Topics(servers)
-    measuring = Bench(topics, options.secs, _WARM_UP_SECS, options.appended)
+    measuring = Bench(topics, options.secs, _WARM_UP_SECS, options.appended, options.workers)
     runs: list[Run] = []
     idle: list[Idle] = []
     with ExitStack() as stack:
@@ -609,7 +622,7 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
         latencies = dict.fromkeys([0.0, *(load.latency_ms for load in loads)])
         urls = {each: stack.enter_context(serving(each, 1)) for each in latencies}
         # Untimed: fills the disk cache and writes the .pyc files, and fails early.
-        warm_up = Bench(topics, 1, 1, options.appended)
+        warm_up = Bench(topics, 1, 1, options.appended, options.workers)
         for who in everybody:
             print(f"warming up: {who}", file=sys.stderr)
             warm_up.measure(Load(100, _PARTITIONS, 0, 0), who, urls[0.0])
@@ -777,6 +790,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--secs", type=float, default=10, help="seconds that count, of each run")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are shown")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the pipeline")
     parser.add_argument("--appended", action="store_true", help="until the broker has the response")
     parser.add_argument("--only", action="append", choices=COMPETITORS, help="one competitor")
     parser.add_argument("--json", help="write the result to this file too")
