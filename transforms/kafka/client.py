@@ -28,7 +28,7 @@ from transforms import text_file
 from transforms.access import Access, AccessError, kafka_settings
 from transforms.aws.msk import TokenConfig, TokenError, Tokens
 from transforms.errors import KafkaError, UsageError, one_line
-from transforms.hidden import HIDDEN, hide
+from transforms.hidden import HIDDEN, hide, quiet
 from transforms.kafka.login import AwsLogin, LoginError, explain_refusal, put_over, take_iam
 from transforms.per_process import per_process
 from transforms.properties import PREFIXES, load_properties
@@ -266,6 +266,10 @@ def _client(kind: Any, settings: Mapping[str, Any]) -> Any:
     log.expect(settings)
     if isinstance(login, IamLogin):
         login.check()
+    by_sts = settings.get(f"{_BEARER}metadata.authentication.type") == "aws_iam"
+    if by_sts:
+        # confluent-kafka asks for tokens itself.
+        quiet()
     try:
         _try_tls(settings)
         client = kind({**settings, "error_cb": log}, logger=logging.getLogger("librdkafka"))
@@ -273,7 +277,7 @@ def _client(kind: Any, settings: Mapping[str, Any]) -> Any:
         return client
     except KafkaException as error:
         text = _shown(reason(error), settings)
-        if _NOT_SET in text and settings.get(f"{_BEARER}metadata.authentication.type") == "aws_iam":
+        if _NOT_SET in text and by_sts:
             text += (
                 f"; AWS gives none: credentials are those of its default chain, they need the "
                 f"right sts:GetWebIdentityToken, and the region is the one in {_BEARER}config"
