@@ -16,7 +16,7 @@ HIDDEN = "***"
 
 _SECRET = re.compile(r"password|passphrase|secret|user\.info|\.pem$|token$|keytab|jaas")
 # What is shorter is no secret, and stands in texts for other reasons.
-_LEAST = 4
+LEAST = 4
 # A line of PEM that is quoted by itself.
 _LEAST_OF_LINE = 16
 # What AWS adds to a signature that is wrong: the request, with the token of the session.
@@ -43,7 +43,7 @@ def _quotable(name: str, value: Any) -> Iterator[str]:
     if not (isinstance(value, str) and _SECRET.search(name)):
         return
     for part in (value, value.partition(":")[2] if name.endswith("user.info") else ""):
-        if len(part) >= _LEAST:
+        if len(part) >= LEAST:
             yield part
             yield base64.b64encode(part.encode()).decode()
     lines = value.splitlines()

@@ -28,7 +28,7 @@ from transforms import text_file
 from transforms.access import Access, AccessError, kafka_settings
 from transforms.aws.msk import TokenConfig, TokenError, Tokens
 from transforms.errors import KafkaError, UsageError, one_line
-from transforms.hidden import HIDDEN, hide, quiet
+from transforms.hidden import HIDDEN, LEAST, hide, quiet
 from transforms.kafka.login import AwsLogin, LoginError, explain_refusal, put_over, take_iam
 from transforms.per_process import per_process
 from transforms.properties import PREFIXES, load_properties
@@ -298,7 +298,9 @@ def _try_tls(settings: Mapping[str, Any]) -> None:
     if settings.get(f"{_BEARER}method") == "oidc":
         tls = {name: value for name, value in settings.items() if name.startswith("ssl.")}
         confluent_kafka.Producer(
-            {**tls, "security.protocol": "SSL"}, logger=logging.getLogger("librdkafka")
+            # That it has no brokers is no news.
+            {**tls, "security.protocol": "SSL", "log_level": 0},
+            logger=logging.getLogger("librdkafka"),
         )
 
 
@@ -306,8 +308,8 @@ def _shown(text: str, settings: Mapping[str, Any]) -> str:
     """What librdkafka says of settings; what came from the environment may be a secret, too."""
     text = hide(text, settings)
     for value in settings.values():
-        if isinstance(value, str) and value and value in os.environ.values():
-            # As a word of its own: it may be as short as "1".
+        if isinstance(value, str) and len(value) >= LEAST and value in os.environ.values():
+            # As a word of its own: most such values are no secrets.
             text = re.sub(rf"(?<![\w.]){re.escape(value)}(?![\w])", HIDDEN, text)
     return text
 
@@ -347,6 +349,7 @@ class ErrorLog:
         self._timer = timer
         self._looked = float("-inf")
         self._settings: Mapping[str, Any] = {}
+        self._before: Mapping[str, Any] = {}
         self._client: Callable[[], Any] = lambda: None
 
     def expect(self, settings: Mapping[str, Any]) -> None:
@@ -374,7 +377,9 @@ class ErrorLog:
         except UsageError as error:
             self.say(f"the login was refused, and there is no other one: {error}")
             return
-        before, self._settings = self._settings, {**self._settings, **settings}
+        # What was refused a moment ago may be quoted still.
+        before = self._before = self._settings
+        self._settings = {**before, **settings}
         if (login := _password_of(settings)) != _password_of(before):
             client.set_sasl_credentials(*login)
             _LOGGER.info("kafka: the login was refused; logging in with the one that is new")
@@ -386,7 +391,7 @@ class ErrorLog:
             )
 
     def __call__(self, error: Any) -> None:
-        text = hide(" ".join(error.str().split()), self._settings)
+        text = hide(hide(" ".join(error.str().split()), self._before), self._settings)
         is_refusal = error.code() in _REFUSALS or _TLS_REFUSAL in text
         if is_refusal and self._is_time_to_look():
             # A client may not be asked for anything in a callback of its own; and it may take long.

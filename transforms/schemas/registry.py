@@ -306,11 +306,11 @@ class SchemaRegistry:
         """The answer, None for a 404; asks again until there is one."""
         delay_secs, warned, failed = _FIRST_DELAY_SECS, float("-inf"), False
         while True:
-            answer, why, client = None, None, self._client
+            answer, why, client, settings = None, None, self._client, self._settings
             try:
                 answer = ask()
             except Exception as error:
-                why = self._why_not(what, error, client)
+                why = self._why_not(what, error, client, settings)
             if why is None:
                 self._is_known, self._refused_at = True, None
                 if failed:
@@ -333,7 +333,9 @@ class SchemaRegistry:
                 )
             delay_secs = min(2 * delay_secs, _LONGEST_DELAY_SECS)
 
-    def _why_not(self, what: str, error: Exception, client: Any) -> str | None:
+    def _why_not(
+        self, what: str, error: Exception, client: Any, settings: RegistrySettings
+    ) -> str | None:
         """Why there is no answer yet; None if the answer is that there is no such thing."""
         if _is_missing(error):
             if self._timer() - self._failed_at > _SETTLE_SECS:
@@ -345,7 +347,8 @@ class SchemaRegistry:
                 self._log_in_anew(client)
         elif not (_status(error) in (401, 403) and self._may_be_let_in(client)):
             raise self._refused(what, error) from None
-        return self._reason(error)
+        # The login may be another one by now, and the old one is what is quoted.
+        return hide(self._reason(error, settings), self._settings.client)
 
     def _may_be_let_in(self, client: Any) -> bool:
         """Whether one whose login was refused is to ask again: with another one, or later."""
@@ -376,16 +379,17 @@ class SchemaRegistry:
             self._settings = settings
             return True
 
-    def _reason(self, error: Exception) -> str:
-        """What went wrong, as one line."""
+    def _reason(self, error: Exception, settings: RegistrySettings) -> str:
+        """What went wrong with a client of these settings, as one line."""
         status = _status(error)
         text = getattr(error, "error_message", None) or str(error) or type(error).__name__
-        text = " ".join(hide(text, self._settings.client).split())[:200]
+        text = " ".join(hide(text, settings.client).split())[:200]
         return f"{text} (HTTP {status})" if status else text
 
     def _refused(self, what: str, error: Exception) -> RegistryError:
+        why = self._reason(error, self._settings)
         return RegistryError(
-            f"--schema_registry_url={self._url} does not give {what}: {self._reason(error)}; "
+            f"--schema_registry_url={self._url} does not give {what}: {why}; "
             f"check the address, and {SCHEMA_REGISTRY_PREFIX}* in --kafka_config_file"
         )
 

@@ -290,9 +290,11 @@ def test_a_login_that_was_good_may_be_refused_for_a_while(tmp_path: Path) -> Non
     assert 120 <= stop.now < 126
 
 
-def test_another_login_is_taken_when_there_is_one(tmp_path: Path) -> None:
+def test_another_login_is_taken_when_there_is_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """By all who ask, though one of them finds it."""
-    file, asking = _login(tmp_path, "old"), threading.Barrier(2)
+    file, asking = _login(tmp_path, "s3cret"), threading.Barrier(2)
 
     class _Old(_Client):
         def get_schema(self, id: int, fmt: str | None = None) -> Any:
@@ -318,7 +320,8 @@ def test_another_login_is_taken_when_there_is_one(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert found == [SchemaText(AVRO, '"int"')] * 2
-    assert made == ["u:old", "u:new"]
+    assert made == ["u:s3cret", "u:new"]
+    assert "no answer for schema" in caplog.text and "s3cret" not in caplog.text
 
 
 # -- subjects -----------------------------------------------------------------------------
