@@ -16,6 +16,7 @@ from hypothesis import settings
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.flink import FlinkCluster
 from tests.servers.schema_registry import SchemaRegistryServer
+from tests.servers.secrets_manager import SecretsManager
 from tests.servers.secure_broker import SecureBroker
 
 # Clusters on which a test has failed.
@@ -67,6 +68,13 @@ def registry(broker: KafkaBroker) -> Iterator[SchemaRegistryServer]:
 def secure() -> Iterator[SecureBroker]:
     """One real Kafka broker with a listener for each way to log in."""
     with SecureBroker() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def manager() -> Iterator[SecretsManager]:
+    """A Secrets Manager for the whole run."""
+    with SecretsManager() as running:
         yield running
 
 

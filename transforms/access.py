@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from transforms.hidden import HIDDEN
 from transforms.java_login import MECHANISM
 
 SECRET_ARN = re.compile(r"arn:aws[a-zA-Z-]*:secretsmanager:[a-z0-9-]+:\d{12}:secret:\S+")
@@ -36,6 +37,7 @@ REGISTRY_KINDS = (BASIC, CERTIFICATE, AUTHORITY)
 # Of these there can be one.
 _LOGINS = (BASIC, SCRAM_256, SCRAM_512, CERTIFICATE, OAUTH, IAM, IAM_OAUTH, TLS)
 
+_LIKE_A_KIND = re.compile(r"[A-Z]+(_[A-Z0-9]+)+")
 _MECHANISMS = {BASIC: "PLAIN", SCRAM_256: "SCRAM-SHA-256", SCRAM_512: "SCRAM-SHA-512"}
 _BEARER = "sasl.oauthbearer."
 _JWT_GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
@@ -72,7 +74,7 @@ def parse_access(texts: Iterable[str], kinds: Iterable[str] = KINDS) -> tuple[Ac
     for text in texts:
         kind, _, uri = (part.strip() for part in text.partition("="))
         if kind not in known:
-            raise AccessError(f"{kind} is not known; give one of {', '.join(known)}")
+            raise AccessError(f"{_shown(kind)} is not known; give one of {', '.join(known)}")
         if any(kind == other.kind for other in found):
             raise AccessError(f"{kind} is given twice")
         if kind in WITH_SECRET and not SECRET_ARN.fullmatch(uri):
@@ -95,6 +97,24 @@ def parse_access(texts: Iterable[str], kinds: Iterable[str] = KINDS) -> tuple[Ac
     if IAM_OAUTH in names and AUDIENCE not in names:
         raise AccessError(f"{IAM_OAUTH} needs {AUDIENCE}, too")
     return tuple(found)
+
+
+def has_login(text: str) -> bool:
+    """Whether what an option says has a login, and not only what belongs to one."""
+    return any(part.partition("=")[0].strip() in _LOGINS for part in text.split(","))
+
+
+def shown_access(text: str) -> str:
+    """What an option says, without what may be a secret in the place of its ARN."""
+    return ",".join(map(_shown, text.split(",")))
+
+
+def _shown(text: str) -> str:
+    kind, _, uri = (part.strip() for part in text.partition("="))
+    if kind not in KINDS:
+        return kind if _LIKE_A_KIND.fullmatch(text) else HIDDEN
+    is_told = not uri or kind not in WITH_SECRET or SECRET_ARN.fullmatch(uri)
+    return text if is_told else f"{kind}={HIDDEN}"
 
 
 def login_settings(access: Iterable[Access], region: str | None = None) -> dict[str, str]:

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Any
 
 from transforms.errors import UsageError
+from transforms.hidden import quiet, without_request
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def fetch(path: str) -> bytes:
 
 
 def _line(error: object) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:300]
+    return " ".join(without_request(str(error)).split()).rstrip(".")[:300]
 
 
 def _secret(secretmanager: Any, secret: Secret) -> bytes:
@@ -183,6 +184,7 @@ def _aws_secret(secret: AwsSecret) -> bytes:
     import botocore.exceptions as aws_errors
     from botocore.config import Config
 
+    quiet()
     settings = Config(connect_timeout=4, read_timeout=10, retries={"total_max_attempts": 2})
     try:
         # A session of its own: the one that boto3 keeps is not for several threads.

@@ -113,6 +113,8 @@ _RETRY_LIMIT: dict[str, Any] = {
 
 NO_ATTRIBUTE = "NONE"
 EXACTLY_ONCE = "exactly_once"
+ACCESS = ("kafka_access", "schema_registry_access")
+"""Options with logins, in which somebody may write a secret where the ARN of one belongs."""
 
 _TOPIC = "[a-zA-Z0-9._-]{1,249}"
 _ROLE = r"arn:aws[a-zA-Z-]*:iam::\d{12}:role/\S+"

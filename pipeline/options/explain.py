@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable
 
 from pipeline.migrate.carried import OWN, Note
-from pipeline.options.declare import GROUPS, Option
+from pipeline.options.declare import ACCESS, GROUPS, Option
 from pipeline.options.resolve import COMMAND_LINE, Resolved
+from transforms.access import shown_access
+from transforms.hidden import HIDDEN
 
-_LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-_HIDDEN = "***"
+# A password may have a slash in it, whatever a URL may.
+_LOGIN_IN_URL = re.compile(r"(?<=://)[^@\s]+(?=@)")
 
 
 def explain(resolved: Resolved) -> str:
@@ -18,7 +20,7 @@ def explain(resolved: Resolved) -> str:
     parts = [_options(resolved)]
     if resolved.properties:
         path = resolved.values["kafka_config_file"].text
-        listed = (f"  {name} = {_HIDDEN}" for name in resolved.properties)
+        listed = (f"  {name} = {HIDDEN}" for name in resolved.properties)
         parts.append("\n".join([f"Kafka properties ({path}):", *listed]))
     if carried := resolved.carried:
         parts += _notes(f"Not carried over from {carried.file}:", carried.notes)
@@ -56,7 +58,9 @@ def _value(option: Option, resolved: Resolved) -> tuple[str, str]:
     value = resolved.values.get(option.name)
     if value is None:
         return option.default_text, "default"
-    shown = _LOGIN_IN_URL.sub(_HIDDEN, value.text)
+    shown = _LOGIN_IN_URL.sub(HIDDEN, value.text)
+    if option.name in ACCESS:
+        shown = shown_access(shown)
     origin = value.origin
     if resolved.carried and resolved.carried.system == OWN and origin != COMMAND_LINE:
         origin = resolved.carried.file

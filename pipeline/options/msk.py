@@ -20,6 +20,7 @@ _KINDS = {
 }
 # What AWS's own pollers take where the mapping has no secret.
 _WITHOUT_SECRET = ("SaslIam", "Tls", "")
+_BY_NAME = {"SaslIam": access.IAM, "Tls": access.TLS}
 _BY_LOGIN = {IAM_LOGIN: access.IAM, TLS_LOGIN: access.TLS}
 
 
@@ -27,7 +28,7 @@ def complete(
     values: Mapping[str, Value], carried: Carried | None, ask: Ask = bootstrap_brokers
 ) -> tuple[dict[str, Value], list[str]]:
     """The options, with the brokers that MSK names where none are given, and, for a mapping without
-    a secret, the login that their port is for.
+    a login, the one that they are for.
 
     Args:
         values: By option, what is given and where.
@@ -48,28 +49,32 @@ def complete(
         except TokenError as error:
             why = f"--event_source_arn={arn.text}: MSK does not say what its brokers are: {error}"
             return found, [why]
-        chosen = _choose(brokers, found.get("kafka_access"))
-        if chosen is None:
+        name = _choose(brokers, found.get("kafka_access"))
+        if name is None:
             kinds = ", ".join(sorted(brokers)) or "none"
             return found, [
                 f"--event_source_arn={arn.text}: the cluster has no brokers for this login, only "
                 f"for {kinds}; give --kafka_bootstrap_servers"
             ]
-        found["kafka_bootstrap_servers"] = Value(chosen, f"what MSK says of {arn.text}")
+        origin = f"what MSK says of {arn.text}"
+        found["kafka_bootstrap_servers"] = Value(brokers[name], origin)
+        login = _BY_NAME.get(name.removeprefix("Public"))
+    else:
+        origin = "the port of the brokers"
+        login = _BY_LOGIN.get(login_at(found["kafka_bootstrap_servers"].text) or "")
     mapped = carried is not None and carried.system != OWN
-    if mapped and not {"kafka_access", "kafka_config_file"} & found.keys():
-        servers = found["kafka_bootstrap_servers"].text
-        if kind := _BY_LOGIN.get(login_at(servers) or ""):
-            found["kafka_access"] = Value(kind, "the port of the brokers")
+    given = found.get("kafka_access", Value("", "")).text
+    if mapped and login and "kafka_config_file" not in found and not access.has_login(given):
+        found["kafka_access"] = Value(f"{given},{login}" if given else login, origin)
     return found, []
 
 
 def _choose(brokers: Mapping[str, str], given: Value | None) -> str | None:
-    """The brokers for a login, from inside the network if there are such."""
+    """The name of the brokers for a login, from inside the network if there are such."""
     kinds = {text.partition("=")[0].strip() for text in given.text.split(",")} if given else set()
     wanted = next((names for kind, names in _KINDS.items() if kind in kinds), _WITHOUT_SECRET)
     for place in ("", "Public"):
         for name in wanted:
-            if servers := brokers.get(f"{place}{name}"):
-                return servers
+            if brokers.get(f"{place}{name}"):
+                return f"{place}{name}"
     return None

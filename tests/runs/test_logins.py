@@ -6,20 +6,21 @@ import base64
 import json
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.local.lambda_server import LambdaServer
 from pipeline.local.processes import wait_until
 from tests.bench.tokens import run_on
 from tests.conftest import Names
+from tests.servers.aws_server import AwsServer
 from tests.servers.credential_process import profile
+from tests.servers.secrets_manager import SecretsManager
 from tests.servers.secure_broker import (
     NO_RIGHTS,
     NO_RIGHTS_SECRET,
@@ -27,6 +28,7 @@ from tests.servers.secure_broker import (
     REGION,
     SCOPE,
     USER,
+    Authority,
     SecureBroker,
 )
 from tests.servers.token_server import CLIENT, CLIENT_SECRET, TokenServer
@@ -170,48 +172,6 @@ def test_a_streaming_run_logs_in_with_iam(
 # -- what event source mappings name, with secrets in Secrets Manager ------------------------
 
 
-@pytest.fixture(scope="module")
-def manager() -> Iterator[Manager]:
-    """A Secrets Manager that runs of this module ask."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield Manager(f"http://{host}:{port}")
-    server.stop()
-
-
-class Manager:
-    """Secrets in Secrets Manager.
-
-    Args:
-        url: Where it is.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._client = boto3.client(
-            "secretsmanager",
-            endpoint_url=url,
-            region_name=REGION,
-            aws_access_key_id=ACCESS_KEY,
-            aws_secret_access_key=SECRET_KEY,
-        )
-
-    def keep(self, **content: str) -> str:
-        """A secret's ARN."""
-        name = f"orders-{uuid.uuid4().hex[:8]}"
-        made = self._client.create_secret(Name=name, SecretString=json.dumps(content))
-        return str(made["ARN"])
-
-    def change(self, arn: str, **content: str) -> None:
-        self._client.put_secret_value(SecretId=arn, SecretString=json.dumps(content))
-
-    @property
-    def env(self) -> dict[str, str]:
-        """The environment of a run that asks it."""
-        return environment(AWS_ENDPOINT_URL_SECRETS_MANAGER=self.url)
-
-
 class Mapped:
     """Runs from a mapping as AWS prints it, with ways in, and no option for a login.
 
@@ -219,7 +179,7 @@ class Mapped:
         broker: The broker.
         names: Of topics and group.
         folder: For the mapping.
-        servers: Where it leads.
+        servers: Where it leads, or the ARN of a cluster of MSK.
         access: By type, its URI.
     """
 
@@ -233,6 +193,13 @@ class Mapped:
     ) -> None:
         self.topics = Topics(broker, names, count=20)
         self._file = folder / "mapping.json"
+        group = {"ConsumerGroupId": self.topics.group}
+        source: dict[str, Any] = {
+            "SelfManagedEventSource": {"Endpoints": {"KAFKA_BOOTSTRAP_SERVERS": [servers]}},
+            "SelfManagedKafkaEventSourceConfig": group,
+        }
+        if servers.startswith("arn:"):
+            source = {"EventSourceArn": servers, "AmazonManagedKafkaEventSourceConfig": group}
         self._file.write_text(
             json.dumps(
                 {
@@ -240,8 +207,7 @@ class Mapped:
                     "FunctionArn": f"arn:aws:lambda:{REGION}:123456789012:function:{FUNCTION}",
                     "Topics": [self.topics.source],
                     "StartingPosition": "TRIM_HORIZON",
-                    "SelfManagedEventSource": {"Endpoints": {"KAFKA_BOOTSTRAP_SERVERS": [servers]}},
-                    "SelfManagedKafkaEventSourceConfig": {"ConsumerGroupId": self.topics.group},
+                    **source,
                     "SourceAccessConfigurations": [
                         {"Type": kind, "URI": uri} for kind, uri in access.items()
                     ],
@@ -268,13 +234,13 @@ def _silent(event: Any, context: Any) -> None:
     """A function whose replies nobody looks at."""
 
 
-def ca(broker: SecureBroker, manager: Manager) -> dict[str, str]:
+def ca(broker: SecureBroker, manager: SecretsManager) -> dict[str, str]:
     return {"SERVER_ROOT_CA_CERTIFICATE": manager.keep(certificate=broker.ca.read_text())}
 
 
 @pytest.mark.parametrize("kind", ["256", "512", "plain"])
 def test_a_password_from_a_mapping(
-    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path, kind: str
+    secure: SecureBroker, manager: SecretsManager, names: Names, tmp_path: Path, kind: str
 ) -> None:
     """SCRAM and PLAIN over TLS, through to committed offsets; nobody is shown the password."""
     password = PASSWORD if kind == "plain" else f"pass-{uuid.uuid4().hex}"
@@ -291,7 +257,11 @@ def test_a_password_from_a_mapping(
 
 @pytest.mark.parametrize("password", [None, "password-of-the-key"])
 def test_a_certificate_from_a_mapping(
-    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path, password: str | None
+    secure: SecureBroker,
+    manager: SecretsManager,
+    names: Names,
+    tmp_path: Path,
+    password: str | None,
 ) -> None:
     """With its key, plain or encrypted, neither of which is in any file."""
     certificate, key = secure.authority.issue(USER, password)
@@ -307,7 +277,7 @@ def test_a_certificate_from_a_mapping(
 
 @pytest.mark.parametrize("grant", ["client_credentials", "jwt"])
 def test_a_token_server_from_a_mapping(
-    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path, grant: str
+    secure: SecureBroker, manager: SecretsManager, names: Names, tmp_path: Path, grant: str
 ) -> None:
     """With a client's secret, and with an assertion that is signed with a key."""
     certificate, key = secure.authority.issue("tokens")
@@ -335,32 +305,152 @@ def test_a_token_server_from_a_mapping(
         assert said["aud"] == "the-tokens"
 
 
-def test_a_password_is_rotated_while_it_runs(
-    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path
-) -> None:
-    """The new one is fetched when the old one is refused; nothing is lost, nobody starts again."""
-    secure.set_password("512", "the-first")
-    arn = manager.keep(username=USER, password="the-first")
-    access = {"SASL_SCRAM_512_AUTH": arn, **ca(secure, manager)}
-    mapped = Mapped(secure, names, tmp_path, secure.scram, access)
+@contextmanager
+def going_on(mapped: Mapped, env: dict[str, str]) -> Iterator[tuple[Sink, Callable[[], None]]]:
+    """A run that has committed what there was, and what writes more and waits for its offsets."""
     topics = mapped.topics
-    with serve(_silent) as server:
-        arguments = mapped.arguments(server, until="forever")
-        with Sink(arguments, manager.env) as sink:
-            committed = partial(topics.broker.committed, topics.group, topics.source)
-            sink.until(lambda: committed() == {0: 20, 1: 20}, "the first are not committed")
+    done = 20
+
+    def more() -> None:
+        nonlocal done
+        topics.broker.produce(topics.source, numbered(2, 20))
+        done += 20
+        sink.until(lambda: committed() == {0: done, 1: done}, "the others are not committed")
+
+    committed = partial(topics.broker.committed, topics.group, topics.source)
+    with serve(_silent) as server, Sink(mapped.arguments(server, until="forever"), env) as sink:
+        sink.until(lambda: committed() == {0: 20, 1: 20}, "the first are not committed")
+        yield sink, more
+
+
+@pytest.mark.parametrize("kind", ["512", "plain"])
+def test_a_password_is_rotated_while_it_runs(
+    secure: SecureBroker, manager: SecretsManager, names: Names, tmp_path: Path, kind: str
+) -> None:
+    """The new one is fetched when the old one is refused; nothing is lost, nobody starts again.
+    The secret may come after the password."""
+    secure.set_password(kind, "the-first")
+    arn = manager.keep(username=USER, password="the-first")
+    name = "BASIC_AUTH" if kind == "plain" else "SASL_SCRAM_512_AUTH"
+    servers = secure.plain if kind == "plain" else secure.scram
+    mapped = Mapped(secure, names, tmp_path, servers, {name: arn, **ca(secure, manager)})
+    try:
+        with going_on(mapped, manager.env) as (sink, more):
+            secure.set_password(kind, "the-second")
+            sink.until(lambda: "WARNING kafka: " in sink.stderr, "nothing is refused")
             manager.change(arn, username=USER, password="the-second")
-            secure.set_password("512", "the-second")
             sink.until(lambda: "logging in with the one that is new" in sink.stderr, "no new login")
-            topics.broker.produce(topics.source, numbered(2, 20))
-            sink.until(lambda: committed() == {0: 40, 1: 40}, "the others are not committed")
+            more()
             sink.send(signal.SIGTERM)
             ended = sink.wait()
+    finally:
+        secure.set_password(kind, PASSWORD)
+    assert "the-first" not in ended.stderr
     assert "the-second" not in ended.stderr
 
 
+def test_a_certificate_is_taken_at_the_next_start(
+    secure: SecureBroker, manager: SecretsManager, names: Names, tmp_path: Path
+) -> None:
+    """A client that runs cannot take another one. That there is one is said when the old one is
+    refused, and the next run goes on where this one was."""
+
+    def secret(authority: Authority) -> dict[str, str]:
+        certificate, key = authority.issue(USER)
+        return {"certificate": certificate, "privateKey": key}
+
+    folder = tmp_path / "other"
+    folder.mkdir()
+    other = Authority(folder)
+    arn = manager.keep(**secret(secure.authority))
+    access = {"CLIENT_CERTIFICATE_TLS_AUTH": arn, **ca(secure, manager)}
+    mapped = Mapped(secure, names, tmp_path, secure.mtls, access)
+    try:
+        with going_on(mapped, manager.env) as (sink, _):
+            secure.stop()
+            secure.trust(other)
+            secure.start()
+            manager.change(arn, **secret(other))
+            said = "there is another ssl.certificate.pem, ssl.key.pem by now, which is taken when"
+            sink.until(lambda: said in sink.stderr, "nothing is said of it")
+            sink.send(signal.SIGTERM)
+            ended = sink.wait(None)
+        secure.produce(mapped.topics.source, numbered(2, 20))
+        mapped.run(manager.env)
+        mapped.topics.assert_caught_up()
+    finally:
+        secure.stop()
+        secure.trust(secure.authority)
+        secure.start()
+    assert "PRIVATE KEY" not in ended.stderr
+
+
+# -- what STS and MSK say ------------------------------------------------------------------------
+
+CLUSTER = f"arn:aws:kafka:{REGION}:123456789012:cluster/orders/5a7c-1"
+ROLE = "arn:aws:iam::123456789012:role/read-orders"
+
+
+def test_a_token_of_sts_from_a_mapping(
+    secure: SecureBroker, manager: SecretsManager, names: Names, tmp_path: Path
+) -> None:
+    """IAM_OAUTHBEARER_AUTH: for the audience, and another one before it ends."""
+    audience = {"IAM_OAUTHBEARER_AUTH": "", "OAUTHBEARER_AUDIENCE": "https://kafka.example"}
+    mapped = Mapped(secure, names, tmp_path, secure.oidc, {**audience, **ca(secure, manager)})
+    with AwsServer(secs=20) as aws:
+        env = manager.env | {"AWS_ENDPOINT_URL_STS": aws.url}
+        with going_on(mapped, env) as (sink, more):
+            begun = len(aws.asked)
+            # Each of the run's clients again.
+            sink.until(lambda: len(aws.asked) >= 2 * begun, "no other token is asked for")
+            more()
+            sink.send(signal.SIGTERM)
+            ended = sink.wait()
+    assert {form["Action"] for form in aws.asked} == {"GetWebIdentityToken"}
+    assert {form["Audience.member.1"] for form in aws.asked} == {"https://kafka.example"}
+    assert "eyJ" not in ended.stderr
+
+
+def test_the_role_for_kafka_is_assumed_again(
+    secure: SecureBroker, names: Names, tmp_path: Path
+) -> None:
+    """Its credentials end every 20 s, and with them tokens and connections."""
+    with AwsServer(secs=20) as aws, serve() as server:
+        env = environment(AWS_ENDPOINT_URL_STS=aws.url)
+        topics = iam(secure, names, tmp_path, env=env, kafka_role_arn=ROLE, until="forever")
+        with topics.start(server) as sink:
+            sink.until(lambda: len(topics.missing()) == 0, "the first are not answered")
+            begun, logins = len(aws.asked), secure.accepted()
+            sink.until(lambda: len(aws.asked) >= begun + 3, "the role is not assumed again")
+            sink.until(lambda: secure.accepted() >= logins + 3, "nobody logs in again")
+            secure.produce(topics.source, numbered(2, 20))
+            sink.until(lambda: len(topics.missing()) == 0, "the others are not answered")
+            sink.send(signal.SIGTERM)
+            sink.wait()
+    topics.assert_exactly_once()
+    assert {(form["Action"], form["RoleArn"]) for form in aws.asked} == {("AssumeRole", ROLE)}
+
+
+def test_a_mapping_of_msk_needs_nothing_else(
+    secure: SecureBroker, manager: SecretsManager, names: Names, tmp_path: Path
+) -> None:
+    """MSK names the brokers, and that it names those for IAM says how to log in. Only whom to trust
+    is said, too: no authority of the tests signs for AWS."""
+    brokers = {
+        "bootstrapBrokerStringTls": "127.0.0.1:1",
+        "bootstrapBrokerStringSaslIam": secure.iam,
+    }
+    mapped = Mapped(secure, names, tmp_path, CLUSTER, ca(secure, manager))
+    before = secure.accepted()
+    with AwsServer(brokers=brokers) as aws:
+        mapped.run(manager.env | {"AWS_ENDPOINT_URL_KAFKA": aws.url})
+    mapped.topics.assert_caught_up()
+    assert set(aws.clusters) == {CLUSTER}
+    assert secure.accepted() > before
+
+
 def test_settings_in_secrets_manager(
-    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path
+    secure: SecureBroker, manager: SecretsManager, names: Names, tmp_path: Path
 ) -> None:
     """--kafka_config_file names a secret with all of them, as JSON."""
     certificate, key = secure.authority.issue(USER)
@@ -380,7 +470,7 @@ def test_settings_in_secrets_manager(
 
 
 def test_a_secret_that_is_not_there(
-    secure: SecureBroker, manager: Manager, names: Names, tmp_path: Path
+    secure: SecureBroker, manager: SecretsManager, names: Names, tmp_path: Path
 ) -> None:
     arn = f"arn:aws:secretsmanager:{REGION}:123456789012:secret:none-Ab12Cd"
     mapped = Mapped(secure, names, tmp_path, secure.scram, {"SASL_SCRAM_512_AUTH": arn})

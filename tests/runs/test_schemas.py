@@ -27,7 +27,10 @@ from google.protobuf.message_factory import GetMessageClass
 from pipeline.local.broker import KafkaBroker, NewRecord, StoredRecord
 from pipeline.local.lambda_server import LambdaContext
 from tests.conftest import Names
+from tests.servers.registry_door import RegistryDoor
 from tests.servers.schema_registry import SchemaRegistryServer
+from tests.servers.secrets_manager import SecretsManager
+from tests.servers.secure_broker import Authority
 from tests.sink import (
     answer,
     assert_caught_up,
@@ -509,3 +512,70 @@ def test_responses_and_errors_as_avro(
     assert json.loads(value["inputPayload"])[0]["payload"]["value"] == 7
     assert value["statusCode"] == 200 and value["functionName"]
     assert originals(record)[0]["value"] == b"7"
+
+
+# -- its login -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["BASIC_AUTH", "CLIENT_CERTIFICATE_TLS_AUTH"])
+def test_its_login_is_changed_while_a_run_goes_on(
+    broker: KafkaBroker,
+    registry: SchemaRegistryServer,
+    manager: SecretsManager,
+    names: Names,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    """The registry takes the new one first, the secret has it later: until then the run waits, and
+    then it goes on."""
+    topic, group = names.topic(), names.group()
+    broker.create_topic(topic, partitions=1)
+    schemas = [f'{{"type":"enum","name":"{name}","symbols":["A"]}}' for name in "ab"]
+    ids = [
+        registry.register(names.topic(f"subject-{n}"), schema) for n, schema in enumerate(schemas)
+    ]
+    (tmp_path / "other").mkdir()
+    ours, other = Authority(tmp_path), Authority(tmp_path / "other")
+    door_file = tmp_path / "door.pem"
+    door_file.write_text("".join(reversed(ours.issue("door"))))
+    with_certificates = kind != "BASIC_AUTH"
+
+    def secret(number: int) -> dict[str, str]:
+        if not with_certificates:
+            return {"username": "orders", "password": f"password-{number}"}
+        certificate, key = (ours, other)[number].issue("orders")
+        return {"certificate": certificate, "privateKey": key}
+
+    def lock(door: RegistryDoor, number: int) -> None:
+        if with_certificates:
+            door.trust((ours, other)[number].ca)
+        else:
+            door.login = f"orders:password-{number}"
+
+    arn = manager.keep(**secret(0))
+    access = f"{kind}={arn}"
+    if with_certificates:
+        access += f",SERVER_ROOT_CA_CERTIFICATE={manager.keep(certificate=ours.ca.read_text())}"
+    with RegistryDoor(registry.url, door_file if with_certificates else None) as door:
+        lock(door, 0)
+        options = {
+            "topics": topic,
+            "consumer_group": group,
+            "schema_registry_url": door.url.removesuffix("/"),
+            "schema_registry_access": access,
+            "until": "forever",
+        }
+        with serve() as server, start(broker, server, manager.env, **options) as sink:
+            broker.produce(topic, [NewRecord(0, b"k", _of(ids[0], b"\x00"))])
+            sink.until(lambda: broker.committed(group, topic) == {0: 1}, "the first is not done")
+            lock(door, 1)
+            broker.produce(topic, [NewRecord(0, b"k", _of(ids[1], b"\x00"))])
+            waits = f"no answer for schema {ids[1]}"
+            sink.until(lambda: waits in sink.stderr, "the old login is not refused")
+            manager.change(arn, **secret(1))
+            sink.until(lambda: broker.committed(group, topic) == {0: 2}, "the other is not done")
+            sink.send(signal.SIGTERM)
+            ended = sink.wait()
+            assert _values(server) == ["A", "A"]
+    assert "it answers again" in ended.stderr
+    assert "password-" not in ended.stderr and "PRIVATE" not in ended.stderr

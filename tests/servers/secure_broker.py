@@ -61,7 +61,9 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._key = rsa.generate_private_key(65537, 2048)
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tests")])
+        # Two of one name would be taken for one another.
+        name = f"tests {folder.name}"
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         self.ca = folder / "ca.pem"
         self.ca.write_bytes(_pem(self._sign(self._name, self._key, authority=True)))
 
@@ -119,13 +121,14 @@ class SecureBroker(KafkaBroker):
         logins: File with a line for each login with IAM.
         scram: Of the listener that takes SCRAM of `USER`, in which a connection has to log in
             again every two seconds.
-        plain: The one that takes PLAIN of `USER`.
+        plain: The one that takes PLAIN of `USER`; here, too, every two seconds.
         mtls: The one that takes certificates of `authority` for `USER`.
         oidc: The one that takes tokens signed with `TOKEN_SECRET` for `USER`.
     """
 
     def __init__(self, reauthenticate_secs: float = 3600) -> None:
-        super().__init__()
+        # Certificates take time, too, and on a busy machine all takes any.
+        super().__init__(start_timeout=240)
         self._certificates = tempfile.TemporaryDirectory(prefix="secure-")
         folder = Path(self._certificates.name)
         self.authority = Authority(folder)
@@ -136,6 +139,10 @@ class SecureBroker(KafkaBroker):
         keys.write_text(f"{ACCESS_KEY} {SECRET_KEY}\n{NO_RIGHTS} {NO_RIGHTS_SECRET}\n")
         self.logins = folder / "logins.txt"
         self.logins.write_text("")
+        self._users = folder / "users.txt"
+        self.set_password("plain", PASSWORD)
+        self._clients_ca = folder / "clients.pem"
+        self._clients_ca.write_bytes(self.ca.read_bytes())
         self._classes = folder / "classes"
         _compile(self._classes)
         self._jvm_flags = (
@@ -143,6 +150,7 @@ class SecureBroker(KafkaBroker):
             f"-Dmsk.region={REGION}",
             f"-Dmsk.keys={keys}",
             f"-Dmsk.log={self.logins}",
+            f"-Dplain.users={self._users}",
             f"-Djwt.secret={TOKEN_SECRET}",
             f"-Djwt.scope={SCOPE}",
         )
@@ -170,12 +178,15 @@ class SecureBroker(KafkaBroker):
             "listener.name.scram.scram-sha-256.sasl.jaas.config": f"{_SCRAM} required;",
             "listener.name.scram.scram-sha-512.sasl.jaas.config": f"{_SCRAM} required;",
             "listener.name.plain.sasl.enabled.mechanisms": "PLAIN",
-            "listener.name.plain.plain.sasl.jaas.config": f"{_PLAIN} required "
-            f'user_{USER}="{PASSWORD}";',
+            "listener.name.plain.plain.sasl.jaas.config": f"{_PLAIN} required;",
+            "listener.name.plain.plain.sasl.server.callback.handler.class": "PlainValidator",
+            "listener.name.plain.plain.connections.max.reauth.ms": "2000",
             "listener.name.mtls.ssl.client.auth": "required",
+            "listener.name.mtls.ssl.truststore.location": str(self._clients_ca),
             "listener.name.oidc.sasl.enabled.mechanisms": "OAUTHBEARER",
             "listener.name.oidc.oauthbearer.sasl.jaas.config": f"{_BEARER} required;",
             "listener.name.oidc.oauthbearer.sasl.server.callback.handler.class": "JwtValidator",
+            "listener.name.oidc.oauthbearer.connections.max.reauth.ms": "3600000",
             **{
                 f"listener.name.scram.{mechanism}.connections.max.reauth.ms": "2000"
                 for mechanism in ("scram-sha-256", "scram-sha-512")
@@ -188,8 +199,16 @@ class SecureBroker(KafkaBroker):
         """How many logins with IAM there were."""
         return sum(" accepted " in line for line in self.logins.read_text().splitlines())
 
+    def trust(self, authority: Authority) -> None:
+        """Take certificates of clients from this authority only; it has to be started again."""
+        self._clients_ca.write_bytes(authority.ca.read_bytes())
+
     def set_password(self, mechanism: str, password: str) -> None:
-        """Have SCRAM, of 256 or 512, take this password of `USER`, and no other any more."""
+        """Have PLAIN, or SCRAM of 256 or 512, take this password of `USER`, and no other any
+        more."""
+        if mechanism == "plain":
+            self._users.write_text(f"{USER} {password}\n")
+            return
         kind = getattr(ScramMechanism, f"SCRAM_SHA_{mechanism}")
         change = UserScramCredentialUpsertion(
             USER, ScramCredentialInfo(kind, 4096), password.encode()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from http.client import responses as _PHRASES
 from typing import Any
 
+from transforms.hidden import without_request
 from transforms.json_text import loads
 
 
@@ -121,7 +122,7 @@ def _parse(body: bytes) -> Any:
 
 def _clean(text: str, characters: int) -> str:
     """Text that can be written anywhere, on one line, and is not too much of it."""
-    line = " ".join(text[:characters].split())
+    line = " ".join(without_request(text)[:characters].split())
     return "".join(each if each.isprintable() else "?" for each in line)
 
 

@@ -19,6 +19,7 @@ from botocore.credentials import (
 from botocore.session import Session
 
 from transforms.aws.web_identity import google_token
+from transforms.hidden import quiet
 
 QUICK = Config(connect_timeout=4, read_timeout=10, retries={"total_max_attempts": 2})
 """For clients that credentials are asked of: half a minute at most, with the one repeat."""
@@ -76,6 +77,7 @@ def session_of(identity: Identity, region: str | None, settings: Config | None =
 
 
 def _session(identity: Identity, settings: Config | None) -> Session:
+    quiet()
     session = Session(profile=identity.profile)
     if settings is not None:
         session.set_default_client_config(settings)

@@ -38,6 +38,7 @@ from transforms.aws.answers import (
 from transforms.aws.credentials import Identity, session_of
 from transforms.aws.http import MAX_BODY_BYTES, Endpoint, Response, SendTimeoutError
 from transforms.errors import FunctionConfigError
+from transforms.hidden import without_request
 
 MAX_SYNC_BYTES = 6_291_455
 """A synchronous request has to be smaller than 6,291,456 bytes."""
@@ -355,7 +356,7 @@ def _refused(error: aws_errors.ClientError) -> Fault:
     return Fault(
         status_code=metadata.get("HTTPStatusCode", 0),
         code=str(details.get("Code", "Unknown")),
-        message=str(details.get("Message") or error),
+        message=without_request(str(details.get("Message") or error)),
         retry_after_secs=read_wait(metadata.get("HTTPHeaders", {}).get("retry-after")),
         request_id=metadata.get("RequestId"),
     )

@@ -21,6 +21,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.session import Session
 
 from transforms.aws.credentials import QUICK, Identity, session_of
+from transforms.hidden import without_request
 
 TOKEN_SECS = 900
 # So that credentials, which AWS's libraries renew while they have ten minutes left, outlive it.
@@ -84,7 +85,8 @@ def bootstrap_brokers(arn: str, identity: Identity) -> dict[str, str]:
         answer = client.get_bootstrap_brokers(ClusterArn=arn)
     except aws_errors.ClientError as error:
         found = error.response.get("Error", {})
-        text = " ".join(f"{found.get('Code')}: {found.get('Message')}".split())
+        said = without_request(f"{found.get('Code')}: {found.get('Message')}")
+        text = " ".join(said.split())
         raise TokenError(f"{text}; it needs the right kafka:GetBootstrapBrokers") from None
     except (aws_errors.BotoCoreError, OSError, ValueError) as error:
         raise TokenError(_why(error, identity)) from None
@@ -152,7 +154,7 @@ class Tokens:
 
 
 def _why(error: Exception, identity: Identity) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
+    text = " ".join(without_request(str(error)).split()).rstrip(".")
     if isinstance(error, aws_errors.NoCredentialsError):
         return f"there are no AWS credentials; asked were {_SOURCES}"
     if identity.role_arn and isinstance(error, aws_errors.ClientError):

@@ -28,6 +28,7 @@ from transforms import text_file
 from transforms.access import Access, AccessError, kafka_settings
 from transforms.aws.msk import TokenConfig, TokenError, Tokens
 from transforms.errors import KafkaError, UsageError, one_line
+from transforms.hidden import HIDDEN, LEAST, hide, quiet
 from transforms.kafka.login import AwsLogin, LoginError, explain_refusal, put_over, take_iam
 from transforms.per_process import per_process
 from transforms.properties import PREFIXES, load_properties
@@ -69,7 +70,11 @@ _LOOK_SECS = 5.0
 _NOT_SET = "OAuth token not set"
 _BEARER = "sasl.oauthbearer."
 _NO_TOKEN = "OAuth callback raised exception"
-_QUOTED_VALUE = re.compile(r'Invalid value "([^"]*)"')
+# What a client logs in with: one that runs takes another user and password, and nothing else.
+_OF_LOGINS = ("sasl.", "ssl.", "https.")
+_REFUSALS = frozenset({ErrorCode._AUTHENTICATION, ErrorCode._SSL})
+# Of a certificate, which TLS refuses once the connection is there.
+_TLS_REFUSAL = "tls alert"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +99,8 @@ class KafkaConfig:
 def client_settings(config: KafkaConfig, *prefixes: str) -> dict[str, Any]:
     """Settings of one client: the common ones, then those with its prefixes.
 
-    With IAM, what makes tokens is among them, and with a password what looks for another one when
-    it is refused; both belong to this process.
+    With IAM, what makes tokens is among them, and with a login what looks for another one when it
+    is refused; both belong to this process.
 
     Raises:
         UsageError: The settings file cannot be read, or what is in it does not fit.
@@ -123,8 +128,9 @@ def client_settings(config: KafkaConfig, *prefixes: str) -> dict[str, Any]:
         raise UsageError([f"Kafka settings: {error}"]) from None
     if tokens:
         settings["oauth_cb"] = per_process(IamLogin, tokens)
-    if "sasl.password" in settings:
-        settings["error_cb"] = ErrorLog(again=partial(client_settings, config, *prefixes))
+    if any(name.startswith(_OF_LOGINS) for name in settings):
+        again = partial(client_settings, config, *prefixes)
+        settings["error_cb"] = ErrorLog(tokens, again)
     return settings
 
 
@@ -257,28 +263,55 @@ def _client(kind: Any, settings: Mapping[str, Any]) -> Any:
     log = settings.get("error_cb")
     if not isinstance(log, ErrorLog):
         log = ErrorLog(login.config if isinstance(login, IamLogin) else None)
+    log.expect(settings)
     if isinstance(login, IamLogin):
         login.check()
+    by_sts = settings.get(f"{_BEARER}metadata.authentication.type") == "aws_iam"
+    if by_sts:
+        # confluent-kafka asks for tokens itself.
+        quiet()
     try:
+        _try_tls(settings)
         client = kind({**settings, "error_cb": log}, logger=logging.getLogger("librdkafka"))
-        log.watch(client, settings)
+        log.watch(client)
         return client
     except KafkaException as error:
-        text = _QUOTED_VALUE.sub(_mask, reason(error))
-        if _NOT_SET in text and settings.get(f"{_BEARER}metadata.authentication.type") == "aws_iam":
+        text = _shown(reason(error), settings)
+        if _NOT_SET in text and by_sts:
             text += (
                 f"; AWS gives none: credentials are those of its default chain, they need the "
                 f"right sts:GetWebIdentityToken, and the region is the one in {_BEARER}config"
             )
         raise UsageError([f"Kafka settings: {text}; see --kafka_config_file"]) from None
     except (TypeError, ValueError, SystemError) as error:
-        why = one_line(str(error.__cause__ or error))
+        why = _shown(one_line(str(error.__cause__ or error)), settings)
         raise UsageError([f"Kafka settings: {why}; see --kafka_config_file"]) from None
 
 
-def _mask(quoted: re.Match[str]) -> str:
-    """librdkafka quotes a value it refuses; what came from the environment may be a secret."""
-    return "Invalid value" if quoted[1] in os.environ.values() else quoted[0]
+def _try_tls(settings: Mapping[str, Any]) -> None:
+    """Have librdkafka read certificates and keys; that it cannot ends the process, where it looks
+    for tokens of a server, too.
+
+    Raises:
+        KafkaException: It cannot.
+    """
+    if settings.get(f"{_BEARER}method") == "oidc":
+        tls = {name: value for name, value in settings.items() if name.startswith("ssl.")}
+        confluent_kafka.Producer(
+            # That it has no brokers is no news.
+            {**tls, "security.protocol": "SSL", "log_level": 0},
+            logger=logging.getLogger("librdkafka"),
+        )
+
+
+def _shown(text: str, settings: Mapping[str, Any]) -> str:
+    """What librdkafka says of settings; what came from the environment may be a secret, too."""
+    text = hide(text, settings)
+    for value in settings.values():
+        if isinstance(value, str) and len(value) >= LEAST and value in os.environ.values():
+            # As a word of its own: most such values are no secrets.
+            text = re.sub(rf"(?<![\w.]){re.escape(value)}(?![\w])", HIDDEN, text)
+    return text
 
 
 def _on_a_thread(work: Callable[[], None]) -> None:
@@ -288,11 +321,11 @@ def _on_a_thread(work: Callable[[], None]) -> None:
 class ErrorLog:
     """What a client says of its connections: one warning in a while, and the last cause.
 
-    Where the client has a password that is refused, it looks whether there is another one by now.
+    Where the client's login is refused, it looks whether there is another one by now.
 
     Args:
         tokens: With whose tokens the client logs in; None if it does not log in with IAM.
-        again: Gets the client's settings anew; None if it has no password.
+        again: Gets the client's settings anew; None if it does not log in.
         timer: Monotonic seconds.
         run: Does what takes long, elsewhere.
 
@@ -315,12 +348,16 @@ class ErrorLog:
         self._again = again
         self._timer = timer
         self._looked = float("-inf")
-        self._login: tuple[Any, ...] = ()
+        self._settings: Mapping[str, Any] = {}
+        self._before: Mapping[str, Any] = {}
         self._client: Callable[[], Any] = lambda: None
 
-    def watch(self, client: Any, settings: Mapping[str, Any]) -> None:
-        """Whose log it is, and what it was made with."""
-        self._login = _login_of(settings)
+    def expect(self, settings: Mapping[str, Any]) -> None:
+        """What the client is made with."""
+        self._settings = settings
+
+    def watch(self, client: Any) -> None:
+        """Whose log it is."""
         # The client holds this log: held in turn, it would not go by itself.
         self._client = weakref.ref(client)
 
@@ -336,20 +373,29 @@ class ErrorLog:
             return
         text_file.outdate()
         try:
-            login = _login_of(self._again())
+            settings = self._again()
         except UsageError as error:
             self.say(f"the login was refused, and there is no other one: {error}")
             return
-        if login != self._login:
-            self._login = login
+        # What was refused a moment ago may be quoted still.
+        before = self._before = self._settings
+        self._settings = {**before, **settings}
+        if (login := _password_of(settings)) != _password_of(before):
             client.set_sasl_credentials(*login)
             _LOGGER.info("kafka: the login was refused; logging in with the one that is new")
+        elif others := _other_logins(before, settings):
+            _LOGGER.warning(
+                "kafka: the login was refused, and there is another %s by now, which is taken when "
+                "the run is started again",
+                ", ".join(others),
+            )
 
     def __call__(self, error: Any) -> None:
-        if error.code() == ErrorCode._AUTHENTICATION and self._is_time_to_look():
+        text = hide(hide(" ".join(error.str().split()), self._before), self._settings)
+        is_refusal = error.code() in _REFUSALS or _TLS_REFUSAL in text
+        if is_refusal and self._is_time_to_look():
             # A client may not be asked for anything in a callback of its own; and it may take long.
             self._run(self._log_in_anew)
-        text = " ".join(error.str().split())
         # Why there is no token, who was to make it has said.
         if error.code() == ErrorCode._ALL_BROKERS_DOWN or _NO_TOKEN in text:
             return
@@ -364,8 +410,14 @@ class ErrorLog:
             _LOGGER.warning("kafka: %s", text)
 
 
-def _login_of(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+def _password_of(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     return settings.get("sasl.username", ""), settings.get("sasl.password", "")
+
+
+def _other_logins(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings of a login that have changed. Pure."""
+    names = sorted(name for name in before.keys() | now.keys() if name.startswith(_OF_LOGINS))
+    return [name for name in names if before.get(name) != now.get(name)]
 
 
 def reason(error: KafkaException) -> str:

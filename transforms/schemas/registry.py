@@ -20,6 +20,7 @@ from transforms import text_file
 from transforms.access import Access, AccessError
 from transforms.access import registry_settings as access_settings
 from transforms.errors import RegistryError, Stopped, UsageError
+from transforms.hidden import hide
 from transforms.per_process import per_process
 from transforms.properties import SCHEMA_REGISTRY_PREFIX, load_properties
 from transforms.schemas.schema import AVRO, PROTOBUF, SchemaText
@@ -37,6 +38,9 @@ _FIRST_DELAY_SECS, _LONGEST_DELAY_SECS = 0.2, 5.0
 _WARN_SECS = 10.0
 # How often a login that is refused is looked for anew.
 _LOOK_SECS = 5.0
+# A password is changed first, and what is kept of it a little later. So for some time a login that
+# was good before may be refused.
+_CHANGE_SECS = 120.0
 # A schema is there before the first record that names it, so one that is missing stays missing;
 # but another node of the registry may come to know of it a little later.
 _MISSING_SECS = 10.0
@@ -128,7 +132,9 @@ def registry_settings(config: RegistryConfig) -> RegistrySettings:
         else:
             client[name] = value
             if name.startswith("ssl.") and name.endswith(".location") and not os.path.exists(value):
-                problems.append(f"{prefix}{name}={value} is not there")
+                # It may be the certificate itself, or the key.
+                shown = f"{prefix}{name}" if "-----" in value else f"{prefix}{name}={value}"
+                problems.append(f"{shown} is not there; give the path of a file")
     if problems:
         raise UsageError([f"--kafka_config_file={config.config_file}: {p}" for p in problems])
     pem = {name: text for name, text in pem.items() if name not in client}
@@ -159,7 +165,8 @@ def make_client(config: RegistryConfig, settings: RegistrySettings) -> SchemaReg
             return SchemaRegistryClient({**settings.client, **files})
     except (OSError, TypeError, ValueError) as error:
         file = f"--kafka_config_file={config.config_file}" if config.config_file else "settings"
-        raise UsageError([f"{file}: {SCHEMA_REGISTRY_PREFIX}*: {error}"]) from None
+        why = hide(str(error), settings.client)
+        raise UsageError([f"{file}: {SCHEMA_REGISTRY_PREFIX}*: {why}"]) from None
 
 
 def check_settings(config: RegistryConfig) -> None:
@@ -197,7 +204,11 @@ class SchemaRegistry:
         self._client = make(config, self._settings)
         self._config = config
         self._make = make
+        # Who asks may do so on several threads.
+        self._lock = threading.Lock()
         self._looked = float("-inf")
+        self._is_known = False
+        self._refused_at: float | None = None
         self._timer = timer
         self._random = random
         self._missing: dict[int, float] = {}
@@ -214,6 +225,7 @@ class SchemaRegistry:
         except Exception as error:
             if not _is_missing(error):
                 raise self._refused("a look-up", error) from None
+        self._is_known = True
 
     def schema(self, id: int) -> SchemaText | None:
         """The schema of an id, None if there is none.
@@ -294,12 +306,13 @@ class SchemaRegistry:
         """The answer, None for a 404; asks again until there is one."""
         delay_secs, warned, failed = _FIRST_DELAY_SECS, float("-inf"), False
         while True:
-            answer, why = None, None
+            answer, why, client, settings = None, None, self._client, self._settings
             try:
                 answer = ask()
             except Exception as error:
-                why = self._why_not(what, error)
+                why = self._why_not(what, error, client, settings)
             if why is None:
+                self._is_known, self._refused_at = True, None
                 if failed:
                     _LOGGER.warning("schema registry at %s: it answers again", self._url)
                 return answer
@@ -320,36 +333,64 @@ class SchemaRegistry:
                 )
             delay_secs = min(2 * delay_secs, _LONGEST_DELAY_SECS)
 
-    def _why_not(self, what: str, error: Exception) -> str | None:
+    def _why_not(
+        self, what: str, error: Exception, client: Any, settings: RegistrySettings
+    ) -> str | None:
         """Why there is no answer yet; None if the answer is that there is no such thing."""
         if _is_missing(error):
             if self._timer() - self._failed_at > _SETTLE_SECS:
                 return None
         elif _is_transient(error):
             self._failed_at = self._timer()
-        elif self._has_another_login(error):
-            return _reason(error)
-        else:
+            if self._settings.pem and _status(error) is None:
+                # A certificate that is over makes no connection.
+                self._log_in_anew(client)
+        elif not (_status(error) in (401, 403) and self._may_be_let_in(client)):
             raise self._refused(what, error) from None
-        return _reason(error)
+        # The login may be another one by now, and the old one is what is quoted.
+        return hide(self._reason(error, settings), self._settings.client)
 
-    def _has_another_login(self, error: Exception) -> bool:
-        """Whether there is another login than the one that was refused; then it is taken."""
-        refused = getattr(error, "http_status_code", None) in (401, 403)
-        if not refused or self._timer() - self._looked < _LOOK_SECS:
-            return False
-        self._looked = self._timer()
-        text_file.outdate()
-        settings = registry_settings(self._config)
-        if settings == self._settings:
-            return False
-        self._client, self._settings = self._make(self._config, settings), settings
-        return True
+    def _may_be_let_in(self, client: Any) -> bool:
+        """Whether one whose login was refused is to ask again: with another one, or later."""
+        if self._log_in_anew(client):
+            self._refused_at = None
+            return True
+        now = self._timer()
+        self._refused_at = now if self._refused_at is None else self._refused_at
+        return self._is_known and now - self._refused_at < _CHANGE_SECS
+
+    def _log_in_anew(self, client: Any) -> bool:
+        """Whether there is another login than that of the client; then it is taken."""
+        with self._lock:
+            if client is not self._client:
+                return True  # another thread has found it
+            if self._timer() - self._looked < _LOOK_SECS:
+                return False
+            self._looked = self._timer()
+            text_file.outdate()
+            try:
+                settings = registry_settings(self._config)
+                if settings == self._settings:
+                    return False
+                self._client = self._make(self._config, settings)
+            except UsageError as error:
+                _LOGGER.warning("schema registry at %s: no other login: %s", self._url, error)
+                return False
+            self._settings = settings
+            return True
+
+    def _reason(self, error: Exception, settings: RegistrySettings) -> str:
+        """What went wrong with a client of these settings, as one line."""
+        status = _status(error)
+        text = getattr(error, "error_message", None) or str(error) or type(error).__name__
+        text = " ".join(hide(text, settings.client).split())[:200]
+        return f"{text} (HTTP {status})" if status else text
 
     def _refused(self, what: str, error: Exception) -> RegistryError:
+        why = self._reason(error, self._settings)
         return RegistryError(
-            f"--schema_registry_url={self._url} does not give {what}: {_reason(error)}; check the "
-            f"address, and {SCHEMA_REGISTRY_PREFIX}* in --kafka_config_file"
+            f"--schema_registry_url={self._url} does not give {what}: {why}; "
+            f"check the address, and {SCHEMA_REGISTRY_PREFIX}* in --kafka_config_file"
         )
 
 
@@ -359,18 +400,15 @@ def _is_missing(error: Exception) -> bool:
     return getattr(error, "http_status_code", None) == 404 and code // 100 == 404
 
 
+def _status(error: Exception) -> int | None:
+    """Of the answer; None if there was none."""
+    return getattr(error, "http_status_code", None)
+
+
 def _is_transient(error: Exception) -> bool:
     """Whether the registry may answer later: no connection, 5xx, too many requests."""
-    status = getattr(error, "http_status_code", None)
+    status = _status(error)
     return status is None or status in (404, 408, 429) or status >= 500
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, as one line."""
-    status = getattr(error, "http_status_code", None)
-    text = getattr(error, "error_message", None) or str(error) or type(error).__name__
-    text = " ".join(text.split())[:200]
-    return f"{text} (HTTP {status})" if status else text
 
 
 def shared_registry(config: RegistryConfig) -> SchemaRegistry:

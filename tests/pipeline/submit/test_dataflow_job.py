@@ -9,11 +9,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import apache_beam
 import pytest
+from apache_beam.internal import pickler
 
+from tests.conftest import Names
+from tests.servers.aws_server import AwsServer
 from tests.servers.dataflow_service import (
     ROOT,
     DataflowService,
@@ -22,6 +26,10 @@ from tests.servers.dataflow_service import (
     job_arguments,
     submit,
 )
+from tests.servers.secrets_manager import SecretsManager
+from tests.servers.secure_broker import SecureBroker
+from tests.sink import SECRET_KEY
+from tests.transforms.aws.test_web_identity import Metadata
 
 STEPS = Path(__file__).with_name("dataflow_steps.txt")
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -41,6 +49,7 @@ sasl.password=${env:KAFKA_PASSWORD}
 response.sasl.password=marked-response-password
 schema.registry.basic.auth.user.info=user:marked-registry-login
 """
+TOKEN = "expires-99999999999999-marked-session"
 MARKS = [
     *SECRETS.values(),
     "marked-response-password",
@@ -217,6 +226,72 @@ def test_no_secret_is_in_the_log(
     _, program = ended
     said = program.stdout + program.stderr
     assert [mark for mark in MARKS if mark in said] == []
+
+
+def test_a_worker_has_what_it_needs_to_log_in_and_no_token(
+    service: DataflowService,
+    secure: SecureBroker,
+    manager: SecretsManager,
+    names: Names,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With nothing but the job's finder of partitions and AWS's chain a worker is let in by a
+    broker that takes IAM, though who submits has a token of its own by then."""
+    topic = names.topic()
+    secure.create_topic(topic, 2)
+    trusted = manager.keep(certificate=secure.ca.read_text())
+    job, program = submit(
+        service,
+        tmp_path,
+        f"--kafka_bootstrap_servers={secure.iam}",
+        f"--kafka_access=IAM_AUTH,SERVER_ROOT_CA_CERTIFICATE={trusted}",
+        f"--topics={topic}",
+        f"--sdk_container_image={IMAGE}",
+        environ=manager.env | {"AWS_SESSION_TOKEN": TOKEN},
+    )
+    for name, text in manager.env.items():
+        if name.startswith("AWS_") and name != "AWS_DEFAULT_REGION":
+            monkeypatch.setenv(name, text)
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    before = secure.accepted()
+    find, *_ = pickler.loads(job.steps["Read/FindPartitions"].payload.do_fn.payload)
+    assert find._config.source.find(None) == {(topic, 0): (0, 0), (topic, 1): (0, 0)}
+    assert secure.accepted() > before
+    sent = [json.dumps(job.request).encode()]
+    sent += [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    found = b"\n".join(part for content in sent for part in everything_in(content))
+    assert trusted.encode() in found
+    # Of a token: its beginning, what is in it; and what it would be made with.
+    marks = ["aHR0cHM6Ly9rYWZrYS4", "X-Amz-Signature", SECRET_KEY, TOKEN, "BEGIN CERTIFICATE"]
+    assert [mark for mark in marks if mark.encode() in found] == []
+    assert [mark for mark in marks if mark in program.stdout + program.stderr] == []
+
+
+def test_the_role_for_kafka_goes_to_all_workers(service: DataflowService, tmp_path: Path) -> None:
+    """And whose identity it is assumed with, to what reads, writes and commits."""
+    role = "arn:aws:iam::123456789012:role/read-orders"
+    properties = tmp_path / "kafka.properties"
+    properties.write_text("security.protocol=SASL_SSL\nsasl.mechanism=AWS_MSK_IAM\n")
+    with closing(Metadata()) as google, AwsServer() as aws:
+        job, _ = submit(
+            service,
+            tmp_path,
+            f"--kafka_config_file={properties}",
+            f"--kafka_role_arn={role}",
+            "--aws_web_identity=google",
+            "--event_source_arn=arn:aws:kafka:eu-west-1:123456789012:cluster/orders/5a7c-1",
+            "--envelope=kafka_event",
+            "--response_topic=orders-results",
+            "--reply=any",
+            f"--sdk_container_image={IMAGE}",
+            environ={"GCE_METADATA_HOST": google.address, "AWS_ENDPOINT_URL_STS": aws.url},
+        )
+    assert {form["Action"] for form in aws.asked} == {"AssumeRoleWithWebIdentity"}
+    steps = ("Read/FindPartitions", "Read/ReadPartition", "Write/Produce", "Commit/CommitPartition")
+    for name in steps:
+        for part in (role, "google", "eu-west-1"):
+            assert part.encode() in job.steps[name].pickled, (name, part)
 
 
 # -- without an image ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from pipeline.local.lambda_server import LambdaServer
 from pipeline.local.processes import ServerError, wait_until
 from tests import sink
 from tests.conftest import Names
+from tests.servers.secure_broker import REGION, SecureBroker
 from tests.sink import commit
 
 pytestmark = [pytest.mark.slow, pytest.mark.flink]
@@ -182,6 +183,45 @@ def test_every_record_is_answered_once_and_in_order(
     sink.assert_in_order(sink.invocations(server))
     sink.assert_rising(flink.broker, flink.responses)
     sink.assert_answers_match(flink.broker, [flink.source], flink.responses)
+
+
+def test_workers_log_in_with_iam(
+    mended: FlinkCluster, secure: SecureBroker, names: Names, tmp_path: Path
+) -> None:
+    """What finds partitions, reads, writes responses and error records, and commits: there is no
+    other way to the broker. The job has no token in it, nor has any log."""
+    flink = Flink(mended, secure, names)
+    flink.create(2)
+    flink.produce(2, 20)
+    file = tmp_path / "kafka.properties"
+    file.write_text(
+        f"security.protocol=SASL_SSL\nsasl.mechanism=AWS_MSK_IAM\naws.msk.region={REGION}\n"
+        f"ssl.ca.location={secure.ca}\n"
+    )
+    options: dict[str, Any] = {
+        "kafka_bootstrap_servers": secure.iam,
+        "kafka_config_file": file,
+        "on_error": "log",
+        "error_topic": flink.errors,
+        "bisect_on_error": True,
+    }
+    try:
+        with (
+            sink.serve(sink.poison("order 1/7")) as server,
+            flink.start(server, **options) as run,
+        ):
+            flink.wait_committed(run, {0: 20, 1: 20})
+            (job,) = flink.rest.running_jobs()
+            shown = [json.dumps(flink.rest.get(f"/jobs/{job.id}{of}")) for of in ("", "/config")]
+            run.send(signal.SIGTERM)
+            ended = run.wait()
+    finally:
+        mended.rest.cancel_all()
+    flink.check(errors=flink.errors)
+    assert len(sink.failed(secure, flink.errors)) == 1
+    shown += [ended.stderr, *(mended.log(name) for name in mended.names)]
+    marks = ("aHR0cHM6Ly9rYWZrYS4", "X-Amz-Signature", sink.SECRET_KEY)
+    assert [mark for mark in marks if any(mark in text for text in shown)] == []
 
 
 def _kill_broker(flink: Flink) -> None:

@@ -153,7 +153,8 @@ def test_a_refused_password_is_looked_for_anew(tmp_path: Path) -> None:
         again=lambda: client_settings(config), timer=lambda: now[0], run=lambda work: work()
     )
     ours = _Client()
-    log.watch(ours, settings)
+    log.expect(settings)
+    log.watch(ours)
     log(_Refused())
     assert ours.logins == []
     _config(tmp_path, "sasl.username=u\nsasl.password=new")

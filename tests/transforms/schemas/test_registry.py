@@ -271,6 +271,59 @@ def test_the_check_waits_for_nothing(error: Exception) -> None:
     assert not stop.waits
 
 
+# -- logins -------------------------------------------------------------------------------
+
+NO_LOGIN = SchemaRegistryError(401, 401, "Unauthorized: u:s3cret, Basic dTpzM2NyZXQ=")
+
+
+def _login(folder: Path, password: str) -> str:
+    return _file(folder, f"schema.registry.basic.auth.user.info=u:{password}")
+
+
+def test_a_login_that_was_good_may_be_refused_for_a_while(tmp_path: Path) -> None:
+    """Who changes a password changes the secret a little later. What is quoted is not told."""
+    file = _login(tmp_path, "s3cret")
+    registry, _, stop = _registry(_schema('"int"'), NO_LOGIN, file=file)
+    registry.schema(7)
+    with pytest.raises(RegistryError, match=r"schema 8: Unauthorized: \*\*\*, Basic \*\*\* \(HTTP"):
+        registry.schema(8)
+    assert 120 <= stop.now < 126
+
+
+def test_another_login_is_taken_when_there_is_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By all who ask, though one of them finds it."""
+    file, asking = _login(tmp_path, "s3cret"), threading.Barrier(2)
+
+    class _Old(_Client):
+        def get_schema(self, id: int, fmt: str | None = None) -> Any:
+            asking.wait(60)
+            _login(tmp_path, "new")
+            asking.wait(60)
+            raise NO_LOGIN
+
+    new = _Client(_schema('"int"'))
+    made: list[Any] = []
+
+    def make(config: RegistryConfig, settings: Any) -> Any:
+        made.append(settings.client["basic.auth.user.info"])
+        return new if made[1:] else _Old()
+
+    registry = SchemaRegistry(RegistryConfig(URL, file), make)
+    found: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda id=id: found.append(registry.schema(id))) for id in (7, 8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [SchemaText(AVRO, '"int"')] * 2
+    assert made == ["u:s3cret", "u:new"]
+    assert "no answer for schema" in caplog.text and "s3cret" not in caplog.text
+
+
 # -- subjects -----------------------------------------------------------------------------
 
 
@@ -357,6 +410,7 @@ def test_without_a_file() -> None:
         ("nonsense=secret", "Unrecognized properties: nonsense"),
         ("basic.auth.user.info=secret", "must be in the form"),
         ("ssl.truststore.location=/x", "a setting of Java clients"),
+        ("ssl.key.location=-----BEGIN secret", "ssl.key.location is not there; give the path"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path: Path, line: str, why: str) -> None:
