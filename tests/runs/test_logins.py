@@ -35,6 +35,7 @@ from tests.servers.token_server import CLIENT, CLIENT_SECRET, TokenServer
 from tests.sink import (
     ACCESS_KEY,
     FUNCTION,
+    MEMBERS,
     SECRET_KEY,
     Ended,
     Sink,
@@ -364,9 +365,18 @@ def test_a_certificate_is_taken_at_the_next_start(
     other = Authority(folder)
     arn = manager.keep(**secret(secure.authority))
     access = {"CLIENT_CERTIFICATE_TLS_AUTH": arn, **ca(secure, manager)}
-    mapped = Mapped(secure, names, tmp_path, secure.mtls, access)
+    topics = Topics(
+        secure,
+        names,
+        count=20,
+        kafka_bootstrap_servers=secure.mtls,
+        kafka_access=",".join(f"{kind}={uri}" for kind, uri in access.items()),
+        kafka_config_file=MEMBERS,
+        env=manager.env,
+    )
     try:
-        with going_on(mapped, manager.env) as (sink, _):
+        with serve() as server, topics.start(server, until="forever") as sink:
+            sink.until(lambda: not topics.missing(), "the first are not answered")
             secure.stop()
             secure.trust(other)
             secure.start()
@@ -375,9 +385,10 @@ def test_a_certificate_is_taken_at_the_next_start(
             sink.until(lambda: said in sink.stderr, "nothing is said of it")
             sink.send(signal.SIGTERM)
             ended = sink.wait(None)
-        secure.produce(mapped.topics.source, numbered(2, 20))
-        mapped.run(manager.env)
-        mapped.topics.assert_caught_up()
+        secure.produce(topics.source, numbered(2, 20))
+        with serve() as server:
+            topics.run(server)
+        topics.assert_caught_up()
     finally:
         secure.stop()
         secure.trust(secure.authority)
