@@ -448,7 +448,7 @@ class Bench:
     """
 
     def __init__(
-        self, topics: Topics, secs: float, warm_up_secs: float, appended: bool, workers: int
+        self, topics: Topics, secs: float, warm_up_secs: float, appended: bool, workers: int = 1
     ) -> None:
         self._servers = topics.bootstrap_servers
         self._secs = secs

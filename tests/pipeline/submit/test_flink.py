@@ -142,9 +142,14 @@ class Flink:
             raise AssertionError(f"{error}; {stands}") from None
 
     def check(self, **how: Any) -> None:
-        sink.assert_exactly_once(
-            self.broker, self.group, [self.source], responses=self.responses, **how
-        )
+        try:
+            sink.assert_exactly_once(
+                self.broker, self.group, [self.source], responses=self.responses, **how
+            )
+        except AssertionError as error:
+            # Where a job was started again by Flink, records are invoked again: why was it?
+            error.add_note(self.cluster.describe())
+            raise
 
 
 @pytest.fixture
