@@ -416,10 +416,13 @@ class _ReadFn(beam.DoFn):
     ) -> Iterator[TimestampedValue]:
         restriction = tracker.current_restriction()
         paces = per_process(_Paces, self._config)
+        # What ends by itself is read to its end. Flink is in haste with it as in a drain, once all
+        # of a job's sources have ended.
+        may_end = self._config.drain_by_haste and not element.bounded
         with self._config.source.lend(element.key) as reader:
             now = monotonic()
             pace = paces.reading(element.key, now)
-            if pace.haste.came(now) and self._config.drain_by_haste:
+            if pace.haste.came(now) and may_end:
                 self._ended.inc()
                 text = (
                     "%s-%d: the runner does not wait any more, as in a drain: not read from %d on"
@@ -442,7 +445,7 @@ class _ReadFn(beam.DoFn):
                 # Where little comes the pause is long enough for what there is to be fetched.
                 lately = now - pace.gave <= _LATELY_SECS
                 lost, errors = reader.offsets_lost, reader.errors
-                records, next_offset = reader.read(_POLL_SECS if lately else 0)
+                records, next_offset = reader.read(_POLL_SECS if lately or element.bounded else 0)
                 now = monotonic()
                 self._lost.inc(reader.offsets_lost - lost)
                 self._errors.inc(reader.errors - errors)
@@ -469,7 +472,7 @@ class _ReadFn(beam.DoFn):
             if position == restriction.stop:
                 return
             breath = pace.haste.is_suspected or now - pace.breath > _BREATH_SECS
-            if breath and self._config.drain_by_haste:
+            if breath and may_end:
                 pause_secs = _QUIET_POLL_SECS
             if pause_secs:
                 pace.breath = now

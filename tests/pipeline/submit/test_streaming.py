@@ -41,7 +41,7 @@ from transforms.invoke.retry import RetryPolicy
 from transforms.kafka.beam_reader import BeamReadConfig, _service
 from transforms.kafka.client import KafkaConfig, make_consumer
 from transforms.kafka.offsets import SourceConfig, SourceOffsets
-from transforms.kafka.partition_reader import ReadAhead
+from transforms.kafka.partition_reader import PartitionReader, ReadAhead
 from transforms.kafka.streaming import KafkaStream
 from transforms.lanes import Lanes
 from transforms.read.streaming import (
@@ -449,6 +449,28 @@ def test_the_native_reader_gives_every_record_once_in_ranges_without_a_hole(
         assert offsets == list(range(3500))
     # What the starting position came to is committed before anything is read.
     assert broker.committed(group, topic) == {0: 0, 1: 0, 2: 0}
+
+
+def test_a_run_that_ends_is_no_drain_however_often_the_runner_comes_back(
+    broker: KafkaBroker, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flink is in haste with it, too, and the first records may be long in coming."""
+    topic = names.topic()
+    broker.create_topic(topic, 1)
+    broker.produce(topic, list(sink.numbered(1, 50)))
+    read, calls = PartitionReader.read, []
+
+    def late(self: PartitionReader, timeout_secs: float) -> tuple[Records, int]:
+        calls.append(timeout_secs)
+        if len(calls) < 10:
+            return Records([], [], [], [], []), 0
+        return read(self, timeout_secs)
+
+    monkeypatch.setattr(PartitionReader, "read", late)
+    monkeypatch.setattr(Haste, "came", lambda self, now: len(calls) > 2)
+    source = SourceConfig(KafkaConfig(broker.bootstrap_servers, names.group()), (topic,))
+    chunks = _read(NativeReadConfig(KafkaStream(source, bounded=True), drain_by_haste=True))
+    assert [offset for chunk in chunks[0] for offset in chunk.records.offsets] == list(range(50))
 
 
 def test_the_native_reader_begins_where_the_group_stands(broker: KafkaBroker, names: Names) -> None:
