@@ -30,6 +30,7 @@ RULES = (
     "transforms/invoke/reply.py",
     "transforms/invoke/retry.py",
     "transforms/columns.py",
+    "transforms/facts.py",
     "transforms/lanes.py",
     "transforms/original.py",
     "transforms/names.py",

@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from transforms.errors import StateError
+from transforms.facts import check_version
 from transforms.records import Decoded, Header, LaneKey, RecordChunk, Records, Rejection
 
 _VERSION = 1
@@ -34,35 +34,6 @@ _MADE_KEYS, _MADE_VALUES, _SCHEMAS, _REJECTIONS, _LOG_APPEND = 13, 15, 17, 18, 1
 _FLAGS = (False, True, None)
 
 _Parts = dict[int, memoryview]
-
-
-def versioned(version: int, facts: Any) -> bytes:
-    """A few facts as JSON, behind the version of their form."""
-    return bytes((version,)) + orjson.dumps(facts)
-
-
-def unversioned(version: int, data: bytes, what: str) -> Any:
-    """The facts that `versioned` has written.
-
-    Raises:
-        StateError: By a later version than this.
-    """
-    check_version(version, data, what)
-    return orjson.loads(memoryview(data)[1:])
-
-
-def check_version(version: int, data: bytes, what: str) -> None:
-    """See whether bytes can be read by code that knows the forms up to this version.
-
-    Raises:
-        StateError: They cannot.
-    """
-    if not 0 < data[0] <= version:
-        raise StateError(
-            f"{what} in the job's state have the form {data[0]}, and this version of the program "
-            f"knows those up to {version}; go on with the version that wrote them, or begin "
-            "without the savepoint, at the group's committed offsets"
-        )
 
 
 def encode_chunk(chunk: RecordChunk) -> bytes:

@@ -11,7 +11,7 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 from transforms.batch.batch import OpenBatch, is_open
-from transforms.columns import check_version, unversioned, versioned
+from transforms.facts import check_version, number, unversioned, versioned
 
 _VERSION = 1
 _CHUNK = Struct("<BqB")
@@ -90,19 +90,19 @@ class Place:
 
 
 def encode_place(place: Place) -> bytes:
-    """For the state; numbers may be longer than 64 bits, so they are texts."""
+    """For the state."""
     facts: dict[str, Any] = {
         "token": place.token,
         "batches": [place.head, place.tail],
-        "done": list(map(str, place.done)),
+        "done": list(map(number, place.done)),
         "chunks": [place.kept, place.split, place.chunks, place.older],
         "open": [
-            *map(str, (place.open.base, place.open.start, place.open.next_offset)),
+            *map(number, (place.open.base, place.open.start, place.open.next_offset)),
             place.open.records,
             place.open.entry_bytes,
             place.open.early,
         ],
-        "holes": [list(map(str, hole)) for hole in place.open.holes],
+        "holes": [list(map(number, hole)) for hole in place.open.holes],
     }
     facts |= {name: True for name in ("halted", "collecting") if getattr(place, name)}
     return versioned(_VERSION, facts)

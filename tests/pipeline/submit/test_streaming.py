@@ -26,7 +26,7 @@ from pipeline.options.resolve import parse_arguments
 from pipeline.submit.streaming import runner_options
 from tests import sink
 from tests.conftest import Names
-from transforms.commit.commit import CommitOffsets, _CommitPartitionFn
+from transforms.commit.commit import CommitOffsets, _CommitPartitionFn, pack
 from transforms.commit.committer import CommitConfig, Committer
 from transforms.errors import UsageError
 from transforms.kafka.beam_reader import BeamReadConfig, _service
@@ -335,9 +335,9 @@ def test_each_partition_is_committed_again_and_at_the_end(monkeypatch: pytest.Mo
     quiet, halted = ("t", 0), ("t", 1)
     stream = (
         TestStream()
-        .add_elements([(quiet, Progress(*quiet, 7, 7, EVERY_LANE))])
-        .add_elements([(halted, Progress(*halted, 3, 3, EVERY_LANE))])
-        .add_elements([(halted, Progress(*halted, 3, 5, halted="t|1|5|Why|What"))])
+        .add_elements([pack(Progress(*quiet, 7, 7, EVERY_LANE))])
+        .add_elements([pack(Progress(*halted, 3, 3, EVERY_LANE))])
+        .add_elements([pack(Progress(*halted, 3, 5, halted="t|1|5|Why|What"))])
         .advance_processing_time(61)
         .advance_watermark_to_infinity()
     )
@@ -346,7 +346,7 @@ def test_each_partition_is_committed_again_and_at_the_end(monkeypatch: pytest.Mo
         _ = (
             pipeline
             | stream
-            | beam.Map(_same).with_output_types(tuple[PartitionKey, Progress])
+            | beam.Map(_same).with_output_types(tuple[PartitionKey, bytes])
             | beam.ParDo(_CommitPartitionFn(config, None, clock=_hour_by_hour))
         )
     by_partition = {
