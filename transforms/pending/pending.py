@@ -71,6 +71,11 @@ from transforms.records import (
 
 # How often what has finished is looked for. Each look is a bundle of its own.
 _COLLECT_SECS = 0.1
+# How long a bundle may stay for what it has handed over, if calls are mostly over within that time:
+# each look later costs a bundle's time. Only where records are young: behind a backlog it is the
+# next ones that would wait.
+_STAY_SECS = 0.01
+_YOUNG_SECS = 1.0
 # Bytes of one key's batches that may wait in memory; above it the input has to wait too. The native
 # reader stops long before, so that a stuck partition does not stop the others.
 _KEY_BYTES = 64 * 2**20
@@ -240,12 +245,20 @@ class _PendingFn(beam.DoFn):
         bags = (chunks_0, chunks_1)
         opened = place.open
         place = self._agree(key, place, bags)
+        before = place.tail
         log = _Log(place, bags[place.newer], chunk, data)
         pieces = _Pieces(self._share(self._config).open(key))
         batches = self._batcher.take(chunk, place.open, pieces, _Early(key, early), log)
         place = self._hand_over(key, place, batches, log, pieces)
-        place = yield from self._emit(key, place, bags)
         invoker = self._share(self._config).invoker
+        if self._is_young(chunk):
+            if not self._window_secs:
+                # At once, without a timer, which would cost a bundle's time.
+                batches = self._batcher.close(key, place.open, pieces, BY_WINDOW)
+                place = self._hand_over(key, place, batches, log, pieces)
+            if place.tail > before:
+                invoker.stay(place.tail - before, _STAY_SECS)
+        place = yield from self._emit(key, place, bags)
         while invoker.queue(key[:2]).bytes > _KEY_BYTES and not place.halted:
             invoker.wait(lambda invoker: invoker.has_finished, 1.0)
             place = self._renew(key, place, bags)
@@ -288,8 +301,11 @@ class _PendingFn(beam.DoFn):
         bags = (chunks_0, chunks_1)
         place = self._agree(key, place, bags)
         pieces = _Pieces(self._share(self._config).open(key))
+        before = place.tail
         batches = self._batcher.close(key, place.open, pieces, BY_WINDOW)
         place = self._hand_over(key, place, batches, _no_more(place, bags), pieces)
+        if place.tail > before:
+            self._share(self._config).invoker.stay(1, _STAY_SECS)
         place = yield from self._emit(key, place, bags)
         self._set(collect, place, place_state)
 
@@ -460,6 +476,11 @@ class _PendingFn(beam.DoFn):
             collect.set(Timestamp.of(self._clock() + _COLLECT_SECS))
             place = replace(place, collecting=True)
         place_state.write(encode_place(place))
+
+    def _is_young(self, chunk: RecordChunk) -> bool:
+        """Whether a chunk's last record was written just now, as far as it says."""
+        timestamps = chunk.records.timestamps
+        return bool(timestamps) and timestamps[-1] / 1000 > self._clock() - _YOUNG_SECS
 
     def _observe_age(self, batch: Batch) -> None:
         """Lambda's IteratorAge: how old the last record of a batch is when it is handed over."""

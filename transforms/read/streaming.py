@@ -48,13 +48,15 @@ _NO_END = 2**256
 _POLL_SECS = 0.02
 # What is read leaves the worker when its bundle ends, and a checkpoint waits for that too.
 _SLICE_SECS = 0.5
-# Flink knows whole seconds only: less is none at all. So a partition that gave records lately is
-# asked again at once, a quiet one after this time.
+# Flink knows whole seconds only: less is none at all (`delay`). So a partition that gave records
+# lately is asked again at once, a quiet one after this time.
 _QUIET_POLL_SECS = 1
 _LATELY_SECS = 2.0
 _FIND_SECS = 5
 # How often a busy partition is left alone for a moment, to find out whether the job is drained.
-_BREATH_SECS = 10.0
+_BREATH_SECS = 60.0
+# So much of a delay may have passed before the runner hears of it.
+_HEARD_SECS = 0.5
 # A partition that gave nothing for so long does not hold the watermark back any more.
 _HOLD_SECS = 60
 
@@ -241,6 +243,15 @@ class _Paces:
         if key not in self._reading:
             self._reading[key] = _Pace(Haste(), now, now)
         return self._reading[key]
+
+
+def delay(secs: int) -> Duration:
+    """How long to ask a runner to wait.
+
+    It hears of what is left of a delay when the bundle ends, and Flink takes the whole seconds of
+    that: of a second that would be none, and to come at once is what it does in a drain.
+    """
+    return Duration.of(secs + _HEARD_SECS if secs else 0)
 
 
 class ReadPartitions(beam.PTransform):
@@ -438,7 +449,7 @@ class _FindFn(beam.DoFn):
             yield FoundPartition(*key, start, end, element.bounded)
         if not element.bounded:
             haste.asked(monotonic(), _FIND_SECS)
-            tracker.defer_remainder(Duration.of(_FIND_SECS))
+            tracker.defer_remainder(delay(_FIND_SECS))
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -548,7 +559,7 @@ class _ReadFn(beam.DoFn):
             if pause_secs:
                 pace.breath = now
             pace.haste.asked(monotonic(), pause_secs)
-            tracker.defer_remainder(Duration.of(pause_secs))
+            tracker.defer_remainder(delay(pause_secs))
 
     def _timestamp(self, records: Records, watermark: Any) -> Timestamp:
         """The newest record's time, but never one to come: a producer may write any number."""

@@ -41,6 +41,7 @@ from transforms.read.streaming import (
     NativeReadConfig,
     ReadPartitions,
     _FindingTracker,
+    delay,
 )
 from transforms.records import (
     EVERY_LANE,
@@ -141,6 +142,7 @@ def test_flink_gets_what_this_pipeline_needs_unless_the_user_says_otherwise() ->
     assert "--streaming" in added
     assert "--finish_bundle_before_checkpointing" in added
     assert "--checkpointing_interval=10000" in added
+    assert "--max_bundle_time_mills=100" in added
     said = ["--checkpointing_interval=500"]
     assert "--checkpointing_interval=10000" not in runner_options("FlinkRunner", said, False)
     ends = [name for name in runner_options("FlinkRunner", [], True) if "shutdown_sources" in name]
@@ -183,6 +185,19 @@ def test_a_runner_that_does_not_wait_any_more_is_noticed(
         now += waited
         last = haste.came(now)
     assert last == in_haste
+
+
+@pytest.mark.parametrize("passed", [0.0, 1e-6, 0.2, 0.49, 0.51, 0.9])
+@pytest.mark.parametrize("secs", [1, 5])
+def test_a_delay_is_none_to_flink_only_when_it_is_nearly_over(secs: int, passed: float) -> None:
+    """However short bundles are, to come back after a delay is no haste."""
+    left = int(delay(secs).micros / 1e6 - passed)
+    haste = Haste()
+    for start in range(0, 1000, 100):
+        haste.asked(start, secs)
+        assert not haste.came(start + passed + left)
+    assert left >= secs - 1
+    assert delay(0) == 0
 
 
 @given(st.lists(st.sets(st.tuples(st.sampled_from("ab"), st.integers(0, 3)))))

@@ -90,7 +90,7 @@ class Worker:
         self.place, self.early = State(), Bag()
         self.bags = (Bag(), Bag())
         self.timer, self.due, self.end = Timer(), Timer(), Timer()
-        self.now = 0.0
+        self.now, self.clock = 0.0, 10.0
         self.calls: list[int] = []
         self.start_process()
 
@@ -115,7 +115,9 @@ class Worker:
 
         self.handover = handover = Handover(make, lambda: self.now)
         config = InvokeConfig(FunctionConfig("f"), streaming=True)
-        self.step = _PendingFn(self.config, config, share=lambda _: handover, clock=lambda: 0.0)
+        self.step = _PendingFn(
+            self.config, config, share=lambda _: handover, clock=lambda: self.clock
+        )
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -257,17 +259,51 @@ def test_a_chunk_that_was_overtaken_is_put_in_its_place() -> None:
 def test_the_open_batch_waits_from_when_it_is_opened() -> None:
     worker = Worker(_succeed, batch_size=3)
     worker.process(0, 2)
-    assert worker.due.due == 5
+    assert worker.due.due == 15
     worker.due.due = None
     worker.process(2, 3)  # full
     assert worker.due.due is None
     worker.process(3, 4)
-    assert worker.due.due == 5
+    assert worker.due.due == 15
     worker.due.due = None
     worker.process(4, 5)
     assert worker.due.due is None
     assert worker.close_due() + worker.drain() != []
     assert worker.calls == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("clock", "batch_size", "window_secs", "stays"),
+    [
+        (0.5, 1, 5.0, [2, 1]),  # the records are of 1 ms past 0
+        (0.5, 2, 5.0, [1]),
+        (0.5, 9, 5.0, []),
+        (0.5, 9, 0.0, [1, 1]),
+        (5.0, 1, 5.0, []),  # behind a backlog others would wait for it
+        (5.0, 9, 0.0, []),
+    ],
+)
+def test_a_bundle_stays_for_the_outcome_of_records_that_came_just_now(
+    clock: float, batch_size: int, window_secs: float, stays: list[int]
+) -> None:
+    worker = Worker(_succeed, batch_size)
+    worker.config = replace(worker.config, window_secs=window_secs)
+    worker.start_process()
+    worker.clock = clock
+    stayed: list[int] = []
+
+    def stay(batches: int, secs: float) -> None:
+        assert secs < 0.1
+        stayed.append(batches)
+        assert worker.handover.invoker.wait(lambda invoker: not invoker.pending_batches, 20)
+
+    worker.handover.invoker.stay = stay  # type: ignore[method-assign]
+    out = worker.process(0, 2)
+    out += worker.process(2, 3)
+    assert stayed == stays
+    if sum(stays):
+        _tile(out, 0, 2 if batch_size == 2 else 3)
+    _tile(out + worker.drain(), 0, 3)
 
 
 # -- order -----------------------------------------------------------------------------------------
