@@ -15,6 +15,7 @@ from transforms.decode.decode import DecodeRecords
 from transforms.filter.filter import FilterRecords
 from transforms.invoke.invoke import InvokeLambda, halt_partition
 from transforms.kafka.beam_reader import BeamReadConfig, ReadRows
+from transforms.pending.pending import BatchAndInvoke
 from transforms.read.rounds import ReadRound
 from transforms.read.streaming import ReadPartitions
 from transforms.write.write import WriteToKafka
@@ -44,11 +45,14 @@ def build(
         chunks = chunks | "Decode" >> DecodeRecords(config.decode)
     if config.filter:
         chunks = chunks | "Filter" >> FilterRecords(config.filter)
+    keyed = chunks | "Key" >> KeyByLane(config.lanes)
+    if config.stream is None:
+        batches = keyed | "Batch" >> BatchByPartition(config.batch)
+        finished = batches | "Invoke" >> InvokeLambda(config.invoke)
+    else:
+        finished = keyed | "BatchAndInvoke" >> BatchAndInvoke(config.batch, config.invoke)
     return (
-        chunks
-        | "Key" >> KeyByLane(config.lanes)
-        | "Batch" >> BatchByPartition(config.batch)
-        | "Invoke" >> InvokeLambda(config.invoke)
+        finished
         | "Write" >> WriteToKafka(config.write, partial(halt_partition, config.invoke))
         | "Commit" >> (commit or CommitOffsets(config.commit, begun, told))
     )

@@ -12,8 +12,9 @@ Commit    transforms/commit/commit.py  Progress -> committed offsets of the cons
 ========  ===========================  ========================================================
 
 In a streaming run Read is transforms/read/streaming.py, which asks the source in
-transforms/kafka/streaming.py, or, with `--kafka_reader=beam`, transforms/kafka/beam_reader.py; the
-other steps are the same files.
+transforms/kafka/streaming.py, or, with `--kafka_reader=beam`, transforms/kafka/beam_reader.py.
+Batch and Invoke are one step there, transforms/pending/pending.py, which goes by the rules of both
+and keeps what is not finished in state; the other steps are the same files.
 
 With `--schema_registry_url` there is one more step, Decode, behind Read:
 transforms/decode/decode.py, RecordChunk -> RecordChunk with what schemas make of its records. With
@@ -26,5 +27,6 @@ schema makes of a record), in `filter/` `rules` (what filters can say), in `batc
 invocation means), `retry` (what to do next), `concurrency` and `breaker` (how many invocations at
 once, and when none), in `write/` `formats` (records to write). `invoke/invoker.py` runs those rules
 on threads. `aws/` and `kafka/` hold the clients. The files beside the folders are the ground that
-all of them stand on; `coding` says how what travels between the steps becomes bytes.
+all of them stand on; `coding`, `columns` and `facts` say how what travels between the steps, and
+what stays in state, becomes bytes.
 """

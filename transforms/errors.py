@@ -10,6 +10,7 @@
     ├── RegistryError         the schema registry refuses to answer      exit code 1
     ├── JobError              a job that is not taken, or failed         exit code 1
     ├── WorkerError           a process of the run has ended by itself   exit code 1
+    ├── StateError            a savepoint that a later version wrote     exit code 1
     └── Stopped               told to stop while a step waited           exit code 0
 
 Errors of single invocations are no exceptions but values: see `transforms.invoke.outcome`.
@@ -71,6 +72,10 @@ class WorkerError(SinkError):
     """One of the processes of a run has ended before its time."""
 
 
+class StateError(SinkError):
+    """What a job has kept cannot be read by this version of the program."""
+
+
 class Stopped(SinkError):
     """A step gave up waiting, since the run is to end. Nothing is lost: it was not committed."""
 
@@ -80,7 +85,8 @@ class Stopped(SinkError):
 _STEP = re.compile(r" \[while running .*", re.DOTALL)
 _RAISED = re.compile(
     r"transforms\.errors\."
-    r"(UsageError|KafkaError|WriteError|FunctionConfigError|RegistryError|Stopped): (.*)"
+    r"(UsageError|KafkaError|WriteError|FunctionConfigError|RegistryError|StateError|Stopped)"
+    r": (.*)"
 )
 
 

@@ -220,7 +220,6 @@ class Batch:
         rejection: Set if the batch is a single record that must not be sent.
         frame: What stands around the entries in a payload, be it of all of them or of some.
         lane: The partition's lane; 0 if it has only one.
-        first: Whether the lane begins with it, so that no batch before it is waited for.
     """
 
     topic: str
@@ -232,7 +231,6 @@ class Batch:
     rejection: Rejection | None = None
     frame: Frame = ARRAY
     lane: int = 0
-    first: bool = False
 
     @property
     def key(self) -> PartitionKey:

@@ -39,6 +39,7 @@ from transforms.records import Finished, PartitionKey, halt_of, read_halt
 _LOGGER = logging.getLogger(__name__)
 
 _CHECKPOINT_MS = 10_000
+_BUNDLE_MS = 100
 _ASK_KAFKA_SECS = 120.0
 
 
@@ -61,6 +62,9 @@ def runner_options(
             # Without it, what a bundle gives while a checkpoint begins waits in a buffer until
             # something else comes to that step, which may be never.
             "--finish_bundle_before_checkpointing",
+            # What comes to a step is handed to Python when the bundle ends: a second, as Flink has
+            # it, is what a record would wait at each step.
+            f"--max_bundle_time_mills={_BUNDLE_MS}",
         ]
         if runner == "PortableRunner":
             wanted.append("--environment_type=LOOPBACK")

@@ -1,7 +1,8 @@
 """Batch: ((topic, partition, lane), RecordChunk) -> Batch.
 
-A stateful DoFn per lane puts chunks in offset order, encodes each record once, and closes batches
-by count, by exact payload bytes, and at the window's end.
+`Batcher` puts a lane's chunks in offset order, encodes each record once, and closes batches by
+count and by exact payload bytes; what lies between two chunks is kept by the stateful DoFn that
+asks it. In rounds that is the one here, in a streaming run that of `transforms.pending.pending`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from time import time
-from typing import Any
+from typing import Any, Protocol
 
 import apache_beam as beam
 from apache_beam import coders
@@ -23,7 +23,6 @@ from apache_beam.transforms.userstate import (
     TimerSpec,
     on_timer,
 )
-from apache_beam.utils.timestamp import Timestamp
 
 from transforms.batch.payload import PayloadFormat, encode_records
 from transforms.coding import SizedPickleCoder
@@ -55,8 +54,8 @@ class BatchConfig:
         max_records: Records per batch, 1 to 10000.
         max_bytes: Bytes of the whole encoded payload, brackets and commas included.
         format: How keys and values become JSON.
-        window_secs: How long a streaming run keeps a batch open. None in a bounded run: its end
-            closes all batches, and it must not declare a timer of real time.
+        window_secs: How long a streaming run keeps a batch open. None in a bounded run, whose end
+            closes all batches.
     """
 
     max_records: int = 100
@@ -183,7 +182,6 @@ def assemble(
     rejection: Rejection | None = None,
     frame: Frame = ARRAY,
     start: int | None = None,
-    first: bool = False,
 ) -> Batch:
     """Make one batch of its pieces, in whatever order they come. A state bag promises none.
 
@@ -193,7 +191,6 @@ def assemble(
         rejection: Set if the batch must not be sent.
         frame: What stands around the entries.
         start: Where its range begins, if that is before its first piece.
-        first: Whether the lane begins with it.
     """
     ordered = sorted(pieces, key=lambda piece: piece.start)
     if len(ordered) == 1:
@@ -205,162 +202,151 @@ def assemble(
     if start is None:
         start = ordered[0].start
     end = ordered[-1].next_offset
-    return Batch(topic, partition, start, end, records, entries, rejection, frame, lane, first)
+    return Batch(topic, partition, start, end, records, entries, rejection, frame, lane)
 
 
-class BatchByPartition(beam.PTransform):
-    """Batch the records of one lane of a partition in offset order.
+class Bag(Protocol):
+    """What is kept between two chunks, in no order: a state, or a list in memory."""
 
-    Works on bounded and unbounded input in the global window. Order: offsets rise within a
-    batch and from batch to batch of a lane; a chunk that arrives before its predecessor
-    waits for it. Holds at most one open batch per lane in state; it is closed when it is
-    full, where the partition ends for good, after `window_secs` in a streaming run, and by the
-    window's end, so also by a drain.
-    Records that were batched before are dropped and counted.
+    def read(self) -> Iterable[Any]: ...
+
+    def add(self, value: Any) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+IN_ORDER, APART, BEHIND_A_GAP = range(3)
+"""How a chunk is batched: behind the one before it; by itself, since it comes late; or in order
+again, behind offsets that no batch's range covers."""
+
+Log = Callable[[RecordChunk, int], None]
+"""Told of each chunk, or part of one, right before it is batched, and how it is."""
+
+
+def is_open(state: OpenBatch) -> bool:
+    """Whether there is an open batch, be it a range of offsets without records."""
+    return state.start < state.next_offset
+
+
+class _Uncounted:
+    def inc(self, n: int = 1) -> None: ...
+
+    def update(self, value: int) -> None: ...
+
+
+def _uncounted(namespace: str, name: str) -> Any:
+    return _Uncounted()
+
+
+class Batcher:
+    """Makes batches of one lane's chunks, in offset order. Keeps nothing itself: the caller has the
+    `OpenBatch`, the pieces of the open batch, and the chunks that wait for their predecessor.
 
     Args:
         config: What a batch may hold.
-        clock: Seconds since the epoch, for `window_secs`.
+        counts: Whether what is batched counts in the metrics; not if it is batched again.
     """
 
-    def __init__(self, config: BatchConfig, clock: Callable[[], float] = time) -> None:
-        super().__init__()
+    def __init__(self, config: BatchConfig, counts: bool = True) -> None:
         self._config = config
-        self._clock = clock
-
-    def expand(
-        self, chunks: beam.PCollection[tuple[LaneKey, RecordChunk]]
-    ) -> beam.PCollection[Batch]:
-        streaming = self._config.window_secs is not None
-        buffer = (
-            _StreamBufferFn(self._config, self._clock) if streaming else _BufferFn(self._config)
-        )
-        return chunks | "Buffer" >> beam.ParDo(buffer).with_output_types(Batch)
-
-    def display_data(self) -> dict[str, Any]:
-        return {"max_records": self._config.max_records, "max_bytes": self._config.max_bytes}
-
-
-class _BufferFn(beam.DoFn):
-    OPEN = ReadModifyWriteStateSpec("batch_open", coders.PickleCoder())
-    PIECES = BagStateSpec("batch_pieces", coders.PickleCoder())
-    EARLY = BagStateSpec("batch_early", coders.PickleCoder())
-    # Fires at the end of a bounded run and at a drain, so an open batch is never dropped.
-    WINDOW_END = TimerSpec("batch_window_end", beam.TimeDomain.WATERMARK)
-
-    def __init__(self, config: BatchConfig) -> None:
-        self._config = config
-        counter = beam.metrics.Metrics.counter
-        self._records = counter("batch", "records")
-        self._batches = counter("batch", "batches")
-        self._duplicates = counter("batch", "duplicates")
-        self._out_of_order = counter("batch", "out_of_order")
-        self._closed_by = {
+        counter = beam.metrics.Metrics.counter if counts else _uncounted
+        distribution = beam.metrics.Metrics.distribution if counts else _uncounted
+        self._records: Any = counter("batch", "records")
+        self._batches: Any = counter("batch", "batches")
+        self._duplicates: Any = counter("batch", "duplicates")
+        self._out_of_order: Any = counter("batch", "out_of_order")
+        self._closed_by: dict[str, Any] = {
             BY_COUNT: counter("batch", "closed_by_count"),
             BY_BYTES: counter("batch", "closed_by_bytes"),
             BY_WINDOW: counter("batch", "closed_by_window"),
             BY_END: counter("batch", "closed_by_end"),
             ALONE: counter("batch", "closed_by_alone"),
         }
-        self._base64_fields = counter("batch", "base64_fields")
-        self._batch_records = beam.metrics.Metrics.distribution("batch", "batch_records")
-        self._batch_bytes = beam.metrics.Metrics.distribution("batch", "batch_bytes")
+        self._base64_fields: Any = counter("batch", "base64_fields")
+        self._batch_records: Any = distribution("batch", "batch_records")
+        self._batch_bytes: Any = distribution("batch", "batch_bytes")
 
-    def process(
-        self,
-        element: tuple[LaneKey, RecordChunk],
-        open_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(OPEN),  # type: ignore[assignment]
-        pieces: BagRuntimeState = beam.DoFn.StateParam(PIECES),  # type: ignore[assignment]
-        early: BagRuntimeState = beam.DoFn.StateParam(EARLY),  # type: ignore[assignment]
-        window_end: RuntimeTimer = beam.DoFn.TimerParam(WINDOW_END),  # type: ignore[assignment]
-        window: Any = beam.DoFn.WindowParam,
-    ) -> Iterator[Batch]:
-        chunk = element[1]
-        if chunk.start == chunk.next_offset:
-            return
-        if chunk.first and chunk.last:
-            # All there is of its lane: nothing has to be kept, and nothing to be closed later.
-            yield from self._alone(chunk)
-            return
-        state: OpenBatch | None = open_state.read()
-        if state is None:
-            window_end.set(window.end)
-            state = OpenBatch(-1, -1, -1)
+    def take(
+        self, chunk: RecordChunk, state: OpenBatch, pieces: Bag, early: Bag, log: Log | None = None
+    ) -> Generator[Batch, None, OpenBatch]:
+        """Batch a chunk, and what has waited for it, or let it wait for what it has overtaken.
+
+        Args:
+            chunk: With a range.
+            state: What is open.
+            pieces: The open batch's.
+            early: Chunks that wait, as many as `state` says.
+            log: If given, batches come in the order of what it is told: one of late records closes
+                the open one before it.
+
+        Returns:
+            What is open afterwards.
+        """
         if chunk.first and state.base < 0:
             state = OpenBatch(chunk.start, chunk.start, chunk.start, early=state.early)
         if chunk.start > state.next_offset and not chunk.first:
             early.add(chunk)
-            open_state.write(replace(state, early=state.early + 1))
-            return
+            return replace(state, early=state.early + 1)
         if state.next_offset < chunk.start:
             hole = (state.next_offset, chunk.start)
             state = replace(state, holes=(*state.holes, hole)[-_HOLES:])
-        state = yield from self._add(chunk, state, pieces)
+        state = yield from self._add(chunk, state, pieces, log)
         last = chunk.last
         if state.early:
             waiting = sorted(early.read(), key=lambda waiter: waiter.start)
             early.clear()
             while waiting and waiting[0].start <= state.next_offset:
                 last = last or waiting[0].last
-                state = yield from self._add(waiting.pop(0), state, pieces)
+                state = yield from self._add(waiting.pop(0), state, pieces, log)
             for waiter in waiting:
                 early.add(waiter)
             state = replace(state, early=len(waiting))
         if last:
             # Nothing more comes to fill it, and where its partition ends others wait for it.
-            yield from self._close(element[0], state, pieces)
-            state = _closed(state)
-        open_state.write(state)
+            state = yield from self.close(chunk.lane_key, state, pieces)
+        return state
 
-    @on_timer(WINDOW_END)
-    def close_all(
-        self,
-        key: LaneKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
-        open_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(OPEN),  # type: ignore[assignment]
-        pieces: BagRuntimeState = beam.DoFn.StateParam(PIECES),  # type: ignore[assignment]
-        early: BagRuntimeState = beam.DoFn.StateParam(EARLY),  # type: ignore[assignment]
-    ) -> Iterator[Batch]:
-        state: OpenBatch | None = open_state.read()
-        if state is None:
-            return
-        # Nothing more can come: what still waits for a predecessor goes as it is, but no batch's
-        # range covers the hole before it, so that nothing behind the hole is committed.
-        for chunk in sorted(early.read(), key=lambda waiter: waiter.start):
-            if chunk.start > state.next_offset:
-                yield from self._close(key, state, pieces)
-                base = chunk.start if state.base < 0 else state.base
-                state = OpenBatch(base, chunk.start, chunk.start)
-            state = yield from self._add(chunk, state, pieces)
-        yield from self._close(key, state, pieces)
-        early.clear()
-        open_state.clear()
+    def end(
+        self, key: LaneKey, state: OpenBatch, pieces: Bag, early: Bag, log: Log | None = None
+    ) -> Generator[Batch, None, OpenBatch]:
+        """Close all, since nothing more can come.
 
-    def _alone(self, chunk: RecordChunk) -> Iterator[Batch]:
-        """The batches of a chunk that needs no state: the last one ends where the chunk does."""
-        if len(chunk.records):
-            state = OpenBatch(chunk.start, chunk.start, chunk.start)
-            yield from self._pieces(chunk, state, None)
-        else:
-            frame = self._config.format.envelope.frame(chunk.topic, chunk.partition)
-            piece = Piece(chunk.start, chunk.next_offset, chunk.records, ())
-            yield assemble(chunk.lane_key, [piece], frame=frame, first=True)
+        What still waits for a predecessor goes as it is, but no batch's range covers the hole
+        before it, so that nothing behind the hole is committed.
+        """
+        if state.early:
+            for chunk in sorted(early.read(), key=lambda waiter: waiter.start):
+                how = IN_ORDER
+                if chunk.start > state.next_offset:
+                    yield from self.close(key, state, pieces)
+                    base = chunk.start if state.base < 0 else state.base
+                    state, how = OpenBatch(base, chunk.start, chunk.start), BEHIND_A_GAP
+                state = yield from self._add(chunk, state, pieces, log, how)
+            early.clear()
+        state = yield from self.close(key, state, pieces)
+        return replace(state, early=0)
 
-    def _close(
-        self, key: LaneKey, state: OpenBatch, pieces: BagRuntimeState, by: str = BY_END
-    ) -> Iterator[Batch]:
+    def close(
+        self, key: LaneKey, state: OpenBatch, pieces: Bag, by: str = BY_END
+    ) -> Generator[Batch, None, OpenBatch]:
         """End the open batch where it stands."""
-        if state.start < state.next_offset:
+        if is_open(state):
             held = list(pieces.read())
             # A range of offsets that hold no record is passed on too: it has to be committed.
             end = Piece(state.next_offset, state.next_offset, Records(), ())
             start = Piece(state.start, state.start, Records(), ())
             frame = self._config.format.envelope.frame(key[0], key[1])
-            first = state.start == state.base
-            yield self._count(assemble(key, [start, *held, end], frame=frame, first=first), by)
+            yield self._count(assemble(key, [start, *held, end], frame=frame), by)
         pieces.clear()
+        return replace(state, start=state.next_offset, records=0, entry_bytes=0)
 
     def _add(
-        self, chunk: RecordChunk, state: OpenBatch, pieces: BagRuntimeState
+        self,
+        chunk: RecordChunk,
+        state: OpenBatch,
+        pieces: Bag,
+        log: Log | None,
+        how: int = IN_ORDER,
     ) -> Generator[Batch, None, OpenBatch]:
         """Put a chunk's records behind what is there; returns the new state."""
         offsets = chunk.records.offsets
@@ -373,17 +359,19 @@ class _BufferFn(beam.DoFn):
                 end = min(chunk.next_offset, state.base)
                 records = chunk.records.slice(0, late)
                 before = replace(chunk, next_offset=end, records=records)
-                yield from self._pieces(before, OpenBatch(-1, chunk.start, chunk.start), None)
-            filled, state = yield from self._fill(chunk, state)
+                state = yield from self._apart(before, state, pieces, log)
+            filled, state = yield from self._fill(chunk, state, pieces, log)
             self._duplicates.inc(known - late - filled)
             if chunk.next_offset <= state.next_offset:
                 return state
             unseen = chunk.records.slice(known, len(offsets))
             chunk = replace(chunk, start=state.next_offset, records=unseen)
-        return (yield from self._pieces(chunk, state, pieces))
+        if log:
+            log(chunk, how)
+        return (yield from self.put(chunk, state, pieces))
 
     def _fill(
-        self, chunk: RecordChunk, state: OpenBatch
+        self, chunk: RecordChunk, state: OpenBatch, pieces: Bag, log: Log | None
     ) -> Generator[Batch, None, tuple[int, OpenBatch]]:
         """Batch what a chunk holds of the holes by itself; how many records, and the new state."""
         filled, left = 0, []
@@ -395,19 +383,31 @@ class _BufferFn(beam.DoFn):
             begin, behind = (bisect_left(chunk.records.offsets, each) for each in (start, end))
             records = chunk.records.slice(begin, behind)
             part = replace(chunk, start=start, next_offset=end, records=records)
-            yield from self._pieces(part, OpenBatch(-1, start, start), None)
+            state = yield from self._apart(part, state, pieces, log)
             self._out_of_order.inc(len(records))
             filled += len(records)
             left += [hole for hole in ((low, start), (end, high)) if hole[0] < hole[1]]
         return filled, replace(state, holes=tuple(left))
 
-    def _pieces(
-        self, chunk: RecordChunk, state: OpenBatch, pieces: BagRuntimeState | None
+    def _apart(
+        self, chunk: RecordChunk, state: OpenBatch, pieces: Bag, log: Log | None
     ) -> Generator[Batch, None, OpenBatch]:
-        """Encode a chunk and cut it; what stays open goes to `pieces`, or, if None, closes too.
+        """Batch by itself what comes late; returns the new state."""
+        if log and len(chunk.records):
+            state = yield from self.close(chunk.lane_key, state, pieces)
+            log(chunk, APART)
+        yield from self.put_apart(chunk)
+        return state
 
-        The batch that begins at the state's base is the lane's first one.
-        """
+    def put_apart(self, chunk: RecordChunk) -> Generator[Batch, None, OpenBatch]:
+        """Batch a chunk by itself: the last batch ends where it does."""
+        state = OpenBatch(chunk.start, chunk.start, chunk.start)
+        return (yield from self.put(chunk, state, None))
+
+    def put(
+        self, chunk: RecordChunk, state: OpenBatch, pieces: Bag | None
+    ) -> Generator[Batch, None, OpenBatch]:
+        """Encode a chunk and cut it; what stays open goes to `pieces`, or, if None, closes too."""
         records, offsets = chunk.records, chunk.records.offsets
         encoded = encode_records(chunk.topic, chunk.partition, records, self._config.format)
         self._records.inc(len(records))
@@ -438,16 +438,13 @@ class _BufferFn(beam.DoFn):
                 if held and pieces:
                     pieces.clear()
                 together = [*held, piece]
-                first = batch_start == state.base
                 if part.rejection:
                     by = ALONE
                 elif open_records + high - low >= self._config.max_records:
                     by = BY_COUNT
                 else:
                     by = BY_BYTES if part.close else chunk.closed_by
-                batch = assemble(
-                    chunk.lane_key, together, part.rejection, frame, batch_start, first
-                )
+                batch = assemble(chunk.lane_key, together, part.rejection, frame, batch_start)
                 yield self._count(batch, by)
                 batch_start, open_records, open_bytes = end, 0, 0
             else:
@@ -471,67 +468,85 @@ class _BufferFn(beam.DoFn):
         return batch
 
 
-class _StreamBufferFn(_BufferFn):
-    """The same for input without an end: an open batch waits for so long and no longer."""
+class BatchByPartition(beam.PTransform):
+    """Batch the records of one lane of a partition in offset order.
 
-    # Another name than in a bounded run: no two timers of the code share one.
-    WINDOW_END = TimerSpec("batch_drain", beam.TimeDomain.WATERMARK)
-    DUE = TimerSpec("batch_due", beam.TimeDomain.REAL_TIME)
+    Bounded, in the global window. Order: offsets rise within a batch and from batch to batch of a
+    lane; a chunk that arrives before its predecessor waits for it. Holds at most one open batch per
+    lane in state; it is closed when it is full, where the partition ends for good, and by the
+    window's end. Records that were batched before are dropped and counted.
 
-    def __init__(self, config: BatchConfig, clock: Callable[[], float]) -> None:
-        super().__init__(config)
-        self._clock = clock
+    Args:
+        config: What a batch may hold.
+    """
 
-    def process(  # type: ignore[override]
+    def __init__(self, config: BatchConfig) -> None:
+        super().__init__()
+        self._config = config
+
+    def expand(
+        self, chunks: beam.PCollection[tuple[LaneKey, RecordChunk]]
+    ) -> beam.PCollection[Batch]:
+        return chunks | "Buffer" >> beam.ParDo(_BufferFn(self._config)).with_output_types(Batch)
+
+    def display_data(self) -> dict[str, Any]:
+        return {"max_records": self._config.max_records, "max_bytes": self._config.max_bytes}
+
+
+class _BufferFn(beam.DoFn):
+    OPEN = ReadModifyWriteStateSpec("batch_open", coders.PickleCoder())
+    PIECES = BagStateSpec("batch_pieces", coders.PickleCoder())
+    EARLY = BagStateSpec("batch_early", coders.PickleCoder())
+    # Fires at the end of a bounded run, so an open batch is never dropped.
+    WINDOW_END = TimerSpec("batch_window_end", beam.TimeDomain.WATERMARK)
+
+    def __init__(self, config: BatchConfig) -> None:
+        self._config = config
+        self._batcher = Batcher(config)
+
+    def process(
         self,
         element: tuple[LaneKey, RecordChunk],
-        open_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(_BufferFn.OPEN),  # type: ignore[assignment]
-        pieces: BagRuntimeState = beam.DoFn.StateParam(_BufferFn.PIECES),  # type: ignore[assignment]
-        early: BagRuntimeState = beam.DoFn.StateParam(_BufferFn.EARLY),  # type: ignore[assignment]
+        open_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(OPEN),  # type: ignore[assignment]
+        pieces: BagRuntimeState = beam.DoFn.StateParam(PIECES),  # type: ignore[assignment]
+        early: BagRuntimeState = beam.DoFn.StateParam(EARLY),  # type: ignore[assignment]
         window_end: RuntimeTimer = beam.DoFn.TimerParam(WINDOW_END),  # type: ignore[assignment]
-        due: RuntimeTimer = beam.DoFn.TimerParam(DUE),  # type: ignore[assignment]
         window: Any = beam.DoFn.WindowParam,
     ) -> Iterator[Batch]:
-        before: OpenBatch | None = open_state.read()
-        yield from super().process(element, open_state, pieces, early, window_end, window)
-        state: OpenBatch | None = open_state.read()
-        if not state or state.start == state.next_offset:
+        chunk = element[1]
+        if chunk.start == chunk.next_offset:
             return
-        if not before or before.start == before.next_offset or before.start != state.start:
-            # Opened by this chunk; a batch that was open already is due when it was before.
-            assert self._config.window_secs is not None
-            due.set(Timestamp.of(self._clock() + self._config.window_secs))
+        if chunk.first and chunk.last:
+            # All there is of its lane: nothing has to be kept, and nothing to be closed later.
+            yield from self._alone(chunk)
+            return
+        state: OpenBatch | None = open_state.read()
+        if state is None:
+            window_end.set(window.end)
+            state = OpenBatch(-1, -1, -1)
+        open_state.write((yield from self._batcher.take(chunk, state, pieces, early)))
 
     @on_timer(WINDOW_END)
     def close_all(
         self,
         key: LaneKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
-        open_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(_BufferFn.OPEN),  # type: ignore[assignment]
-        pieces: BagRuntimeState = beam.DoFn.StateParam(_BufferFn.PIECES),  # type: ignore[assignment]
-        early: BagRuntimeState = beam.DoFn.StateParam(_BufferFn.EARLY),  # type: ignore[assignment]
-        due: RuntimeTimer = beam.DoFn.TimerParam(DUE),  # type: ignore[assignment]
-    ) -> Iterator[Batch]:
-        # Flink's drain waits for every timer that is set, and fires none of real time any more.
-        due.clear()
-        yield from super().close_all(key, open_state, pieces, early)
-
-    @on_timer(DUE)
-    def close_due(
-        self,
-        key: LaneKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
-        open_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(_BufferFn.OPEN),  # type: ignore[assignment]
-        pieces: BagRuntimeState = beam.DoFn.StateParam(_BufferFn.PIECES),  # type: ignore[assignment]
+        open_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(OPEN),  # type: ignore[assignment]
+        pieces: BagRuntimeState = beam.DoFn.StateParam(PIECES),  # type: ignore[assignment]
+        early: BagRuntimeState = beam.DoFn.StateParam(EARLY),  # type: ignore[assignment]
     ) -> Iterator[Batch]:
         state: OpenBatch | None = open_state.read()
-        if state is None:
-            return
-        yield from self._close(key, state, pieces, BY_WINDOW)
-        open_state.write(_closed(state))
+        if state is not None:
+            yield from self._batcher.end(key, state, pieces, early)
+            open_state.clear()
 
-
-def _closed(state: OpenBatch) -> OpenBatch:
-    """The state once the open batch has gone."""
-    return replace(state, start=state.next_offset, records=0, entry_bytes=0)
+    def _alone(self, chunk: RecordChunk) -> Iterator[Batch]:
+        """The batches of a chunk that needs no state: the last one ends where the chunk does."""
+        if len(chunk.records):
+            yield from self._batcher.put_apart(chunk)
+        else:
+            frame = self._config.format.envelope.frame(chunk.topic, chunk.partition)
+            piece = Piece(chunk.start, chunk.next_offset, chunk.records, ())
+            yield assemble(chunk.lane_key, [piece], frame=frame)
 
 
 coders.registry.register_coder(Batch, SizedPickleCoder)

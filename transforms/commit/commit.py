@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import apache_beam as beam
@@ -20,15 +20,22 @@ from apache_beam.transforms.userstate import (
     TimerSpec,
     on_timer,
 )
+from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import Timestamp
+from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms.commit.committer import CommitConfig, Committer, shared_committer
 from transforms.commit.contiguous import ContiguousOffsets
-from transforms.records import EVERY_LANE, HALT_NOTE, PartitionKey, Progress
+from transforms.facts import number, unversioned, versioned
+from transforms.records import EVERY_LANE, HALT_NOTE, LaneKey, PartitionKey, Progress
 
 _LOGGER = logging.getLogger(__name__)
 
 _ASK_AGAIN_SECS = 10.0
+
+_VERSION = 1
+_WINDOW = GlobalWindow()
+_WINDOW_END = _WINDOW.max_timestamp()
 
 
 class CommitOffsets(beam.PTransform):
@@ -60,9 +67,9 @@ class CommitOffsets(beam.PTransform):
     def expand(self, progress: beam.PCollection[Progress]) -> beam.PCollection[Any]:
         if self._begun is None:
             return progress | "CommitGroup" >> beam.ParDo(_CommitFn(self._config))
-        types = tuple[PartitionKey, Progress]
-        keyed = progress | "ByPartition" >> beam.Map(_keyed).with_output_types(types)
-        begun = self._begun | "BegunByPartition" >> beam.Map(_keyed).with_output_types(types)
+        types = tuple[PartitionKey, bytes]
+        keyed = progress | "ByPartition" >> beam.ParDo(_PackFn()).with_output_types(types)
+        begun = self._begun | "BegunByPartition" >> beam.Map(pack).with_output_types(types)
         return (
             (keyed, begun)
             | "WithBeginnings" >> beam.Flatten()
@@ -128,8 +135,56 @@ class _CommitFn(_CommitBundleFn):
         return ()
 
 
-def _keyed(progress: Progress) -> tuple[PartitionKey, Progress]:
-    return (progress.topic, progress.partition), progress
+def pack(progress: Progress) -> tuple[PartitionKey, bytes]:
+    """Progress as it crosses to the worker that commits its partition, of which it says no more
+    than the key does."""
+    count = progress.next_offset - progress.start
+    facts = [number(progress.start), number(count), progress.lane, progress.halted]
+    while facts and not facts[-1]:
+        facts.pop()
+    return (progress.topic, progress.partition), versioned(_VERSION, facts)
+
+
+def unpack(key: PartitionKey, data: bytes) -> Progress:
+    """The progress of a partition.
+
+    Raises:
+        StateError: A later version has written it.
+    """
+    facts = unversioned(_VERSION, data, "ranges that are done")
+    start, count, lane, halted = (*facts, *(0, 0, 0, "")[len(facts) :])[:4]
+    return Progress(*key, int(start), int(start) + int(count), lane, halted)
+
+
+def merged(every: Iterable[Progress]) -> Iterator[Progress]:
+    """The same said in as few ranges as there can be. Pure."""
+    open_ranges: dict[LaneKey, Progress] = {}
+    for progress in every:
+        lane = (progress.topic, progress.partition, progress.lane)
+        before = open_ranges.get(lane)
+        if before and not before.halted and before.next_offset == progress.start:
+            progress = replace(progress, start=before.start)
+        elif before:
+            yield before
+        open_ranges[lane] = progress
+    yield from open_ranges.values()
+
+
+class _PackFn(beam.DoFn):
+    """Packs what a bundle has done, in as few elements as it can be said in."""
+
+    def __init__(self) -> None:
+        self._done: list[Progress] = []
+
+    def start_bundle(self) -> None:
+        self._done = []
+
+    def process(self, progress: Progress) -> None:
+        self._done.append(progress)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        for progress in merged(self._done):
+            yield WindowedValue(pack(progress), _WINDOW_END, (_WINDOW,))
 
 
 @dataclass(slots=True)
@@ -139,9 +194,36 @@ class _Partition:
     done: ContiguousOffsets
     halt_note: str = ""
 
+    def encode(self, key: PartitionKey) -> bytes:
+        """For the state, which has the key."""
+        marks, held = self.done.keep(key)
+        facts: dict[str, Any] = {"marks": list(map(number, marks))}
+        if held:
+            facts["held"] = [(lane, number(start), number(end)) for lane, start, end in held]
+        if self.halt_note:
+            facts["halt"] = self.halt_note
+        return versioned(_VERSION, facts)
+
+    @staticmethod
+    def decode(key: PartitionKey, data: bytes) -> _Partition:
+        """See `encode`.
+
+        Raises:
+            StateError: A later version has written it.
+        """
+        facts = unversioned(_VERSION, data, "the marks of partitions")
+        held = [(lane, int(start), int(end)) for lane, start, end in facts.get("held", ())]
+        done = ContiguousOffsets.kept(key, list(map(int, facts["marks"])), held)
+        return _Partition(done, facts.get("halt", ""))
+
+
+def _read(key: PartitionKey, done_state: ReadModifyWriteRuntimeState) -> _Partition | None:
+    data = done_state.read()
+    return None if data is None else _Partition.decode(key, data)
+
 
 class _CommitPartitionFn(_CommitBundleFn):
-    DONE = ReadModifyWriteStateSpec("commit_done", coders.PickleCoder())
+    DONE = ReadModifyWriteStateSpec("commit_done", coders.BytesCoder())
     REFRESH = TimerSpec("commit_refresh", beam.TimeDomain.REAL_TIME)
     # Fires at a drain and when a bounded run is done.
     WINDOW_END = TimerSpec("commit_window_end", beam.TimeDomain.WATERMARK)
@@ -159,14 +241,15 @@ class _CommitPartitionFn(_CommitBundleFn):
 
     def process(
         self,
-        element: tuple[PartitionKey, Progress],
+        element: tuple[PartitionKey, bytes],
         done_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(DONE),  # type: ignore[assignment]
         refresh: RuntimeTimer = beam.DoFn.TimerParam(REFRESH),  # type: ignore[assignment]
         window_end: RuntimeTimer = beam.DoFn.TimerParam(WINDOW_END),  # type: ignore[assignment]
         window: Any = beam.DoFn.WindowParam,
     ) -> Iterable[Any]:
-        key, progress = element
-        partition: _Partition | None = done_state.read()
+        key, data = element
+        progress = unpack(key, data)
+        partition = _read(key, done_state)
         if partition is None:
             partition = _Partition(ContiguousOffsets())
             self._set(refresh)
@@ -186,7 +269,7 @@ class _CommitPartitionFn(_CommitBundleFn):
             partition.halt_note = HALT_NOTE + progress.halted
         if stops or min(done.marks(key), default=-1) > before:
             self._commit_again(key, partition)
-        done_state.write(partition)
+        done_state.write(partition.encode(key))
         return ()
 
     @on_timer(REFRESH)
@@ -196,7 +279,7 @@ class _CommitPartitionFn(_CommitBundleFn):
         done_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(DONE),  # type: ignore[assignment]
         refresh: RuntimeTimer = beam.DoFn.TimerParam(REFRESH),  # type: ignore[assignment]
     ) -> Iterable[Any]:
-        self._commit_again(key, done_state.read())
+        self._commit_again(key, _read(key, done_state))
         self._set(refresh)
         return ()
 
@@ -213,7 +296,7 @@ class _CommitPartitionFn(_CommitBundleFn):
     ) -> Iterable[Any]:
         # Flink's drain waits for every timer that is set, and fires none of real time any more.
         refresh.clear()
-        self._commit_again(key, done_state.read())
+        self._commit_again(key, _read(key, done_state))
         return ()
 
     def _begins_unsaid(self, key: PartitionKey) -> bool:

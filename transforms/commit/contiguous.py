@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transforms.records import LaneKey, PartitionKey, Progress
 
@@ -41,6 +41,28 @@ class ContiguousOffsets:
     def skip(self, key: PartitionKey, offset: int) -> None:
         """Say that everything below an offset is done, in all lanes of a partition."""
         self.begin(key, [max(mark, offset) for mark in self._marks[key]])
+
+    def keep(self, key: PartitionKey) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """A partition's marks, and what is held back of it, as (lane, start, end)."""
+        held = [
+            (lane[2], *each)
+            for lane, ranges in self._held.items()
+            if lane[:2] == key
+            for each in ranges.items()
+        ]
+        return list(self.marks(key)), held
+
+    @staticmethod
+    def kept(
+        key: PartitionKey, marks: Sequence[int], held: Iterable[tuple[int, int, int]]
+    ) -> ContiguousOffsets:
+        """What `keep` has said of a partition."""
+        offsets = ContiguousOffsets()
+        for lane, start, end in held:
+            offsets._held.setdefault((*key, lane), {})[start] = end
+        if marks:
+            offsets.begin(key, marks)
+        return offsets
 
     def add(self, progress: Progress) -> int | None:
         """Take in a finished range; returns the partition's mark if it moved."""

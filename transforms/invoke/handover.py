@@ -1,10 +1,10 @@
 """Handover: what one keyed state says is pending <-> the process's `Invoker`. No Beam.
 
-In a streaming run the state of each key is the truth: it holds every batch that is not finished
-for good. The invoker in the worker's memory may know less (a restart), more (an older checkpoint
-was restored in the same process), or something else; `Handover` finds out by counting: batches of a
-key are numbered as they come, and both sides must agree on the numbers, and on a token that is
-drawn anew whenever they did not.
+In a streaming run the state of each key is the truth: it holds the records of every batch that is
+not finished for good. The invoker in the worker's memory may know less (a restart), more (an older
+checkpoint was restored in the same process), or something else; `Handover` finds out by counting:
+batches of a key, and the chunks they are made of, are numbered as they come, and both sides must
+agree on the numbers, and on a token that is drawn anew whenever they did not.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Any
 
 from transforms.invoke.invoker import Invoker
 from transforms.records import Batch, Finished, LaneKey
 
 LEASE_SECS = 30.0
 """How long calls of a key may begin without a sign of life from its state."""
+
+Marked = tuple[Batch, Any]
+"""A batch, and how far it reaches, as the state counts it."""
 
 LET_GO_SECS = 3600.0
 """How long a key's outcomes are kept without one; by then it has moved to another worker."""
@@ -33,6 +37,9 @@ class _Desk:
         token: Which handing over of the key this is.
         head: Number of the oldest batch that is held here.
         tail: Number of the next batch to come.
+        chunks: Number of the next chunk to come.
+        open: What is held of the batch that is still open.
+        marks: How far each of the batches from `head` on reaches, as the state counts it.
         finished: What became of the batches from `head` on, in order.
         renewed: When the key's state was last heard of, by the timer.
         lapsed: Whether a call was not begun, for nothing had been heard for too long: batches that
@@ -42,6 +49,9 @@ class _Desk:
     token: str
     head: int
     tail: int
+    chunks: int
+    open: Any
+    marks: deque[Any]
     finished: deque[Finished] = field(default_factory=deque)
     renewed: float = 0.0
     lapsed: bool = False
@@ -75,7 +85,7 @@ class Handover:
         self._tidied = timer()
         self.invoker = make(self._is_leased)
 
-    def agree(self, key: LaneKey, token: str, head: int, tail: int) -> int | None:
+    def agree(self, key: LaneKey, token: str, head: int, tail: int, chunks: int = 0) -> int | None:
         """From which number on the batches up to `tail` have to be handed over again.
 
         Outcomes before `head` are dropped: the state has let go of them. Renews the lease.
@@ -88,9 +98,12 @@ class Handover:
         with self._lock:
             self._tidy()
             desk = self._desks.get(key)
-            if desk and (desk.token, desk.tail) == (token, tail) and desk.head <= head <= desk.done:
+            stands = (token, tail, chunks)
+            same = desk and (desk.token, desk.tail, desk.chunks) == stands
+            if desk and same and desk.head <= head <= desk.done:
                 for _ in range(head - desk.head):
                     desk.finished.popleft()
+                    desk.marks.popleft()
                 desk.head = head
                 desk.renewed = self._timer()
                 if not desk.lapsed:
@@ -100,13 +113,23 @@ class Handover:
             self._forget(key)
             return None
 
-    def begin(self, key: LaneKey, token: str, head: int, batches: Sequence[Batch]) -> None:
+    def begin(
+        self,
+        key: LaneKey,
+        token: str,
+        head: int,
+        batches: Sequence[Marked],
+        chunks: int = 0,
+        open: Any = None,
+    ) -> None:
         """Hand a key over, with all that is pending of it; the first batch has this number."""
         with self._lock:
-            self._desks[key] = _Desk(token, head, head + len(batches), renewed=self._timer())
-            self.invoker.submit(batches)
+            marks = deque(mark for _, mark in batches)
+            tail, now = head + len(batches), self._timer()
+            self._desks[key] = _Desk(token, head, tail, chunks, open, marks, renewed=now)
+            self.invoker.submit(batch for batch, _ in batches)
 
-    def resume(self, key: LaneKey, batches: Sequence[Batch]) -> None:
+    def resume(self, key: LaneKey, batches: Sequence[Marked], open: Any = None) -> None:
         """Hand over again what `agree` said is not held any more."""
         with self._lock:
             desk = self._desks[key]
@@ -114,9 +137,12 @@ class Handover:
             # lane has halted stays so.
             self.invoker.abandon(key, lift_halt=False)
             desk.renewed, desk.lapsed = self._timer(), False
-            self.invoker.submit(batches)
+            desk.tail, desk.open = desk.done + len(batches), open
+            held = list(desk.marks)[: len(desk.finished)]
+            desk.marks = deque([*held, *(mark for _, mark in batches)])
+            self.invoker.submit(batch for batch, _ in batches)
 
-    def submit(self, key: LaneKey, batch: Batch) -> None:
+    def submit(self, key: LaneKey, batch: Batch, mark: Any = None) -> None:
         """Hand over one more batch of a key that was agreed on.
 
         If its lease has lapsed since then, the batch does not begin, and `agree` tells.
@@ -124,7 +150,26 @@ class Handover:
         with self._lock:
             if desk := self._desks.get(key):
                 desk.tail += 1
+                desk.marks.append(mark)
                 self.invoker.submit([batch])
+
+    def open(self, key: LaneKey) -> Any:
+        """What was kept of the open batch of a key that was agreed on."""
+        with self._lock:
+            desk = self._desks.get(key)
+            return desk.open if desk else None
+
+    def keep(self, key: LaneKey, chunks: int, open: Any) -> None:
+        """Keep what is open of a key that was agreed on, now that so many chunks have come."""
+        with self._lock:
+            if desk := self._desks.get(key):
+                desk.chunks, desk.open = chunks, open
+
+    def mark(self, key: LaneKey, number: int) -> Any:
+        """How far a batch reaches that is held here."""
+        with self._lock:
+            desk = self._desks[key]
+            return desk.marks[number - desk.head]
 
     def finished(self, key: LaneKey, head: int) -> list[Finished]:
         """What became of the key's batches from this number on, as far as they are finished."""

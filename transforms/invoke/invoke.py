@@ -1,8 +1,8 @@
 """Invoke: Batch -> Finished, through the process's one ordered `Invoker`.
 
-The DoFns only hand over and collect; nothing in a bundle waits for the function. In rounds the
-invoker outlives them and the committed offsets are the truth; in a streaming run every batch that
-is not finished is kept in state, and a timer collects (`transforms.invoke.handover`).
+The DoFn only hands over and collects; nothing in a bundle waits for the function. In rounds the
+invoker outlives it and the committed offsets are the truth. In a streaming run what is not finished
+is kept in state, by the step in `transforms.pending.pending`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,14 @@ from __future__ import annotations
 import math
 import random
 import time
-import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter, itemgetter
 from typing import Any
 
 import apache_beam as beam
 from apache_beam import coders
-from apache_beam.transforms.userstate import (
-    BagRuntimeState,
-    BagStateSpec,
-    ReadModifyWriteRuntimeState,
-    ReadModifyWriteStateSpec,
-    RuntimeTimer,
-    TimerSpec,
-    on_timer,
-)
 from apache_beam.transforms.window import GlobalWindow
-from apache_beam.utils.timestamp import Timestamp
 from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms.aws.answers import Fault, Reply
@@ -45,7 +33,7 @@ from transforms.invoke.reply import CONFLUENT, NONE, Answer, read_reply
 from transforms.invoke.retry import Call, RetryPolicy
 from transforms.names import NUMBERS, Names
 from transforms.per_process import forget, per_process
-from transforms.records import NO_TIMESTAMP, Batch, Failure, Finished, LaneKey, halt_name
+from transforms.records import Batch, Failure, Finished, LaneKey
 from transforms.tracing import TraceConfig, shared_tracer, x_amzn_trace_id
 
 _STATS = ("invocations", "retries", "bisections", "throttles", "invoke_ms")
@@ -55,13 +43,6 @@ _LOOK_SECS = 0.5
 # How long a round may stay for what it has handed over. It is what others' results and records may
 # have to wait longer for it, so there is no staying where calls mostly take longer.
 _STAY_SECS = 0.01
-# How often what has finished is looked for. Each look is a bundle of its own.
-_COLLECT_SECS = 0.1
-# Payload bytes of one key that may wait in memory; above it the input has to wait too. The native
-# reader stops long before, so that a stuck partition does not stop the others.
-_KEY_BYTES = 64 * 2**20
-# Batches that may be done with and still be in the bag: to take them out, all are written anew.
-_KEPT = 16
 
 _WINDOW = GlobalWindow()
 _WINDOW_END = _WINDOW.max_timestamp()
@@ -191,6 +172,11 @@ def shared_handover(config: InvokeConfig) -> Handover:
     return per_process(_make_handover, config)
 
 
+def forget_handover(config: InvokeConfig) -> None:
+    """The next to ask for this process's handover gets one that is whole."""
+    forget(_make_handover, config)
+
+
 def halt_partition(config: InvokeConfig, finished: Finished) -> None:
     """Have this process invoke nothing more of a partition; see `Invoker.halt`."""
     invoker = shared_handover(config).invoker if config.streaming else shared_invoker(config)
@@ -208,11 +194,10 @@ def why_broken(invoker: Invoker, function: FunctionConfig) -> BaseException | No
 class InvokeLambda(beam.PTransform):
     """Invoke the function with each batch and emit what became of it.
 
-    In bounded rounds of one process a batch handed over in one round may come out in a later
-    one, since the invoker outlives them. In a streaming run batches are kept in state until
-    they are finished; a drain waits for all of them. Order: results of a partition come out in
-    the order of its batches. At least once: a batch is invoked again if its outcome was not
-    durable when the process ended. Retries, splits and errors: `transforms.invoke.retry`.
+    In bounded rounds of one process: a batch handed over in one round may come out in a later
+    one, since the invoker outlives them. Order: results of a partition come out in the order of
+    its batches. At least once: a batch is invoked again if its outcome was not durable when the
+    process ended. Retries, splits and errors: `transforms.invoke.retry`.
     """
 
     def __init__(self, config: InvokeConfig) -> None:
@@ -220,18 +205,14 @@ class InvokeLambda(beam.PTransform):
         self._config = config
 
     def expand(self, batches: beam.PCollection[Batch]) -> beam.PCollection[Finished]:
-        if not self._config.streaming:
-            hand_over = beam.ParDo(_HandOverFn(self._config)).with_output_types(Finished)
-            return batches | "HandOver" >> hand_over
-        keyed = batches | "ByLane" >> beam.Map(_keyed).with_output_types(tuple[LaneKey, Batch])
-        pending = beam.ParDo(_PendingFn(self._config)).with_output_types(Finished)
-        return keyed | "Pending" >> pending
+        hand_over = beam.ParDo(_HandOverFn(self._config)).with_output_types(Finished)
+        return batches | "HandOver" >> hand_over
 
     def display_data(self) -> dict[str, Any]:
         return {"function": self._config.function.function}
 
 
-class _Gauges:
+class Gauges:
     """Calls that are running in this process, and what holds more of them back, as it is now."""
 
     def __init__(self) -> None:
@@ -255,7 +236,7 @@ class _Gauges:
             self._oldest_age_secs.set(round(trouble.oldest_age_secs or 0))
 
 
-class _Counters:
+class Counters:
     """What calls come to, counted when they have ended and not when their batch is finished."""
 
     def __init__(self) -> None:
@@ -275,8 +256,8 @@ class _HandOverFn(beam.DoFn):
 
     def __init__(self, config: InvokeConfig) -> None:
         self._config = config
-        self._gauges = _Gauges()
-        self._counters = _Counters()
+        self._gauges = Gauges()
+        self._counters = Counters()
 
     def start_bundle(self) -> None:
         # For the whole bundle: to look it up costs more than to hand a batch over.
@@ -305,239 +286,6 @@ class _HandOverFn(beam.DoFn):
 
 HALTS = "halted"
 """Namespace of the counters whose names say where a partition was halted."""
-
-
-def _keyed(batch: Batch) -> tuple[LaneKey, Batch]:
-    return batch.lane_key, batch
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """How far a key has come. Batches are numbered in the order of their offsets.
-
-    Attributes:
-        token: Which handing over to a process this is; see `transforms.invoke.handover`.
-        kept: Number of the first batch in the bag; those before `head` are done with.
-        head: Number of the first batch whose outcome has not been emitted.
-        tail: Number of the next batch to come.
-        halted: Whether a failure stopped the partition.
-        collecting: Whether the timer is set.
-        next_offset: Where the last batch that was handed over ends; -1 before the first.
-        early: Batches that wait for their predecessor.
-    """
-
-    token: str = ""
-    kept: int = 0
-    head: int = 0
-    tail: int = 0
-    halted: bool = False
-    collecting: bool = False
-    next_offset: int = -1
-    early: int = 0
-
-
-class _PendingFn(beam.DoFn):
-    PLACE = ReadModifyWriteStateSpec("invoke_place", coders.PickleCoder())
-    PENDING = BagStateSpec("invoke_pending", coders.PickleCoder())
-    # Batches that have overtaken others on the way to here.
-    EARLY = BagStateSpec("invoke_early", coders.PickleCoder())
-    COLLECT = TimerSpec("invoke_collect", beam.TimeDomain.REAL_TIME)
-    # Fires at a drain and when a bounded run has read all, so that nothing pending is left behind.
-    WINDOW_END = TimerSpec("invoke_window_end", beam.TimeDomain.WATERMARK)
-
-    def __init__(
-        self,
-        config: InvokeConfig,
-        share: Callable[[InvokeConfig], Handover] = shared_handover,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._config = config
-        self._share = share
-        self._clock = clock
-        metrics = beam.metrics.Metrics
-        self._gauges = _Gauges()
-        self._counters = _Counters()
-        self._dropped = metrics.counter("invoke", "behind_a_halt")
-        self._handed_over_again = metrics.counter("invoke", "handed_over_again")
-        self._iterator_age_ms = metrics.distribution("invoke", "iterator_age_ms")
-
-    def process(
-        self,
-        element: tuple[LaneKey, Batch],
-        place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
-        pending: BagRuntimeState = beam.DoFn.StateParam(PENDING),  # type: ignore[assignment]
-        early: BagRuntimeState = beam.DoFn.StateParam(EARLY),  # type: ignore[assignment]
-        collect: RuntimeTimer = beam.DoFn.TimerParam(COLLECT),  # type: ignore[assignment]
-        window_end: RuntimeTimer = beam.DoFn.TimerParam(WINDOW_END),  # type: ignore[assignment]
-        window: Any = beam.DoFn.WindowParam,
-    ) -> Iterator[Finished]:
-        key, batch = element
-        place: Place | None = place_state.read()
-        if place is None:
-            window_end.set(window.end)
-            place = Place()
-        if place.halted:
-            # Not committed, so a new run reads it again.
-            self._dropped.inc(len(batch))
-            if place.early:
-                early.clear()
-                place_state.write(replace(place, early=0))
-            return
-        if batch.first and place.next_offset < 0:
-            place = replace(place, next_offset=batch.start)
-        if batch.start > place.next_offset:
-            early.add(batch)
-            place_state.write(replace(place, early=place.early + 1))
-            return
-        place = self._agree(key, place, pending)
-        place = self._submit(key, batch, place, pending)
-        if place.early:
-            waiting = sorted(early.read(), key=attrgetter("start"))
-            early.clear()
-            while waiting and waiting[0].start <= place.next_offset:
-                place = self._submit(key, waiting.pop(0), place, pending)
-            for waiter in waiting:
-                early.add(waiter)
-            place = replace(place, early=len(waiting))
-        handover = self._share(self._config)
-        place = yield from self._emit(key, place, pending)
-        while handover.invoker.queue(key[:2]).bytes > _KEY_BYTES and not place.halted:
-            handover.invoker.wait(lambda invoker: invoker.has_finished, 1.0)
-            place = self._renew(key, place, pending)
-            place = yield from self._emit(key, place, pending)
-        self._set(collect, place, place_state)
-
-    @on_timer(COLLECT)
-    def collect(
-        self,
-        key: LaneKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
-        place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
-        pending: BagRuntimeState = beam.DoFn.StateParam(PENDING),  # type: ignore[assignment]
-        collect: RuntimeTimer = beam.DoFn.TimerParam(COLLECT),  # type: ignore[assignment]
-    ) -> Iterator[Finished]:
-        place: Place | None = place_state.read()
-        if place is None or place.halted:
-            return
-        place = self._agree(key, place, pending)
-        place = yield from self._emit(key, place, pending)
-        self._set(collect, replace(place, collecting=False), place_state)
-
-    @on_timer(WINDOW_END)
-    def collect_all(
-        self,
-        key: LaneKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
-        place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
-        pending: BagRuntimeState = beam.DoFn.StateParam(PENDING),  # type: ignore[assignment]
-        early: BagRuntimeState = beam.DoFn.StateParam(EARLY),  # type: ignore[assignment]
-        collect: RuntimeTimer = beam.DoFn.TimerParam(COLLECT),  # type: ignore[assignment]
-    ) -> Iterator[Finished]:
-        # Flink's drain waits for every timer that is set, and fires none of real time any more.
-        collect.clear()
-        place: Place | None = place_state.read()
-        if place is None:
-            return
-        if not place.halted:
-            place = self._agree(key, place, pending)
-            if place.early:
-                # Nothing more can come: what waits goes as it is. No range covers the hole before
-                # it, so nothing behind that is committed.
-                for batch in sorted(early.read(), key=attrgetter("start")):
-                    place = self._submit(key, batch, place, pending)
-                place = replace(place, early=0)
-                early.clear()
-        handover = self._share(self._config)
-        while not place.halted and place.head < place.tail:
-            place = yield from self._emit(key, place, pending)
-            place = self._renew(key, place, pending)
-            handover.invoker.wait(lambda invoker: invoker.has_finished, 0.1)
-        place_state.write(place)
-
-    def _submit(self, key: LaneKey, batch: Batch, place: Place, pending: BagRuntimeState) -> Place:
-        """Hand one more batch over, and keep it in the state."""
-        pending.add((place.tail, batch))
-        self._share(self._config).submit(key, batch)
-        self._observe_age(batch)
-        next_offset = max(place.next_offset, batch.next_offset)
-        return replace(place, tail=place.tail + 1, next_offset=next_offset)
-
-    def _agree(self, key: LaneKey, place: Place, pending: BagRuntimeState) -> Place:
-        """See to it that this process holds what the state says is pending."""
-        handover = self._share(self._config)
-        held = handover.agree(key, place.token, place.head, place.tail)
-        if held == place.tail:
-            return place
-        first = place.head if held is None else held
-        numbered = sorted(pending.read(), key=itemgetter(0)) if first < place.tail else []
-        batches = [batch for number, batch in numbered if number >= first]
-        self._handed_over_again.inc(len(batches))
-        if held is None:
-            place = replace(place, token=uuid.uuid4().hex)
-            handover.begin(key, place.token, place.head, batches)
-        else:
-            handover.resume(key, batches)
-        return place
-
-    def _renew(self, key: LaneKey, place: Place, pending: BagRuntimeState) -> Place:
-        """Keep a key going inside a bundle, also if the bundle has taken too long for its lease."""
-        handover = self._share(self._config)
-        return place if handover.renew(key) else self._agree(key, place, pending)
-
-    def _emit(
-        self, key: LaneKey, place: Place, pending: BagRuntimeState
-    ) -> Generator[Finished, None, Place]:
-        """Emit what has finished, and let go of it in the state."""
-        handover = self._share(self._config)
-        self._gauges.set(handover.invoker)
-        # Asked first: then what halted it, if that was in this lane, is among what is finished.
-        halted = handover.invoker.queue(key[:2]).halted
-        all_finished = handover.finished(key, place.head)
-        self._counters.take(handover.invoker)
-        for finished in all_finished:
-            yield finished
-            place = replace(place, head=place.head + 1)
-            if finished.halted:
-                beam.metrics.Metrics.counter(HALTS, halt_name(finished)).inc()
-                pending.clear()
-                return replace(place, head=place.tail, kept=place.tail, halted=True)
-        if halted:
-            # Another lane's failure; what is not finished here will be read again.
-            pending.clear()
-            return replace(place, head=place.tail, kept=place.tail, halted=True)
-        if error := why_broken(handover.invoker, self._config.function):
-            # The next attempt in this process begins with an invoker that is whole.
-            forget(_make_handover, self._config)
-            raise error
-        return self._shrink(place, pending)
-
-    def _shrink(self, place: Place, pending: BagRuntimeState) -> Place:
-        """Take what is done with out of the bag: at once if that is all, else when it is most."""
-        if place.head == place.tail:
-            if place.kept < place.tail:
-                pending.clear()
-        elif place.head - place.kept > max(_KEPT, place.tail - place.head):
-            rest = [numbered for numbered in pending.read() if numbered[0] >= place.head]
-            pending.clear()
-            for numbered in rest:
-                pending.add(numbered)
-        else:
-            return place
-        return replace(place, kept=place.head)
-
-    def _set(
-        self, collect: RuntimeTimer, place: Place, place_state: ReadModifyWriteRuntimeState
-    ) -> None:
-        """Come back while anything is pending, and once more, to let go of what was emitted."""
-        if not place.collecting and not place.halted and place.head < place.tail:
-            collect.set(Timestamp.of(self._clock() + _COLLECT_SECS))
-            place = replace(place, collecting=True)
-        place_state.write(place)
-
-    def _observe_age(self, batch: Batch) -> None:
-        """Lambda's IteratorAge: how old the last record of a batch is when it is handed over."""
-        timestamps = batch.records.timestamps
-        if timestamps and timestamps[-1] != NO_TIMESTAMP:
-            age_ms = round(self._clock() * 1000) - timestamps[-1]
-            self._iterator_age_ms.update(max(0, age_ms))
 
 
 coders.registry.register_coder(Finished, SizedPickleCoder)

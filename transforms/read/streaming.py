@@ -22,11 +22,13 @@ from apache_beam import coders
 from apache_beam.io.iobase import RestrictionProgress, RestrictionTracker
 from apache_beam.io.restriction_trackers import OffsetRange, OffsetRestrictionTracker
 from apache_beam.io.watermark_estimators import ManualWatermarkEstimator, WalltimeWatermarkEstimator
-from apache_beam.transforms.core import RestrictionProvider
+from apache_beam.transforms.core import RestrictionProvider, WatermarkEstimatorProvider
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Duration, Timestamp
 
+from transforms.coding import FactsCoder
 from transforms.errors import SinkError
+from transforms.facts import number
 from transforms.per_process import per_process
 from transforms.records import (
     EVERY_LANE,
@@ -42,20 +44,19 @@ _LOGGER = logging.getLogger(__name__)
 # Behind every position, also where positions are longer than Kafka's.
 _NO_END = 2**256
 
-_WALLTIME = WalltimeWatermarkEstimator.default_provider()
-_MANUAL = ManualWatermarkEstimator.default_provider()
-
 # Partitions of one worker take turns, so an idle one must not hold up the others.
 _POLL_SECS = 0.02
 # What is read leaves the worker when its bundle ends, and a checkpoint waits for that too.
 _SLICE_SECS = 0.5
-# Flink knows whole seconds only: less is none at all. So a partition that gave records lately is
-# asked again at once, a quiet one after this time.
+# Flink knows whole seconds only: less is none at all (`delay`). So a partition that gave records
+# lately is asked again at once, a quiet one after this time.
 _QUIET_POLL_SECS = 1
 _LATELY_SECS = 2.0
 _FIND_SECS = 5
 # How often a busy partition is left alone for a moment, to find out whether the job is drained.
-_BREATH_SECS = 10.0
+_BREATH_SECS = 60.0
+# So much of a delay may have passed before the runner hears of it.
+_HEARD_SECS = 0.5
 # A partition that gave nothing for so long does not hold the watermark back any more.
 _HOLD_SECS = 60
 
@@ -146,6 +147,19 @@ class NativeReadConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """How far the looking for partitions has come.
+
+    Attributes:
+        bounded: Whether one look is all.
+        known: Partitions that were passed on; None before the first look.
+    """
+
+    bounded: bool
+    known: frozenset[PartitionKey] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FoundPartition:
     """A partition to read.
 
@@ -231,6 +245,15 @@ class _Paces:
         return self._reading[key]
 
 
+def delay(secs: int) -> Duration:
+    """How long to ask a runner to wait.
+
+    It hears of what is left of a delay when the bundle ends, and Flink takes the whole seconds of
+    that: of a second that would be none, and to come at once is what it does in a drain.
+    """
+    return Duration.of(secs + _HEARD_SECS if secs else 0)
+
+
 class ReadPartitions(beam.PTransform):
     """Find partitions and read them, for streaming runs.
 
@@ -268,20 +291,76 @@ class ReadPartitions(beam.PTransform):
         return {"bootstrap_servers": self._config.source.address}
 
 
+# -- what the runner keeps -------------------------------------------------------------------------
+
+
+class _FoundCoder(FactsCoder):
+    what = "partitions that were found"
+
+    def facts(self, value: FoundPartition) -> Any:
+        positions = number(value.start), number(value.end)
+        return [value.topic, value.partition, *positions, value.bounded]
+
+    def value(self, facts: Any) -> FoundPartition:
+        topic, partition, start, end, bounded = facts[:5]
+        return FoundPartition(topic, partition, int(start), int(end), bounded)
+
+
+class _RangeCoder(FactsCoder):
+    """What is not read yet; no end, if there is none."""
+
+    what = "ranges to read"
+
+    def facts(self, value: OffsetRange) -> Any:
+        return [number(value.start), None if value.stop == _NO_END else number(value.stop)]
+
+    def value(self, facts: Any) -> OffsetRange:
+        start, stop = facts[:2]
+        return OffsetRange(int(start), _NO_END if stop is None else int(stop))
+
+
+class _FindingCoder(FactsCoder):
+    what = "partitions that are known"
+
+    def facts(self, value: Finding) -> Any:
+        return [value.bounded, value.known if value.known is None else sorted(value.known)]
+
+    def value(self, facts: Any) -> Finding:
+        bounded, known = facts[:2]
+        return Finding(bounded, None if known is None else frozenset(map(tuple, known)))
+
+
+class _WatermarkCoder(FactsCoder):
+    what = "watermarks"
+
+    def facts(self, value: Timestamp | None) -> Any:
+        return value and value.micros
+
+    def value(self, facts: Any) -> Timestamp | None:
+        return None if facts is None else Timestamp(micros=facts)
+
+
+class _Watermarks(WatermarkEstimatorProvider):
+    """Where the watermark of a restriction is, by an estimator of Beam's."""
+
+    def __init__(self, estimator: Callable[[Timestamp | None], Any]) -> None:
+        self._estimator = estimator
+
+    def initial_estimator_state(self, element: Any, restriction: Any) -> None:
+        return None
+
+    def create_watermark_estimator(self, estimator_state: Timestamp | None) -> Any:
+        return self._estimator(estimator_state)
+
+    def estimator_state_coder(self) -> coders.Coder:
+        return _WatermarkCoder()
+
+
+_WALLTIME = _Watermarks(WalltimeWatermarkEstimator)
+_MANUAL = _Watermarks(ManualWatermarkEstimator)
+
+
 # -- finding -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """How far the looking for partitions has come.
-
-    Attributes:
-        bounded: Whether one look is all.
-        known: Partitions that were passed on; None before the first look.
-    """
-
-    bounded: bool
-    known: frozenset[PartitionKey] | None = None
 
 
 def _begin(_: bytes, bounded: bool) -> Finding:
@@ -331,6 +410,9 @@ class _FindProvider(RestrictionProvider):
     def create_tracker(self, restriction: Finding) -> _FindingTracker:
         return _FindingTracker(restriction)
 
+    def restriction_coder(self) -> coders.Coder:
+        return _FindingCoder()
+
     def restriction_size(self, element: Finding, restriction: Finding) -> float:
         return 1.0
 
@@ -367,7 +449,7 @@ class _FindFn(beam.DoFn):
             yield FoundPartition(*key, start, end, element.bounded)
         if not element.bounded:
             haste.asked(monotonic(), _FIND_SECS)
-            tracker.defer_remainder(Duration.of(_FIND_SECS))
+            tracker.defer_remainder(delay(_FIND_SECS))
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -380,6 +462,9 @@ class _ReadProvider(RestrictionProvider):
 
     def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
         return _OffsetTracker(restriction)
+
+    def restriction_coder(self) -> coders.Coder:
+        return _RangeCoder()
 
     def restriction_size(self, element: FoundPartition, restriction: OffsetRange) -> float:
         """The backlog in records: what there is to read, not what may ever come."""
@@ -477,7 +562,7 @@ class _ReadFn(beam.DoFn):
             if pause_secs:
                 pace.breath = now
             pace.haste.asked(monotonic(), pause_secs)
-            tracker.defer_remainder(Duration.of(pause_secs))
+            tracker.defer_remainder(delay(pause_secs))
 
     def _timestamp(self, records: Records, watermark: Any) -> Timestamp:
         """The newest record's time, but never one to come: a producer may write any number."""
@@ -495,5 +580,5 @@ class _ReadFn(beam.DoFn):
         return before
 
 
-coders.registry.register_coder(FoundPartition, coders.PickleCoder)
-coders.registry.register_coder(Finding, coders.PickleCoder)
+coders.registry.register_coder(FoundPartition, _FoundCoder)
+coders.registry.register_coder(Finding, _FindingCoder)

@@ -109,7 +109,7 @@ def test_java_reads_and_python_does_the_rest(
         assert part.encode() in held, part
     assert job.steps["Read/Pack"].environment not in {t.environment_id for t in in_java.values()}
     assert "Read/FindPartitions" not in job.steps
-    assert {"Batch/Buffer", "Invoke/Pending", "Commit/CommitPartition"} <= set(job.steps)
+    assert {"BatchAndInvoke/Pending", "Commit/CommitPartition"} <= set(job.steps)
 
 
 def test_each_half_has_an_image(job: Submitted) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,6 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.test_stream import TestStream
-from apache_beam.transforms.window import GlobalWindow
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,16 +26,9 @@ from pipeline.options.resolve import parse_arguments
 from pipeline.submit.streaming import runner_options
 from tests import sink
 from tests.conftest import Names
-from transforms.aws.function import FunctionConfig
-from transforms.batch.batch import BatchByPartition, BatchConfig, _BufferFn
-from transforms.commit.commit import CommitOffsets, _CommitPartitionFn
+from transforms.commit.commit import CommitOffsets, _CommitPartitionFn, pack
 from transforms.commit.committer import CommitConfig, Committer
-from transforms.errors import FunctionConfigError, UsageError
-from transforms.invoke.handover import Handover
-from transforms.invoke.invoke import InvokeConfig, _PendingFn
-from transforms.invoke.invoker import Invoker
-from transforms.invoke.outcome import Kind, Outcome
-from transforms.invoke.retry import RetryPolicy
+from transforms.errors import UsageError
 from transforms.kafka.beam_reader import BeamReadConfig, _service
 from transforms.kafka.client import KafkaConfig, make_consumer
 from transforms.kafka.offsets import SourceConfig, SourceOffsets
@@ -50,16 +41,13 @@ from transforms.read.streaming import (
     NativeReadConfig,
     ReadPartitions,
     _FindingTracker,
+    delay,
 )
 from transforms.records import (
     EVERY_LANE,
-    Batch,
-    Finished,
-    LaneKey,
     PartitionKey,
     Progress,
     RecordChunk,
-    Records,
     read_halt,
 )
 
@@ -154,6 +142,7 @@ def test_flink_gets_what_this_pipeline_needs_unless_the_user_says_otherwise() ->
     assert "--streaming" in added
     assert "--finish_bundle_before_checkpointing" in added
     assert "--checkpointing_interval=10000" in added
+    assert "--max_bundle_time_mills=100" in added
     said = ["--checkpointing_interval=500"]
     assert "--checkpointing_interval=10000" not in runner_options("FlinkRunner", said, False)
     ends = [name for name in runner_options("FlinkRunner", [], True) if "shutdown_sources" in name]
@@ -165,68 +154,6 @@ def test_options_of_flink_s_java_half_are_known() -> None:
     arguments = [f"--{name}={value}" for name, value in GIVEN.items()]
     flinks = ["--runner=FlinkRunner", "--checkpointing_interval=500", "--savepoint_path=file:/s"]
     assert parse_arguments([*arguments, *flinks])[1] == "FlinkRunner"
-
-
-# -- batches that are closed by time -------------------------------------------------------
-
-
-def _chunk(start: int, next_offset: int, first: bool = False) -> tuple[LaneKey, RecordChunk]:
-    offsets = list(range(start, next_offset))
-    count = len(offsets)
-    records = Records(offsets, [1] * count, [None] * count, [b"1"] * count, [None] * count)
-    return ("t", 0, 0), RecordChunk("t", 0, start, next_offset, records, first, lane=0)
-
-
-_collected: dict[str, list[tuple[int, int]]] = {}
-
-
-def _collect(batch: Batch, token: str) -> None:
-    _collected[token].append((batch.start, batch.next_offset))
-
-
-def _batches(stream: TestStream, window_secs: float) -> list[tuple[int, int]]:
-    token = uuid.uuid4().hex
-    _collected[token] = []
-    config = BatchConfig(max_records=3, window_secs=window_secs)
-    with TestPipeline(options=PipelineOptions([], streaming=True)) as pipeline:
-        _ = (
-            pipeline
-            | stream
-            | beam.Map(_same).with_output_types(tuple[LaneKey, RecordChunk])
-            | BatchByPartition(config, clock=_zero)
-            | beam.Map(_collect, token)
-        )
-    return _collected[token]
-
-
-def _same(element: Any) -> Any:
-    return element
-
-
-def _zero() -> float:
-    return 0.0
-
-
-def test_a_batch_is_closed_when_it_is_full_when_it_is_due_and_by_a_drain() -> None:
-    stream = (
-        TestStream()
-        .add_elements([_chunk(0, 5, first=True)])
-        .advance_processing_time(6)
-        .add_elements([_chunk(5, 6)])
-        .advance_watermark_to_infinity()
-    )
-    assert _batches(stream, 5) == [(0, 3), (3, 5), (5, 6)]
-
-
-def test_a_chunk_that_was_overtaken_is_put_in_its_place() -> None:
-    stream = (
-        TestStream()
-        .add_elements([_chunk(4, 6), _chunk(2, 4)])
-        .advance_processing_time(6)
-        .add_elements([_chunk(0, 2, first=True)])
-        .advance_watermark_to_infinity()
-    )
-    assert _batches(stream, 5) == [(0, 3), (3, 6)]
 
 
 # -- the native reader ---------------------------------------------------------------------
@@ -258,6 +185,19 @@ def test_a_runner_that_does_not_wait_any_more_is_noticed(
         now += waited
         last = haste.came(now)
     assert last == in_haste
+
+
+@pytest.mark.parametrize("passed", [0.0, 1e-6, 0.2, 0.49, 0.51, 0.9])
+@pytest.mark.parametrize("secs", [1, 5])
+def test_a_delay_is_none_to_flink_only_when_it_is_nearly_over(secs: int, passed: float) -> None:
+    """However short bundles are, to come back after a delay is no haste."""
+    left = int(delay(secs).micros / 1e6 - passed)
+    haste = Haste()
+    for start in range(0, 1000, 100):
+        haste.asked(start, secs)
+        assert not haste.came(start + passed + left)
+    assert left >= secs - 1
+    assert delay(0) == 0
 
 
 @given(st.lists(st.sets(st.tuples(st.sampled_from("ab"), st.integers(0, 3)))))
@@ -388,6 +328,10 @@ class _NotedCommits:
             self._noted.append((dict(offsets), dict(notes)))
 
 
+def _same(element: Any) -> Any:
+    return element
+
+
 _asked: list[float] = []
 
 
@@ -406,9 +350,9 @@ def test_each_partition_is_committed_again_and_at_the_end(monkeypatch: pytest.Mo
     quiet, halted = ("t", 0), ("t", 1)
     stream = (
         TestStream()
-        .add_elements([(quiet, Progress(*quiet, 7, 7, EVERY_LANE))])
-        .add_elements([(halted, Progress(*halted, 3, 3, EVERY_LANE))])
-        .add_elements([(halted, Progress(*halted, 3, 5, halted="t|1|5|Why|What"))])
+        .add_elements([pack(Progress(*quiet, 7, 7, EVERY_LANE))])
+        .add_elements([pack(Progress(*halted, 3, 3, EVERY_LANE))])
+        .add_elements([pack(Progress(*halted, 3, 5, halted="t|1|5|Why|What"))])
         .advance_processing_time(61)
         .advance_watermark_to_infinity()
     )
@@ -417,7 +361,7 @@ def test_each_partition_is_committed_again_and_at_the_end(monkeypatch: pytest.Mo
         _ = (
             pipeline
             | stream
-            | beam.Map(_same).with_output_types(tuple[PartitionKey, Progress])
+            | beam.Map(_same).with_output_types(tuple[PartitionKey, bytes])
             | beam.ParDo(_CommitPartitionFn(config, None, clock=_hour_by_hour))
         )
     by_partition = {
@@ -510,226 +454,3 @@ def test_a_run_that_ends_does_not_wait_for_what_is_behind_a_halt(
     chunks = _read(config)[0]
     stuck.join()
     assert 1500 <= chunks[-1].next_offset < 5000
-
-
-# -- pending batches -----------------------------------------------------------------------
-
-
-class State:
-    """A state cell or bag, in memory."""
-
-    def __init__(self) -> None:
-        self.items: list[Any] = []
-
-    def read(self) -> Any:
-        return self.items[-1] if self.items else None
-
-    def write(self, value: Any) -> None:
-        self.items = [value]
-
-    def add(self, value: Any) -> None:
-        self.items.append(value)
-
-    def clear(self) -> None:
-        self.items = []
-
-
-class Bag(State):
-    def read(self) -> Any:
-        return list(reversed(self.items))  # a bag promises no order
-
-
-class Timer:
-    def __init__(self) -> None:
-        self.due: Any = None
-
-    def set(self, due: Any) -> None:
-        self.due = due
-
-    def clear(self) -> None:
-        self.due = None
-
-
-class Worker:
-    """One key of the step, in a process that can be lost."""
-
-    def __init__(self, answer: Callable[[Batch], Outcome]) -> None:
-        self._answer = answer
-        self.place, self.pending, self.early = State(), Bag(), Bag()
-        self.timer, self.end = Timer(), Timer()
-        self.calls: list[int]
-        self.start_process()
-
-    def start_process(self) -> None:
-        """A process without memory."""
-
-        calls = self.calls = []
-
-        def call(batch: Batch, *_: Any) -> Outcome:
-            calls.append(batch.start)
-            return self._answer(batch)
-
-        def make(may_begin: Callable[[LaneKey], bool]) -> Invoker:
-            return Invoker(
-                lambda batch, call: None,
-                call,
-                RetryPolicy(),
-                4,
-                clock=lambda: 0.0,
-                random=lambda: 0.0,
-                may_begin=may_begin,
-            )
-
-        self.handover = handover = Handover(make)
-        config = InvokeConfig(FunctionConfig("f"), streaming=True)
-        self.step = _PendingFn(config, share=lambda _: handover, clock=lambda: 0.0)
-
-    def process(self, batch: Batch) -> list[Finished]:
-        element = (batch.lane_key, batch)
-        states = (self.place, self.pending, self.early, self.timer, self.end)
-        return list(self.step.process(element, *states, GlobalWindow()))  # type: ignore[arg-type]
-
-    def collect(self) -> list[Finished]:
-        return list(self.step.collect(("t", 0, 0), self.place, self.pending, self.timer))  # type: ignore[arg-type]
-
-    def drain(self) -> list[Finished]:
-        states = (self.place, self.pending, self.early, self.timer)
-        return list(self.step.collect_all(("t", 0, 0), *states))  # type: ignore[arg-type]
-
-
-def _batch(number: int) -> Batch:
-    records = Records([number], [1], [None], [b"1"], [None])
-    return Batch("t", 0, number, number + 1, records, [b"{}"], first=number == 0)
-
-
-def _succeed(_: Batch) -> Outcome:
-    return Outcome(Kind.SUCCESS)
-
-
-def test_what_waited_is_batched_with_the_chunk_it_waited_for() -> None:
-    """Not only at the end, and what still waits stays counted."""
-    state, pieces, early = State(), Bag(), Bag()
-    step = _BufferFn(BatchConfig(max_records=2))
-
-    def process(*chunk: Any, first: bool = False) -> list[tuple[int, int]]:
-        states = (state, pieces, early, Timer(), GlobalWindow())
-        out = step.process(_chunk(*chunk, first=first), *states)  # type: ignore[arg-type]
-        return [(batch.start, batch.next_offset) for batch in out]
-
-    assert process(6, 8) == process(2, 4) == process(10, 12) == []
-    assert state.read().early == 3
-    assert process(0, 2, first=True) == [(0, 2), (2, 4)]
-    assert state.read().early == len(early.items) == 2
-    assert process(4, 6) == [(4, 6), (6, 8)]
-    assert state.read().early == len(early.items) == 1
-    # The beginning is known: another chunk that says it begins changes nothing about that.
-    assert process(0, 2, first=True) == []
-    assert (state.read().base, state.read().next_offset) == (0, 8)
-
-
-def test_a_drain_waits_for_everything_and_leaves_no_timer() -> None:
-    worker = Worker(_succeed)
-    out = [finished for number in range(40) for finished in worker.process(_batch(number))]
-    out += worker.drain()
-    assert [finished.start for finished in out] == list(range(40))
-    assert worker.timer.due is None
-    assert worker.place.read().head == 40
-
-
-@pytest.mark.parametrize("order", [[0, 2, 1, 3], [3, 2, 1, 0], [1, 0, 3, 2], [2, 0, 1, 3]])
-def test_batches_that_have_overtaken_others_wait_for_them(order: list[int]) -> None:
-    worker = Worker(_succeed)
-    out = [finished for number in order for finished in worker.process(_batch(number))]
-    out += worker.drain()
-    assert worker.calls == [0, 1, 2, 3]
-    assert [finished.start for finished in out] == [0, 1, 2, 3]
-    assert worker.early.items == []
-
-
-def test_a_batch_whose_predecessor_never_comes_is_invoked_by_a_drain() -> None:
-    worker = Worker(_succeed)
-    for number in (0, 3, 2):
-        worker.process(_batch(number))
-    worker.drain()
-    assert worker.calls == [0, 2, 3]
-
-
-def test_a_late_batch_is_invoked_when_it_comes() -> None:
-    worker = Worker(_succeed)
-    for number in (0, 1):
-        worker.process(_batch(number))
-    worker.process(replace(_batch(0), first=False))
-    worker.drain()
-    assert worker.calls == [0, 1, 0]
-
-
-def test_a_lost_process_costs_a_second_call_and_no_batch() -> None:
-    worker = Worker(_succeed)
-    before = worker.process(_batch(0)) + worker.process(_batch(1))
-    worker.start_process()
-    after = worker.process(_batch(2)) + worker.drain()
-    assert [finished.start for finished in before + after] == [0, 1, 2]
-    emitted = len(before)
-    assert worker.calls == list(range(emitted, 3))
-
-
-def test_what_is_done_leaves_the_state() -> None:
-    worker = Worker(_succeed)
-    out = []
-    for number in range(100):
-        out += worker.process(_batch(number))
-        out += worker.collect()
-        assert len(worker.pending.items) <= 2 * (number + 1 - len(out)) + 18
-    out += worker.drain()
-    worker.collect()
-    assert len(out) == 100
-    assert worker.pending.items == []
-
-
-def test_a_halt_stops_the_key_and_drops_what_is_behind_it() -> None:
-    def fail_at_two(batch: Batch) -> Outcome:
-        if batch.start == 2:
-            return Outcome(Kind.FUNCTION_ERROR, error_type="ValueError", message="m")
-        return Outcome(Kind.SUCCESS)
-
-    worker = Worker(fail_at_two)
-    out = [finished for number in range(5) for finished in worker.process(_batch(number))]
-    out += worker.drain()
-    assert [(finished.start, finished.halted is not None) for finished in out] == [
-        (0, False),
-        (1, False),
-        (2, True),
-    ]
-    assert worker.pending.items == []
-    assert worker.process(_batch(9)) == []
-    assert worker.calls == [0, 1, 2]
-
-
-def test_a_halt_between_two_looks_is_told() -> None:
-    """What halted the key comes out with the next look; it is not taken for another lane's."""
-    gate = threading.Event()
-
-    def fail(_: Batch) -> Outcome:
-        assert gate.wait(20)
-        return Outcome(Kind.FUNCTION_ERROR, error_type="ValueError", message="m")
-
-    worker = Worker(fail)
-    look = worker.handover.finished
-
-    def look_too_early(key: LaneKey, head: int) -> list[Finished]:
-        found = look(key, head)
-        gate.set()
-        assert worker.handover.invoker.wait(lambda invoker: invoker.queue(key[:2]).halted, 20)
-        return found
-
-    worker.handover.finished = look_too_early  # type: ignore[method-assign]
-    assert worker.process(_batch(0)) == []
-    (told,) = worker.collect()
-    assert told.halted
-
-
-def test_a_function_that_is_not_there_fails_the_bundle() -> None:
-    worker = Worker(lambda _: Outcome(Kind.CONFIG, error_type="ResourceNotFoundException"))
-    with pytest.raises(FunctionConfigError, match="--function=f cannot be invoked"):
-        worker.process(_batch(0))
-        worker.drain()

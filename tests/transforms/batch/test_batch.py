@@ -358,7 +358,6 @@ def test_chunks_that_tell_no_predecessor_lose_nothing_in_any_order(order) -> Non
     batches, counters = _run([parts[place] for place in order], BatchConfig(20))
     assert sorted(o for batch in batches for o in batch.records.offsets) == list(range(150))
     assert not counters.get("duplicates")
-    assert [batch.first for batch in batches].count(True) == 1
 
 
 def test_what_fills_a_hole_is_a_duplicate_the_second_time() -> None:
@@ -560,7 +559,7 @@ def test_a_chunk_that_is_all_of_its_lane_makes_the_same_batches(
     config = BatchConfig(most, max_bytes)
     kept, alone = (
         [
-            (each.start, each.next_offset, list(each.entries), each.rejection, each.first)
+            (each.start, each.next_offset, list(each.entries), each.rejection)
             for each in _run([given], config)[0]
         ]
         for given in (chunk, replace(chunk, last=True))

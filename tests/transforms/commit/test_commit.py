@@ -12,13 +12,23 @@ from confluent_kafka import KafkaException, TopicPartition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transforms.commit.commit import _Partition, merged, pack, unpack
 from transforms.commit.committer import CommitConfig, Committer
 from transforms.commit.contiguous import ContiguousOffsets
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig
 from transforms.kafka.committer import GroupOffsets, final_problem
 from transforms.kafka.offsets import SourceConfig
-from transforms.records import HALT_NOTE, Failure, Finished, Progress, Records, halt_name, read_halt
+from transforms.records import (
+    EVERY_LANE,
+    HALT_NOTE,
+    Failure,
+    Finished,
+    Progress,
+    Records,
+    halt_name,
+    read_halt,
+)
 
 
 def _range(start: int, next_offset: int, partition: int = 0, lane: int = 0) -> Progress:
@@ -343,3 +353,89 @@ def test_ranges_of_before_move_nothing_when_a_partition_comes_back() -> None:
     done.forget(("t", 0))
     done.begin(("t", 0), [5])
     assert done.marks(("t", 0)) == [5]
+
+
+# -- what crosses and what stays -------------------------------------------------------------------
+
+KEY = ("orders", 7)
+
+
+@pytest.mark.parametrize(
+    ("progress", "data"),
+    [
+        (Progress(*KEY, 0, 0, EVERY_LANE), b"\x01[0,0,-1]"),
+        (Progress(*KEY, 0, 0), b"\x01[]"),
+        (Progress(*KEY, 1000, 1100), b"\x01[1000,100]"),
+        (Progress(*KEY, 1000, 1000, 2, "t|7|5|a|b"), b'\x01[1000,0,2,"t|7|5|a|b"]'),
+        (Progress(*KEY, 2**70, 2**70 + 1), b'\x01["1180591620717411303424",1]'),
+    ],
+)
+def test_progress_crosses_as_little_more_than_its_numbers(progress: Progress, data: bytes) -> None:
+    """As the first version wrote it; never changed."""
+    assert pack(progress) == (KEY, data)
+    assert unpack(KEY, data) == progress
+    # A fact that was added since then, and is not known.
+    assert unpack(KEY, b'\x01[1000,100,0,"",9]') == Progress(*KEY, 1000, 1100)
+
+
+def test_what_a_bundle_has_done_of_a_lane_is_one_range_if_it_can_be() -> None:
+    done = [
+        Progress("t", 0, 0, 10),
+        Progress("t", 1, 5, 6),
+        Progress("t", 0, 10, 20, 1),
+        Progress("t", 0, 10, 15),
+        Progress("t", 0, 15, 15, halted="why"),
+        Progress("t", 0, 15, 20),
+        Progress("t", 1, 7, 8),
+        Progress("t", 1, 8, 9),
+    ]
+    assert sorted(merged(done), key=lambda each: (each.partition, each.lane, each.start)) == [
+        Progress("t", 0, 0, 15, halted="why"),
+        Progress("t", 0, 15, 20),
+        Progress("t", 0, 10, 20, 1),
+        Progress("t", 1, 5, 6),
+        Progress("t", 1, 7, 9),
+    ]
+
+
+@given(
+    st.permutations([Progress(*KEY, n, n + 1, lane) for n in range(5) for lane in range(2)]),
+    st.integers(0, 10),
+    st.integers(0, 10),
+)
+def test_how_far_a_partition_is_survives_the_state(
+    ranges: list[Progress], begun: int, kept: int
+) -> None:
+    """Whatever has come before, and whether it is known where the partition begins."""
+    partition = _Partition(ContiguousOffsets())
+    for number, progress in enumerate(ranges):
+        if number == kept:
+            partition.halt_note = "halted why"
+            partition = _Partition.decode(KEY, partition.encode(KEY))
+        if number == begun:
+            partition.done.begin(KEY, [0, 0])
+        partition.done.add(progress)
+    if begun == 10:
+        partition.done.begin(KEY, [0, 0])
+    assert partition.done.marks(KEY) == [5, 5]
+    assert not partition.done.waits(KEY)
+    assert partition.halt_note == ("halted why" if kept < 10 else "")
+
+
+@pytest.mark.parametrize(
+    ("data", "marks", "waits", "note"),
+    [
+        (b'\x01{"marks":[]}', [], False, ""),
+        (b'\x01{"marks":[40,30]}', [40, 30], False, ""),
+        (b'\x01{"marks":[40,30],"held":[[1,35,50]],"halt":"halted x"}', [40, 30], True, "halted x"),
+        (b'\x01{"marks":["1180591620717411303424"],"more":1}', [2**70], False, ""),
+    ],
+)
+def test_marks_of_the_first_version_are_read(
+    data: bytes, marks: list[int], waits: bool, note: str
+) -> None:
+    partition = _Partition.decode(KEY, data)
+    assert list(partition.done.marks(KEY)) == marks
+    assert (partition.done.waits(KEY), partition.halt_note) == (waits, note)
+    if b"more" not in data:
+        assert partition.encode(KEY) == data

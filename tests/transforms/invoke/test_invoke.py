@@ -12,18 +12,14 @@ import apache_beam as beam
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
-from apache_beam.transforms.window import GlobalWindow
 
 from pipeline.local.lambda_server import LambdaServer
-from tests.pipeline.submit.test_streaming import Bag, State, Timer
 from tests.sink import ACCESS_KEY, FUNCTION, SECRET_KEY, serve
 from transforms.aws.function import FunctionConfig
 from transforms.invoke.breaker import BreakerPolicy
-from transforms.invoke.handover import Handover
 from transforms.invoke.invoke import (
     InvokeConfig,
     InvokeLambda,
-    _PendingFn,
     make_invoker,
     shared_invoker,
 )
@@ -127,27 +123,6 @@ def test_whatever_stands_behind_a_call_the_call_is_answered(batches: list[Batch]
         assert invoker.wait(lambda i: bool(i.broken) or not i.pending_batches, GUARD_SECS)
         assert invoker.broken is None
         _check(batches, invoker.collect(), gate.events)
-
-
-@behind_a_call
-def test_the_same_in_a_streaming_run(batches: list[Batch]) -> None:
-    gate = Gate()
-    with serve(gate) as server:
-        config = _config(server, streaming=True)
-        handover = Handover(lambda may_begin: make_invoker(config, may_begin))
-        step = _PendingFn(config, share=lambda _: handover)
-        states: Any = State(), Bag(), Bag(), Timer(), Timer()
-        try:
-            finished: list[Finished] = []
-            for batch in batches:
-                element = (batch.lane_key, batch)
-                finished += step.process(element, *states, GlobalWindow())
-            gate.open.set()
-            finished += step.collect_all(("t", 0, 0), *states[:4])
-            _check(batches, finished, gate.events)
-        finally:
-            handover.invoker.stop()
-            handover.invoker.join(GUARD_SECS)
 
 
 # -- metrics ------------------------------------------------------------------------------
