@@ -11,7 +11,7 @@ import pytest
 from tests import ROOT
 
 STEPS = {"read", "decode", "filter", "batch", "invoke", "write", "commit"}
-SOURCES = {"kafka"}
+SOURCES = {"kafka", "kinesis"}
 FOREIGN = ("apache_beam", "boto3", "botocore", "confluent_kafka")
 
 # Pure rules, by file: they know none of the above.
@@ -27,6 +27,9 @@ RULES = (
     "transforms/invoke/outcome.py",
     "transforms/invoke/reply.py",
     "transforms/invoke/retry.py",
+    "transforms/kinesis/dealing.py",
+    "transforms/kinesis/rows.py",
+    "transforms/kinesis/shards.py",
     "transforms/lanes.py",
     "transforms/original.py",
     "transforms/names.py",

@@ -31,6 +31,7 @@ from pipeline.options.declare import (
     KafkaLambdaOptions,
 )
 from pipeline.options.msk import Ask, complete
+from pipeline.options.streams import with_arns
 from transforms.aws.msk import bootstrap_brokers
 from transforms.errors import UsageError, one_line
 from transforms.properties import load_properties
@@ -43,6 +44,7 @@ COMMAND_LINE = "command line"
 _IN_PLACE_OF = (
     ("topics", "topics_regex"),
     ("topics_regex", "topics"),
+    ("stream", "topics"),
     ("starting_position", "starting_timestamp"),
 )
 
@@ -106,6 +108,7 @@ def resolve(
 
     Raises:
         UsageError: The command line or the file cannot be read at all.
+        KinesisError: Kinesis does not say the ARN of a stream.
     """
     ours, rest = _parser().parse_known_args(arguments)
     given = {name: text for name, text in vars(ours).items() if text is not None}
@@ -150,6 +153,8 @@ def resolve(
         problems += checks_dataflow.problems(
             beam, values.get("kafka_config_file", Value("", "")).text
         )
+    if config and not problems and given.get("explain") != "true":
+        config = with_arns(config)
     properties: tuple[str, ...] = ()
     if path := values.get("kafka_config_file", Value("", "")).text:
         with suppress(UsageError):  # among the problems already

@@ -23,6 +23,7 @@ from pipeline.watch import logs
 from pipeline.watch.logs import say
 from pipeline.watch.progress import Progress, halted_text, summary
 from transforms.errors import UsageError
+from transforms.kafka.offsets import SourceConfig
 from transforms.redrive.selection import Selection
 from transforms.redrive.steps import RedriveConfig
 
@@ -82,6 +83,8 @@ GROUP = Group(
 def make_config(config: Config, values: Mapping[str, Any]) -> RedriveConfig:
     """What to redrive, of the pipeline's options and the command's own."""
     assert config.write.error_topic
+    if not isinstance(config.source, SourceConfig):
+        raise UsageError(["--stream: error records of a stream cannot be redriven"])
     since = parse_timestamp(values["since"]) if values["since"] else None
     group = values["redrive_group"] or f"{config.kafka.group}-redrive"
     return RedriveConfig(

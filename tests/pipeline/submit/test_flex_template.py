@@ -98,7 +98,11 @@ def test_helps_are_in_words_of_parameters(name: str) -> None:
     one = PARAMETERS[name]
     assert "--" not in one["helpText"]
     assert one["label"][0].isupper()
-    for left_out in flex_template.LEFT_OUT.keys() - {"config", "workers"}:  # also plain words
+    for left_out in flex_template.LEFT_OUT.keys() - {
+        "config",
+        "workers",
+        "stream",
+    }:  # also plain words
         assert not re.search(rf"\b{left_out}\b", one["helpText"])
 
 
@@ -274,7 +278,10 @@ def test_the_service_refuses_what_the_metadata_forbids(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"topics_regex": "o.*"}, ["give exactly one of --topics and --topics_regex, not both"]),
+        (
+            {"topics_regex": "o.*"},
+            ["give exactly one of --topics, --topics_regex and --stream, not several"],
+        ),
         ({"batch_size": "10001"}, ["--batch_size=10001 is not allowed; give 1 to 10000"]),
         (
             {"kafka_config_file": "gs://my-bucket/gone", "max_concurrency": "0"},
