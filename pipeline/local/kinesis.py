@@ -468,6 +468,11 @@ class LocalKinesis:
             )
         return self.tables[name]
 
+    def create_table(self, name: str) -> None:
+        """Make a lease table."""
+        key = {"AttributeName": "leaseKey", "KeyType": "HASH"}
+        self._create_table({"TableName": name, "KeySchema": [key]})
+
     def _create_table(self, arguments: dict[str, Any]) -> dict[str, Any]:
         name = arguments["TableName"]
         if name in self.tables:

@@ -1172,20 +1172,20 @@ class Rounds:
             # Of several workers others may have all of it.
             keys = frozenset(each.key for each in self._found)
             return Standing(True, elsewhere=keys) if self._tell else Standing()
-        return Standing(True, bool(stopped), *self._elsewhere())
+        return Standing(True, bool(stopped), *self._elsewhere(held_up(self._found, stopped)))
 
     @property
     def _may_join(self) -> bool:
         """Whether the group has had little time yet to give this member something."""
         return self._timer() - self._joined < _JOIN_SECS
 
-    def _elsewhere(self) -> tuple[frozenset[PartitionKey], int]:
+    def _elsewhere(self, held_up: Collection[PartitionKey]) -> tuple[frozenset[PartitionKey], int]:
         """Partitions that are not this process's and, in a run that ends, not done; what is kept of
-        them, added up."""
+        them, added up. Without those that are held up by what has stopped here."""
         if not self._members:
             return frozenset(), 0
         here = set(self._reader.partitions) - self._leaving.keys() - self._left.keys()
-        keys = self._surveyed.union(each.key for each in self._found) - here
+        keys = self._surveyed.union(each.key for each in self._found) - here - set(held_up)
         if not keys or not self._flush:
             return keys, 0
         if self._timer() - self._asked < _OTHERS_SECS:

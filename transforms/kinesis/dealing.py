@@ -52,7 +52,9 @@ def plan(rows: Mapping[str, Row], stale: Collection[str], me: str) -> Plan:
     coming = sum(row.wanted == me for key, row in rows.items() if key not in free)
     missing = share - mine - len(take) - coming
     ask: list[str] = []
-    others = sorted(((len(keys), owner) for owner, keys in owned.items() if owner != me))
+    # Whoever is none of us would not hear it.
+    ours = [owner for owner in owned if owner != me and owner.startswith(OWNERS)]
+    others = sorted((len(owned[owner]), owner) for owner in ours)
     for count, owner in reversed(others):
         asked = [key for key in owned[owner] if not rows[key].wanted]
         left = count - (len(owned[owner]) - len(asked))

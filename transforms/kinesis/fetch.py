@@ -238,9 +238,10 @@ class KinesisFetcher:
             if shard.closed:
                 return
             try:
-                secs = self._read(shard)
-            except Refused as refused:
-                secs = self._see_to(shard, refused)
+                try:
+                    secs = self._read(shard)
+                except Refused as refused:
+                    secs = self._see_to(shard, refused)
             except KinesisError as error:
                 self._give_up(error)
                 return
@@ -305,7 +306,6 @@ class KinesisFetcher:
         """What to do after a call that was refused; how long to wait then, below 0 for good.
 
         Raises:
-            Refused: What was asked to know more was refused, too.
             KinesisError: Nothing can be read any more.
         """
         if shard.closed:
@@ -353,7 +353,8 @@ class KinesisFetcher:
             listed = {each["ShardId"] for each in shard.api.list_shards()}
         except Refused as again:
             if again.code != "ResourceNotFoundException":
-                raise
+                self._say(shard, "is looked for again: %s", again)
+                return _AGAIN_SECS[0]
             self._say(shard, "is gone, and its stream with it: %s", refused)
             problem = KinesisError(f"stream {shard.key[0]} is gone")
             self._bring(shard, [Fetched(shard.key, problem=problem)])

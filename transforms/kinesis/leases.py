@@ -229,7 +229,7 @@ class LeaseTable:
                 before = self._rows.get(key)
                 if before is None:
                     self._since[key] = now
-                elif before.counter != row.counter or before.wanted != row.wanted:
+                elif before.counter != row.counter:
                     self._since[key] = now
                     self._moved.add(key)
             self._rows = found

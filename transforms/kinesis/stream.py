@@ -245,13 +245,20 @@ class StreamShards:
     def survey(self, keys: list[PartitionKey]) -> None:
         """See `Partitions.survey`. Rows are made of all shards of a stream that has none, so that
         where it is begun stays what it is whatever crashes."""
-        try:
-            self._table.open()
-            self._table.scan()
-            for name, facts in self._facts.items():
-                self._survey(name, facts)
-        except Later as later:
-            raise KinesisError(f"{self._source.ledger} does not answer: {later}") from None
+        self._table.open()
+        deadline = time.monotonic() + _TRY_SECS
+        while True:
+            try:
+                self._table.scan()
+                for name, facts in self._facts.items():
+                    self._survey(name, facts)
+                return
+            except Later as later:
+                if time.monotonic() > deadline:
+                    why = f"{self._source.ledger} does not answer: {later}"
+                    raise KinesisError(why) from None
+            # What was made of it so far is found again.
+            time.sleep(0.3)
 
     def _survey(self, name: str, facts: StreamFacts) -> None:
         rows = {number: self._table.row((name, number)) for number in facts.shards}
@@ -329,7 +336,7 @@ class StreamShards:
             row = self._table.row(key)
             if key[1] in done[key[0]] or key[1] not in self._facts[key[0]].shards:
                 continue
-            if row is None or row.reached_ms < self._started_ms:
+            if row is None or self._is_closed(key) or row.reached_ms < self._started_ms:
                 found[key] = row.counter if row else 0
         return found
 
@@ -349,5 +356,12 @@ class StreamShards:
 
     def caught_up(self, key: PartitionKey, position: int) -> bool:
         """See `Partitions.caught_up`."""
+        if self._is_closed(key):
+            # There is nothing more in it, and what has taken its place counts, too.
+            return position == SHARD_END
         target = self._fetcher.target(key)
         return target is not None and position >= target
+
+    def _is_closed(self, key: PartitionKey) -> bool:
+        shard = self._facts[key[0]].shards.get(key[1])
+        return shard is None or shard.closed
