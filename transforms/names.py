@@ -51,3 +51,6 @@ class Names:
 
 NUMBERS = Names()
 """As JSON numbers."""
+
+TEXTS = Names(texts=True)
+"""As texts."""

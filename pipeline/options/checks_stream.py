@@ -7,7 +7,6 @@ from typing import Any
 from pipeline.options.declare import EXACTLY_ONCE, OPTIONS
 from transforms import envelope
 from transforms.kinesis.stream import stream_name
-from transforms.write import destination
 
 _NEEDED_BY = ("response_topic", "error_topic")
 _STREAMS_ONLY = (
@@ -61,8 +60,6 @@ def check_stream(values: dict[str, Any], given: dict[str, str | None], problems:
             f"--envelope={values['envelope']} does not go with --stream; give "
             f"--envelope={envelope.KINESIS_EVENT}"
         )
-    if values["error_record"] == destination.AWS:
-        problems.append(f"--error_record={destination.AWS} does not go with --stream")
     if values["delivery"] == EXACTLY_ONCE:
         problems.append(
             f"--delivery={EXACTLY_ONCE} does not go with --stream: how far it is done is not kept "

@@ -291,6 +291,7 @@ def _make_config(
     # What the reader counts is bytes as Kafka has them; base64 makes four of three.
     due_bytes = batch_bytes if wrapping.name == envelope.CONFLUENT else batch_bytes * 3 // 4
     aws_errors = values["error_record"] == destination.AWS
+    event = envelope.KINESIS_EVENT if values["stream"] else envelope.KAFKA_EVENT
     start = values["starting_timestamp"]
     moment = parse_timestamp(start) if start else None
     limit = settings.get("error.message.max.bytes", settings.get("message.max.bytes", ""))
@@ -389,7 +390,7 @@ def _make_config(
             error_format=values["error_format"],
             max_error_bytes=max_error_bytes,
             registry=registry,
-            destination=replace(wrapping, name=envelope.KAFKA_EVENT) if aws_errors else None,
+            destination=replace(wrapping, name=event) if aws_errors else None,
             source=source,
             names=names,
             transaction=transaction,

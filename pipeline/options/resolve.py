@@ -45,6 +45,9 @@ _IN_PLACE_OF = (
     ("topics", "topics_regex"),
     ("topics_regex", "topics"),
     ("stream", "topics"),
+    ("stream", "topics_regex"),
+    ("topics", "stream"),
+    ("topics_regex", "stream"),
     ("starting_position", "starting_timestamp"),
 )
 
@@ -176,9 +179,9 @@ def _merge(given: Mapping[str, str], carried: Carried | None) -> dict[str, Value
     values = {name: Value(text, COMMAND_LINE) for name, text in given.items()}
     if carried is None:
         return values
-    taken = {option: other for option, other in _IN_PLACE_OF if option in given}
+    taken = {other for option, other in _IN_PLACE_OF if option in given}
     for name, value in (carried.defaults | carried.values).items():
-        if name not in given and name not in taken.values():
+        if name not in given and name not in taken:
             values[name] = value
     # An empty value takes back what the file says.
     return {

@@ -22,12 +22,16 @@ def with_arns(config: Config, ask: Callable[[AwsConfig, str], str] = arn_of) -> 
     Raises:
         KinesisError: Kinesis does not say it.
     """
-    source, format = config.source, config.batch.format
-    if not isinstance(source, KinesisSource) or format.envelope.name != KINESIS_EVENT:
+    source, format, write = config.source, config.batch.format, config.write
+    shown = format.envelope.name == KINESIS_EVENT or write.destination
+    if not isinstance(source, KinesisSource) or not shown:
         return config
     arns = tuple(
         (name, arn if STREAM_ARN.fullmatch(arn) else ask(source.aws, name))
         for name, arn in format.envelope.stream_arns
     )
     envelope = replace(format.envelope, stream_arns=arns)
-    return replace(config, batch=replace(config.batch, format=replace(format, envelope=envelope)))
+    if write.destination:
+        write = replace(write, destination=replace(write.destination, stream_arns=arns))
+    batch = replace(config.batch, format=replace(format, envelope=envelope))
+    return replace(config, batch=batch, write=write)

@@ -20,7 +20,8 @@ from transforms.conditions import (
     RETRIES_EXHAUSTED,
     SIZE_EXCEEDED,
 )
-from transforms.envelope import Envelope, encode_event_records
+from transforms.envelope import KINESIS_EVENT, Envelope, encode_event_records
+from transforms.names import NUMBERS, TEXTS
 from transforms.records import NO_TIMESTAMP, Failure
 from transforms.write.formats import (
     INPUT_OMITTED,
@@ -57,7 +58,7 @@ def destination_records(
         partition: Where the records came from.
         failure: The records and the facts.
         function: The function's name or ARN.
-        event: How the records stand in `payload`: as ``kafka_event``.
+        event: How the records stand in `payload`: as ``kafka_event`` or ``kinesis_event``.
         max_bytes: Size above which a record goes without its `payload`; its original is kept.
         now_ms: The time, in milliseconds since the epoch.
         with_original: Whether the source record is in the headers.
@@ -101,19 +102,31 @@ def _record(
         **_response(failure),
         "version": "1.0",
         "timestamp": iso(now_ms),
-        "KafkaBatchInfo": {
+    }
+    number, ms = str(records.offsets[0]), records.timestamps[0]
+    time = None if ms == NO_TIMESTAMP else iso(ms)
+    names = NUMBERS
+    if event.name == KINESIS_EVENT:
+        names = TEXTS
+        facts["KinesisBatchInfo"] = {
+            "shardId": f"shardId-{partition:012d}",
+            "startSequenceNumber": number,
+            "endSequenceNumber": number,
+            "approximateArrivalOfFirstRecord": time,
+            "approximateArrivalOfLastRecord": time,
+            "batchSize": 1,
+            "streamArn": dict(event.stream_arns).get(topic, topic),
+        }
+    else:
+        facts["KafkaBatchInfo"] = {
             "batchSize": 1,
             **{name: text for name, text in event.source.items() if name != "eventSource"},
             "payloadSize": len(payload),
-            "recordInfo": {
-                "offset": str(records.offsets[0]),
-                "timestamp": None if (ms := records.timestamps[0]) == NO_TIMESTAMP else iso(ms),
-            },
-        },
-    }
+            "recordInfo": {"offset": number, "timestamp": time},
+        }
     shown = b"null" if INPUT_OMITTED in left_out else payload
     value = orjson.dumps(facts)[:-1] + b',"payload":' + shown + b"}"
-    headers = error_headers(topic, partition, failure, function, left_out)
+    headers = error_headers(topic, partition, failure, function, left_out, names)
     return ErrorRecord(records.keys[0], value, headers)
 
 
