@@ -190,7 +190,7 @@ def main(arguments: Sequence[str], started: float) -> int:
     with Progress(run.status, live=False):
         status = run.run()
     _say(config.run.summary, run, status, values["dry_run"])
-    for line in halted_text(status, redrive.kafka.group):
+    for line in halted_text(status, f"group {redrive.kafka.group}"):
         say(line)
     return HALTED if status.halted else DONE
 

@@ -1223,6 +1223,7 @@ class Rounds:
         """
         self._looked, started = self._timer(), thread_time()
         reader, committed = self._reader, self._committer.committed
+        lag_ms = self._config.read.source.names.lag_ms
         lags: dict[PartitionKey, int | None] = {}
         views: dict[PartitionKey, PartitionView] = {}
         books, here = self._invoker.books()
@@ -1234,7 +1235,7 @@ class Rounds:
             here[key[0]] += reader.waiting(key)[0]
             views[key] = PartitionView(
                 state_of(held, self._limits_now, lag, key in self._paused),
-                None if lag is None else committed[key] + lag,
+                None if lag is None or lag_ms else committed[key] + lag,
                 reader.read_to(key),
                 min(self._committer.done.marks(key), default=committed[key]),
                 held.queue.records + held.records,
@@ -1255,15 +1256,16 @@ class Rounds:
 
     def _log_offsets(self, key: PartitionKey, view: PartitionView, committed: int) -> None:
         """As an event source mapping logs them."""
+        position = self._config.read.source.names.position
         facts = {
             "event_type": "KAFKA_STATUS_EVENT",
             "topic": key[0],
             "partition": key[1],
             "end_offset": view.end,
-            "consumed_offset": view.read,
-            "processed_offset": view.processed,
-            "committed_offset": committed,
+            "consumed_offset": position(view.read),
+            "processed_offset": position(view.processed),
+            "committed_offset": position(committed),
         }
-        text = "%s-%d: end %s, consumed %d, processed %d, committed %d"
-        offsets = (view.end, view.read, view.processed, committed)
+        text = "%s-%d: end %s, consumed %s, processed %s, committed %s"
+        offsets = tuple(facts.values())[-4:]
         _LOGGER.debug(text, *key, *offsets, extra={"facts": facts})

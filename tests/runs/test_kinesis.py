@@ -599,7 +599,8 @@ def test_a_stream_made_anew_begins_at_its_first_record(kinesis: LocalKinesis) ->
     assert sorted(function.texts()) == sorted(texts)
 
 
-def test_a_halted_shard_keeps_its_children_back(kinesis: LocalKinesis) -> None:
+def test_a_halted_shard_keeps_its_children_back(kinesis: LocalKinesis, tmp_path: Path) -> None:
+    """All that is told of it has the stream's numbers, on the page too."""
     kinesis.create_stream(STREAM, 2)
     zero, one = (partition_keys(2, number, 1)[0] for number in (0, 1))
     kinesis.put(STREAM, [(zero, b"good"), (zero, b"bad"), (one, b"other")])
@@ -607,11 +608,22 @@ def test_a_halted_shard_keeps_its_children_back(kinesis: LocalKinesis) -> None:
     kinesis.put(STREAM, [(zero, b"child")])
     function = Function()
     with sink.serve(function) as server:
-        ended = _run(kinesis, server, code=3, batch_size=1)
+        ended = _run(
+            kinesis,
+            server,
+            code=3,
+            batch_size=1,
+            report=tmp_path / "run.html",
+            log_format="json",
+            log_level="DEBUG",
+        )
     assert sorted(function.texts()) == ["bad", "good", "other"]
+    assert "is committed to lease table orders-to-lambda. Mend" in ended.stderr
+    assert ended.summary["lag_unit"] == "ms"
     (halted,) = ended.summary["halted"]
     number = kinesis.records(STREAM, 0)[1].number
     assert (halted["topic"], halted["partition"], halted["offset"]) == (STREAM, 0, str(number))
+    assert f'"offset":"{number}"' in (tmp_path / "run.html").read_text()
 
 
 def test_filters_are_for_data(kinesis: LocalKinesis, tmp_path: Path) -> None:
