@@ -41,7 +41,7 @@ _CALLS_PER_POLLER = 5
 _MAX_CONCURRENCY = 1000
 _MAX_WORKERS = 64
 
-_DESTINATIONS = {"sqs": "a queue", "sns": "an SNS topic", "s3": "a bucket"}
+_DESTINATIONS = ("sqs", "sns", "s3")
 
 
 def _joined(value: Any) -> str:
@@ -111,14 +111,17 @@ def _registry(value: Any) -> str:
 
 
 def _destination(carried: Carried, name: str, value: Any) -> None:
-    carried.assume("error_record", "aws")
     target = str(value)
     if target.startswith("kafka://"):
+        carried.assume("error_record", "aws")
         carried.take("error_topic", target.removeprefix("kafka://"), name)
-        return
-    kind = _DESTINATIONS.get(_service(target), "no Kafka topic")
-    why = f"it is {kind}; error records go to a Kafka topic here, give --error_topic"
-    carried.refuse(name, why, "error_topic")
+    elif _service(target) in _DESTINATIONS:
+        carried.take("on_failure_destination", target, name)
+    else:
+        why = (
+            "it is neither a Kafka topic nor a queue, an SNS topic or a bucket; give --error_topic"
+        )
+        carried.refuse(name, why, "error_topic")
 
 
 def _filters(carried: Carried, name: str, value: Any) -> None:
@@ -226,7 +229,8 @@ ROWS = (
     Row(
         ("DestinationConfig.OnFailure.Destination",),
         "`kafka://TOPIC`: --on_error=log, --error_topic and --error_record=aws; a queue, an SNS "
-        "topic or a bucket is refused; none: --on_error=log, so a line of the log",
+        "topic or a bucket: --on_error=log and --on_failure_destination; none: --on_error=log, so "
+        "a line of the log",
         _destination,
         "none",
     ),
@@ -341,7 +345,8 @@ def _stream_defaults(carried: Carried, uuid: Any) -> None:
 
 
 def _retries(carried: Carried, attempts: Any) -> None:
-    limited = not _is_stream(carried) and carried.in_force("error_topic")
+    kept = carried.in_force("error_topic") or carried.in_force("on_failure_destination")
+    limited = kept and not _is_stream(carried)
     if attempts in (None, "-1") and limited:
         carried.assume("max_retries", _RETRIES_WITH_DESTINATION)
     elif attempts is None:

@@ -23,6 +23,7 @@ from transforms.properties import PREFIXES
 from transforms.write import destination, formats
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+_TOPIC_OF = "kafka://"
 # Of a run that reads a stream they are asked for where topics are written, or not at all.
 _KAFKAS = ("kafka_bootstrap_servers", "consumer_group")
 _NUMBERS: dict[str, Callable[[str], int | float]] = {"int": int, "float": float}
@@ -295,6 +296,28 @@ def _check_payload(values: dict[str, Any], settings: dict[str, str], problems: l
                 f"--{name}={values[name]} goes with --envelope=confluent only: "
                 f"{values['envelope']} has base64"
             )
+
+
+def check_destination(values: dict[str, Any], problems: list[str]) -> None:
+    """Note what does not go with a destination; one that is a topic becomes the error topic."""
+    target = values["on_failure_destination"]
+    if not target:
+        return
+    what = f"--on_failure_destination={target}"
+    if not OPTIONS["on_failure_destination"].fits(target):
+        problems.append(
+            f"{what} is no ARN of a queue, a topic of SNS or a bucket, nor kafka://TOPIC"
+        )
+    if values["error_topic"]:
+        problems.append(f"{what} takes the place of --error_topic; leave one of them out")
+    elif values["on_error"] != "log":
+        problems.append(f"{what} needs --on_error=log")
+    elif values["delivery"] == EXACTLY_ONCE and not target.startswith(_TOPIC_OF):
+        problems.append(f"{what} does not go with --delivery={EXACTLY_ONCE}: it is not in Kafka")
+    elif target.startswith(_TOPIC_OF):
+        values["error_topic"] = target.removeprefix(_TOPIC_OF)
+        values["error_record"] = destination.AWS
+        values["on_failure_destination"] = None
 
 
 def _check_schemas(

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.options.checks import (
     check_beam_reader,
+    check_destination,
     check_together,
     parse_address,
     parse_timestamp,
@@ -34,6 +35,7 @@ from transforms.access import (
     login_settings,
     parse_access,
 )
+from transforms.aws.delivery import DeliveryConfig
 from transforms.aws.function import MAX_ASYNC_BYTES, MAX_SYNC_BYTES, FunctionConfig
 from transforms.batch.batch import BatchConfig
 from transforms.batch.payload import PayloadFormat
@@ -144,6 +146,7 @@ class Config:
         values = {
             name: parse_value(option, given.get(name), problems) for name, option in OPTIONS.items()
         }
+        check_destination(values, problems)
         settings: dict[str, str] = {}
         refused: tuple[str, ...] = ()
         if values["kafka_config_file"]:
@@ -236,6 +239,21 @@ def _trace(values: dict[str, Any]) -> TraceConfig | None:
     )
 
 
+def _delivery(values: dict[str, Any]) -> DeliveryConfig | None:
+    if not values["on_failure_destination"]:
+        return None
+    reads = values["stream"] or values["topics"] or (values["topics_regex"],)
+    name = values["consumer_group"] or values["lease_table"]
+    return DeliveryConfig(
+        values["on_failure_destination"],
+        "/".join((values["function"], *reads, name)),
+        values["aws_region"],
+        values["aws_role_arn"],
+        values["aws_web_identity"],
+        values["aws_web_identity_audience"],
+    )
+
+
 def _stream_source(values: dict[str, Any], start_ms: int | None) -> KinesisSource:
     return KinesisSource(
         values["stream"],
@@ -291,6 +309,7 @@ def _make_config(
     # What the reader counts is bytes as Kafka has them; base64 makes four of three.
     due_bytes = batch_bytes if wrapping.name == envelope.CONFLUENT else batch_bytes * 3 // 4
     aws_errors = values["error_record"] == destination.AWS
+    deliver = _delivery(values)
     event = envelope.KINESIS_EVENT if values["stream"] else envelope.KAFKA_EVENT
     start = values["starting_timestamp"]
     moment = parse_timestamp(start) if start else None
@@ -390,10 +409,11 @@ def _make_config(
             error_format=values["error_format"],
             max_error_bytes=max_error_bytes,
             registry=registry,
-            destination=replace(wrapping, name=event) if aws_errors else None,
+            destination=replace(wrapping, name=event) if aws_errors or deliver else None,
             source=source,
             names=names,
             transaction=transaction,
+            delivery=deliver,
         ),
         commit=CommitConfig(
             source,

@@ -14,6 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.options.levels import LEVELS
 from transforms import access, envelope, text_file
+from transforms.aws import delivery
 from transforms.aws.function import FUNCTION, MAX_ASYNC_BYTES, MAX_SYNC_BYTES
 from transforms.batch import payload
 from transforms.commit.committer import INTERVAL_SECS, REFRESH_SECS
@@ -121,6 +122,7 @@ EXACTLY_ONCE = "exactly_once"
 
 _URL = r"https?://[^/@\s]+(/\S*)?"
 _TOPIC = "[a-zA-Z0-9._-]{1,249}"
+_DESTINATION = re.sub(r"\?P<\w+>", "", delivery.DESTINATION.pattern)
 _ROLE = r"arn:aws[a-zA-Z-]*:iam::\d{12}:role/\S+"
 _SERVER = r"((SASL_)?(PLAINTEXT|SSL)://)?(\[[0-9a-fA-F:.]+\]|[^,:/\s\[\]]+):\d{1,5}"
 
@@ -620,6 +622,16 @@ GROUPS = (
                 kind="choice",
                 default="fail",
                 choices=("fail", "log", "ignore"),
+            ),
+            Option(
+                "on_failure_destination",
+                "Where a document about each failed batch goes, as an event source mapping sends "
+                "it: ARN of an SQS queue, an SNS topic or an S3 bucket (there with the event), or "
+                "kafka://TOPIC for error records in a topic. In place of --error_topic, with "
+                "--on_error=log, and with the function's credentials. What is not taken within a "
+                "minute ends the run.",
+                example="arn:aws:sqs:eu-central-1:123456789012:orders-failed",
+                pattern=rf"kafka://{_TOPIC}|{_DESTINATION}",
             ),
             Option(
                 "breaker_failure_rate",

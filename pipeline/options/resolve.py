@@ -44,6 +44,8 @@ COMMAND_LINE = "command line"
 _IN_PLACE_OF = (
     ("topics", "topics_regex"),
     ("topics_regex", "topics"),
+    ("error_topic", "on_failure_destination"),
+    ("on_failure_destination", "error_topic"),
     ("stream", "topics"),
     ("stream", "topics_regex"),
     ("topics", "stream"),

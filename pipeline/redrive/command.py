@@ -72,8 +72,8 @@ GROUP = Group(
         ),
         Option(
             "redrive_group",
-            "Consumer group that remembers what is redriven. Not given: --consumer_group with "
-            "-redrive behind it.",
+            "Consumer group that remembers what is redriven. Not given: --consumer_group, or "
+            "--lease_table, with -redrive behind it.",
             example="orders-to-lambda-redrive",
         ),
     ),
@@ -83,8 +83,6 @@ GROUP = Group(
 def make_config(config: Config, values: Mapping[str, Any]) -> RedriveConfig:
     """What to redrive, of the pipeline's options and the command's own."""
     assert config.write.error_topic
-    if not isinstance(config.source, SourceConfig):
-        raise UsageError(["--stream: error records of a stream cannot be redriven"])
     since = parse_timestamp(values["since"]) if values["since"] else None
     group = values["redrive_group"] or f"{config.kafka.group}-redrive"
     return RedriveConfig(
@@ -96,7 +94,9 @@ def make_config(config: Config, values: Mapping[str, Any]) -> RedriveConfig:
             values["error_type"] or (),
         ),
         topics=config.source.topics,
-        topics_regex=config.source.topics_regex,
+        topics_regex=(
+            config.source.topics_regex if isinstance(config.source, SourceConfig) else None
+        ),
         lanes=config.lanes,
         limit=values["limit"],
         refresh_secs=config.commit.refresh_secs,

@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.kinesis import LocalKinesis, partition_keys
@@ -314,6 +316,54 @@ def test_age_limits_a_poison_message(kinesis: LocalKinesis) -> None:
         )
     assert function.texts() == ["order 1"]
     assert ended.summary["errors"] == 10
+
+
+def test_a_poison_message_s_batch_is_told_to_a_queue(kinesis: LocalKinesis) -> None:
+    """And while it cannot be told, nothing of it is committed."""
+    texts, _ = _poison(kinesis)
+    stored = kinesis.records(STREAM, 0)
+    server_of_queues = ThreadedMotoServer("127.0.0.1", 0)
+    server_of_queues.start()
+    host, port = server_of_queues.get_host_and_port()
+    url = f"http://{host}:{port}"
+    options = {
+        "batch_size": 200,
+        "max_retries": 1,
+        "on_error": "log",
+        "on_failure_destination": "arn:aws:sqs:us-east-1:123456789012:failed",
+        "preflight": "false",
+    }
+    function = Function()
+    try:
+        with sink.serve(function) as server:
+            arguments = _arguments(kinesis, server, **options)
+            env = sink.environment(AWS_ENDPOINT_URL_SQS=url)
+            with sink.Sink(arguments, env) as run:
+                (error,) = run.wait(1).errors
+            assert "--on_failure_destination=arn:aws:sqs:us-east-1:123456789012:failed" in error
+            row = _rows(kinesis)["shardId-000000000000"]
+            assert row["checkpoint"] == {"S": "TRIM_HORIZON"}
+            sqs = boto3.client(
+                "sqs",
+                endpoint_url=url,
+                region_name="us-east-1",
+                aws_access_key_id="a",
+                aws_secret_access_key="b",
+            )
+            queue = sqs.create_queue(QueueName="failed")["QueueUrl"]
+            with sink.Sink(arguments, env) as run:
+                run.wait(0)
+        (message,) = sqs.receive_message(QueueUrl=queue)["Messages"]
+    finally:
+        server_of_queues.stop()
+    document = json.loads(message["Body"])
+    assert document["requestContext"]["condition"] == "RetryAttemptsExhausted"
+    assert document["requestContext"]["approximateInvokeCount"] == 2
+    info = document["KinesisBatchInfo"]
+    assert (info["batchSize"], info["shardId"]) == (200, "shardId-000000000000")
+    assert info["startSequenceNumber"] == str(stored[0].number)
+    assert info["endSequenceNumber"] == str(stored[199].number)
+    assert function.texts() == texts
 
 
 def test_bisecting_loses_the_poison_message_alone(kinesis: LocalKinesis) -> None:
@@ -660,17 +710,15 @@ def test_responses_and_errors_go_to_topics(
             raise ValueError("cannot process this")
         return sink.answer(event)
 
+    options = {
+        "envelope": None,
+        "kafka_bootstrap_servers": broker.bootstrap_servers,
+        "response_topic": responses,
+        "error_topic": errors,
+        "on_error": "log",
+    }
     with sink.serve(function) as server:
-        _run(
-            kinesis,
-            server,
-            envelope=None,
-            kafka_bootstrap_servers=broker.bootstrap_servers,
-            response_topic=responses,
-            error_topic=errors,
-            on_error="log",
-            bisect_on_error=True,
-        )
+        _run(kinesis, server, bisect_on_error=True, **options)
     assert [json.loads(each.key or b"") for each in broker.read_all(responses)] == [
         {"topic": STREAM, "partition": 0, "offset": numbers[0]},
         {"topic": STREAM, "partition": 0, "offset": numbers[2]},
@@ -682,6 +730,15 @@ def test_responses_and_errors_go_to_topics(
         "firstOffset": numbers[1],
         "lastOffset": numbers[1],
     }
+    # And once the function is mended, from there into it again.
+    with sink.serve(sink.answer) as server:
+        arguments = _arguments(kinesis, server, **options, until=None)
+        redrive = ["redrive", "--first_redrive", *arguments]
+        with sink.Sink(redrive, sink.environment()) as run:
+            run.wait(0)
+    last = broker.read_all(responses)[-1]
+    assert json.loads(last.key or b"") == {"topic": STREAM, "partition": 0, "offset": numbers[1]}
+    assert json.loads(last.value or b"")["result"] == "bad"
 
 
 def test_several_streams_in_one_table(kinesis: LocalKinesis) -> None:

@@ -818,9 +818,7 @@ def test_what_a_mapping_s_settings_become(
 @pytest.mark.parametrize(
     ("more", "name", "part", "answer"),
     [
-        (_destination("arn:aws:sqs:us-east-2:1:q"), ON_FAILURE, "a queue", "error_topic"),
-        (_destination("arn:aws:sns:us-east-2:1:t"), ON_FAILURE, "an SNS topic", "error_topic"),
-        (_destination("arn:aws:s3:::b"), ON_FAILURE, "a bucket", "error_topic"),
+        (_destination("arn:aws:lambda:us-east-2:1:f"), ON_FAILURE, "neither", "error_topic"),
         (
             {"EventSourceArn": "arn:aws:dynamodb:us-east-2:1:table/t/stream/2026"},
             "EventSourceArn",

@@ -70,6 +70,8 @@ IAM_PROPERTIES = str(Path(__file__).with_name("iam.properties"))
 SECRET = "arn:aws:secretsmanager:us-east-1:123456789012:secret:orders-Ab12Cd"
 ROLE = "arn:aws:iam::123456789012:role/r"
 
+QUEUE = "arn:aws:sqs:us-east-1:123456789012:failed"
+
 CASES = {
     "kafka_bootstrap_servers": (lambda c: c.kafka.bootstrap_servers, "broker:9092", "a:1", "a:1"),
     "kafka_config_file": (lambda c: c.kafka.config_file, None, "/dev/null", "/dev/null"),
@@ -213,6 +215,12 @@ CASES = {
         "ignore",
         (False, "ignore"),
     ),
+    "on_failure_destination": (
+        lambda c: c.write.delivery and c.write.delivery.destination,
+        None,
+        QUEUE,
+        QUEUE,
+    ),
     "breaker_failure_rate": (lambda c: c.invoke.breaker.failure_rate, 0, "0.75", 0.75),
     "breaker_invocations": (lambda c: c.invoke.breaker.invocations, 20, "9", 9),
     "breaker_wait_secs": (lambda c: c.invoke.breaker.wait_secs, 30, "1.5", 1.5),
@@ -265,6 +273,7 @@ CASES = {
 
 # What an option, or one of its values, needs beside it.
 BESIDE = {
+    "on_failure_destination": {"on_error": "log"},
     "stream": STREAMED,
     "lease_table": STREAMED,
     "lease_secs": STREAMED,

@@ -13,7 +13,7 @@ from transforms.invoke import retry
 from transforms.names import TEXTS
 from transforms.original import ORIGINAL_HEADER, TEXT_ORIGINAL_HEADER, decode_original
 from transforms.records import NO_TIMESTAMP, Decoded, Failure, Records
-from transforms.write.destination import destination_records
+from transforms.write.destination import batch_document, destination_records
 from transforms.write.formats import ErrorRecord
 
 MSK = "arn:aws:kafka:us-east-1:123456789012:cluster/orders/5a7c-2"
@@ -235,3 +235,57 @@ def test_what_aws_writes_of_a_stream() -> None:
     assert value["payload"]["Records"][0]["kinesis"]["sequenceNumber"] == str(number)
     (original,) = [data for name, data in record.headers if name == TEXT_ORIGINAL_HEADER]
     assert decode_original(original, TEXTS)["offset"] == str(number)
+
+
+def test_what_aws_sends_to_a_queue() -> None:
+    """Of a whole batch, and in the order of AWS's fields; the event goes with it to a bucket."""
+    document, payload = batch_document("my-topic", 0, _failure(), "my-function", EVENT, NOW_MS)
+    assert list(document) == [
+        "requestContext",
+        "responseContext",
+        "version",
+        "timestamp",
+        "KafkaBatchInfo",
+    ]
+    assert document["requestContext"] == {
+        "requestId": "e4b46cbf",
+        "functionArn": "my-function",
+        "condition": "RetryAttemptsExhausted",
+        "approximateInvokeCount": 3,
+    }
+    assert document["KafkaBatchInfo"] == {
+        "batchSize": 2,
+        "eventSourceArn": MSK,
+        "bootstrapServers": SERVERS,
+        "payloadSize": len(payload),
+        "recordsInfo": {
+            "my-topic-0": {
+                "firstRecordOffset": "100",
+                "lastRecordOffset": "102",
+                "firstRecordTimestamp": "2019-11-14T18:16:04.835Z",
+                "lastRecordTimestamp": None,
+            }
+        },
+    }
+    assert [each["offset"] for each in json.loads(payload)["records"]["my-topic-0"]] == [100, 102]
+
+
+def test_what_aws_sends_to_a_queue_of_a_stream() -> None:
+    """A record that was too old has no answer of the function."""
+    number = 49590338271490256608559692538361571095921575989136588898
+    records = Records([number, number + 7], [TIMESTAMP] * 2, [b"k"] * 2, [b"d"] * 2, [None] * 2)
+    event = Envelope("kinesis_event", stream_arns=(("my-topic", "arn"),))
+    failure = _failure(records, condition=retry.AGE_EXCEEDED)
+    document, payload = batch_document("my-topic", 6, failure, "my-function", event, NOW_MS)
+    assert list(document) == ["requestContext", "version", "timestamp", "KinesisBatchInfo"]
+    assert document["requestContext"]["condition"] == "RecordAgeExceeded"
+    assert document["KinesisBatchInfo"] == {
+        "shardId": "shardId-000000000006",
+        "startSequenceNumber": str(number),
+        "endSequenceNumber": str(number + 7),
+        "approximateArrivalOfFirstRecord": "2019-11-14T18:16:04.835Z",
+        "approximateArrivalOfLastRecord": "2019-11-14T18:16:04.835Z",
+        "batchSize": 2,
+        "streamArn": "arn",
+    }
+    assert len(json.loads(payload)["Records"]) == 2
