@@ -247,7 +247,7 @@ def test_what_a_crash_leaves_is_done(kinesis: LocalKinesis, lanes: int) -> None:
     options = {"batch_size": 10, "lease_secs": 1, "parallelization_factor": lanes}
     texts = _put(kinesis, 150, "first")
     with sink.serve(function) as server:
-        for turn in range(4):
+        for turn in range(3):
             enough = len(function.calls) + 3 + turn
             with _start(kinesis, server, until="forever", **options) as run:
                 run.until(partial(function.has, enough), "nothing came")

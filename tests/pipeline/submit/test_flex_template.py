@@ -372,6 +372,7 @@ ALL = {
 OTHERS = {
     "topics_regex": ("topics", "pay[a-z]{1,9}"),
     "response_topic": ("reply", "orders-results"),
+    "on_failure_destination": ("error_topic", "arn:aws:sqs:us-east-1:123456789012:failed"),
 }
 
 
@@ -384,9 +385,8 @@ def test_a_launch_with_every_parameter(launcher: Launcher) -> None:
     job = launcher.launch(SPEC, ALL)
     _assert_arrived(job, ALL)
     for name, (instead_of, value) in OTHERS.items():
-        left = {
-            key: text for key, text in ALL.items() if key not in (instead_of, "partial_failure")
-        }
+        gone = (instead_of, "partial_failure", "error_record")
+        left = {key: text for key, text in ALL.items() if key not in gone}
         other = launcher.launch(SPEC, left | {name: value})
         assert value.encode() in b"".join(step.pickled for step in other.steps.values())
 
