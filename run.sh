@@ -15,6 +15,7 @@ usage: ./run.sh COMMAND [arguments]
   setup                install into .venv (done by every other command when needed)
   demo [...]           the whole pipeline on this machine, without AWS and without Kafka;
                        --runner=flink: with a real Kafka broker, on a Flink cluster;
+                       --source=kinesis: with a stream whose shards split while it is read;
                        --http: with its page at http://127.0.0.1:9464/, until Ctrl-C
   run [...]            the pipeline; run --help lists its options
   test [...]           the tests, with a real Kafka broker and a real Flink cluster;

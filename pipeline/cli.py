@@ -139,9 +139,9 @@ def _run(resolved: Resolved, started: float) -> int:
     except BaseException:
         if config.run.summary == "json":
             status = run.status() if run else Status.of_nothing(monotonic() - started)
-            print_summary(status, "json", config.kafka.group)
+            print_summary(status, "json", config.read.source.ledger)
         raise
-    print_summary(status, config.run.summary, config.kafka.group)
+    print_summary(status, config.run.summary, config.read.source.ledger)
     return HALTED if status.halted else DONE
 
 

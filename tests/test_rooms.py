@@ -13,7 +13,7 @@ from tests import ROOT
 STEPS = {"read", "decode", "filter", "batch", "invoke", "write", "commit"}
 # Of a streaming run: two of them as one.
 TOGETHER = {"pending": {"batch", "invoke"}}
-SOURCES = {"kafka"}
+SOURCES = {"kafka", "kinesis"}
 FOREIGN = ("apache_beam", "boto3", "botocore", "confluent_kafka")
 
 # Pure rules, by file: they know none of the above.
@@ -31,6 +31,9 @@ RULES = (
     "transforms/invoke/retry.py",
     "transforms/columns.py",
     "transforms/facts.py",
+    "transforms/kinesis/dealing.py",
+    "transforms/kinesis/rows.py",
+    "transforms/kinesis/shards.py",
     "transforms/lanes.py",
     "transforms/original.py",
     "transforms/names.py",

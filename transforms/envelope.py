@@ -3,7 +3,8 @@
 ``kafka_event`` is the event of a Kafka event source mapping: one object, its records under
 ``records`` by topic-partition. ``pipes`` is EventBridge Pipes' array, in which each record says
 itself where it comes from. Both have keys and values as base64 and header bytes as signed numbers.
-The connector's envelope is in `transforms.batch.payload`.
+``kinesis_event`` is the event of a mapping of a Kinesis stream. The connector's envelope is in
+`transforms.batch.payload`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import orjson
 
 from transforms.records import ARRAY, NO_TIMESTAMP, PREFIX_BYTES, Decoded, Frame, Header, Records
 
-CONFLUENT, KAFKA_EVENT, PIPES = ENVELOPES = ("confluent", "kafka_event", "pipes")
+CONFLUENT, KAFKA_EVENT, PIPES, KINESIS_EVENT = ENVELOPES = (
+    "confluent",
+    "kafka_event",
+    "pipes",
+    "kinesis_event",
+)
+
+
+_RECORDS = Frame(b'{"Records":[', b"]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +39,16 @@ class Envelope:
         event_source_arn: ARN of the MSK cluster, or None for any other Kafka.
         source_format: Whether what has a schema is sent as the bytes it is, without the schema's
             id, and not as the JSON that was made of it.
+        stream_arns: Streams' names and their ARNs.
+        invoke_identity_arn: Of the role that a mapping would invoke with.
     """
 
     name: str = CONFLUENT
     bootstrap_servers: str = ""
     event_source_arn: str | None = None
     source_format: bool = False
+    stream_arns: tuple[tuple[str, str], ...] = ()
+    invoke_identity_arn: str = ""
 
     @property
     def source(self) -> dict[str, str]:
@@ -47,6 +60,8 @@ class Envelope:
 
     def frame(self, topic: str, partition: int) -> Frame:
         """Head and tail of a payload with records of one partition."""
+        if self.name == KINESIS_EVENT:
+            return _RECORDS
         if self.name != KAFKA_EVENT:
             return ARRAY
         key = orjson.dumps(f"{topic}-{partition}")
@@ -62,6 +77,8 @@ def encode_event_records(
     A record without a key has no ``key``, a tombstone no ``value``; what a schema made of them
     (`Records.decoded`) is sent in their place, with the schema beside it.
     """
+    if envelope.name == KINESIS_EVENT:
+        return _stream_records(topic, partition, records, envelope)
     place: dict[str, Any] = {"topic": topic, "partition": partition}
     if envelope.name == PIPES:
         place = envelope.source | {"eventSourceKey": f"{topic}-{partition}"} | place
@@ -86,6 +103,40 @@ def encode_event_records(
         if made and (made.key_schema or made.value_schema):
             entries[index] = entries[index][:-1] + _schema_fields(made) + b"}"
     return entries
+
+
+def _stream_records(stream: str, shard: int, records: Records, envelope: Envelope) -> list[bytes]:
+    arn = dict(envelope.stream_arns).get(stream, stream)
+    shard_id = f"shardId-{shard:012d}"
+    rest = {
+        "eventSource": "aws:kinesis",
+        "eventVersion": "1.0",
+        "eventID": f"{shard_id}:",
+        "eventName": "aws:kinesis:record",
+        "invokeIdentityArn": envelope.invoke_identity_arn,
+        "awsRegion": [*arn.split(":"), "", "", ""][3],
+        "eventSourceARN": arn,
+    }
+    head, _, tail = orjson.dumps(rest)[1:].replace(b"%", b"%%").partition(f'{shard_id}:"'.encode())
+    entry = (
+        b'{"kinesis":{"kinesisSchemaVersion":"1.0","partitionKey":%b,"sequenceNumber":"%d",'
+        b'"data":"%b","approximateArrivalTimestamp":%b},'
+        + head
+        + shard_id.encode()
+        + b':%d"'
+        + tail
+    )
+    offsets = records.offsets
+    return [
+        entry % row
+        for row in zip(
+            [orjson.dumps((key or b"").decode(errors="replace")) for key in records.keys],
+            offsets,
+            [b2a_base64(data or b"", newline=False) for data in records.values],
+            [repr(ms / 1000).encode() for ms in records.timestamps],
+            offsets,
+        )
+    ]
 
 
 def _sent(data: bytes | None, json: bytes | None, source: bool) -> bytes | None:

@@ -5,6 +5,7 @@
     SinkError                 one line for the user: what, the value, what to do
     ├── UsageError            a wrong option or settings file            exit code 2
     ├── KafkaError            broker unreachable, topic missing, ...     exit code 1
+    ├── KinesisError          stream or lease table unreachable, ...     exit code 1
     ├── WriteError            a response or error record not delivered   exit code 1
     ├── FunctionConfigError   no such function, access denied, ...       exit code 1
     ├── RegistryError         the schema registry refuses to answer      exit code 1
@@ -52,6 +53,10 @@ class KafkaError(SinkError):
     """Kafka cannot be reached, or lacks what the pipeline needs."""
 
 
+class KinesisError(SinkError):
+    """A stream or its lease table cannot be reached, or lacks what the pipeline needs."""
+
+
 class WriteError(SinkError):
     """A response or error record was not acknowledged; nothing behind it was committed."""
 
@@ -85,8 +90,8 @@ class Stopped(SinkError):
 _STEP = re.compile(r" \[while running .*", re.DOTALL)
 _RAISED = re.compile(
     r"transforms\.errors\."
-    r"(UsageError|KafkaError|WriteError|FunctionConfigError|RegistryError|StateError|Stopped)"
-    r": (.*)"
+    r"(UsageError|KafkaError|KinesisError|WriteError|FunctionConfigError|RegistryError|StateError"
+    r"|Stopped): (.*)"
 )
 
 

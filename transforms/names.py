@@ -18,10 +18,18 @@ class Names:
             record, is never written: then the last record below it stands for it.
         ended: The position behind which a partition that has ended for good has nothing; None
             where partitions do not end.
+        first: Below it, where numbers are texts, a position says where to begin, and not which
+            record is done.
+        alone: Whether a reply names a record by its number alone; then what says nothing at all is
+            success, too.
+        lag_ms: Whether how far one is behind is told in milliseconds, and not in records.
     """
 
     texts: bool = False
     ended: int | None = None
+    first: int = 1
+    alone: bool = False
+    lag_ms: bool = False
 
     def number(self, number: int) -> int | str:
         """A record's number."""
@@ -38,8 +46,11 @@ class Names:
             return position
         if position == self.ended:
             return "ended"
-        return str(position - 1) if position else None
+        return str(position - 1) if position >= self.first else None
 
 
 NUMBERS = Names()
 """As JSON numbers."""
+
+TEXTS = Names(texts=True)
+"""As texts."""

@@ -45,6 +45,8 @@ COMMITTED = "committed"
 INVOCATIONS = "invocations"
 RETRIES = "retries"
 POLLING_ERRORS = "polling_errors"
+READ_CALLS = "read_calls"
+READ_THROTTLES = "read_throttles"
 COMMIT_ERRORS = "commit_errors"
 DELIVERY_ERRORS = "error_topic_delivery_errors"
 

@@ -54,6 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="flink: a real Kafka broker and a Flink session cluster; needs Java 17",
     )
     demo.add_argument(
+        "--source",
+        choices=("kafka", "kinesis"),
+        default="kafka",
+        help="kinesis: orders are in a stream whose shards split while it is read",
+    )
+    demo.add_argument(
         "--http",
         nargs="?",
         const="127.0.0.1:9464",
@@ -97,7 +103,7 @@ def _record_count(text: str) -> int:
 def _run_demo(options: argparse.Namespace) -> int:
     from pipeline.local.demo import run_demo
 
-    return run_demo(options.records, options.summary, options.runner, options.http)
+    return run_demo(options.records, options.summary, options.runner, options.http, options.source)
 
 
 if __name__ == "__main__":

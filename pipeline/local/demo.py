@@ -3,7 +3,8 @@
 Starts a Kafka broker in this process and a local Lambda endpoint with `demo_function.py`, writes
 orders, one of them broken, runs the pipeline on them as its command line would, and shows what
 came out. With the runner `flink` the broker is a real one, and the pipeline runs on a Flink session
-cluster, all as processes of their own.
+cluster, all as processes of their own. With the source `kinesis` the orders are in a stream of a
+Kinesis in this process, whose shards split while it is read.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, TextIO
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.flink import FlinkCluster
 from pipeline.local.kafka import LocalKafka, NewRecord
+from pipeline.local.kinesis import LocalKinesis
 from pipeline.local.lambda_server import FunctionSpec, LambdaServer
 
 MAX_RECORDS = 50_000
@@ -39,6 +41,7 @@ ORDERS, RESULTS, ERRORS = "orders", "orders-results", "orders-errors"
 _INTERRUPTED = 130
 _MORE_SECS = 0.5
 _SHOWN_RESPONSES = 3
+_SHARDS_MOST = 8
 _PARTITIONS = 4  # of a topic in LocalKafka; each has at most one invocation running
 _ITEMS = ("notebook", "desk lamp", "backpack", "water bottle", "headphones", "umbrella", "mug")
 
@@ -49,13 +52,32 @@ class _Stage:
 
     Attributes:
         kafka: The broker.
-        arguments: What the pipeline is told of its runner.
+        arguments: What the pipeline is told of its runner and of where it reads.
         said: The same for people.
+        kinesis: Where the orders are; None if they are in a topic.
     """
 
     kafka: LocalKafka | KafkaBroker
     arguments: tuple[str, ...]
     said: str
+    kinesis: LocalKinesis | None = None
+
+    @property
+    def what(self) -> str:
+        """Where the orders are, for people."""
+        return "Stream" if self.kinesis else "Topic"
+
+    def send(self, records: Iterable[NewRecord]) -> None:
+        """Send orders to where the pipeline reads."""
+        if self.kinesis is None:
+            self.produce(ORDERS, records)
+            return
+        pairs = [((record.key or b"").decode(), record.value or b"") for record in records]
+        half = len(pairs) // 2
+        self.kinesis.put(ORDERS, pairs[:half])
+        if len(self.kinesis.open_shards(ORDERS)) < _SHARDS_MOST:
+            self.kinesis.split(ORDERS, self.kinesis.open_shards(ORDERS)[0])
+        self.kinesis.put(ORDERS, pairs[half:])
 
     def produce(self, topic: str, records: Iterable[NewRecord]) -> None:
         if isinstance(self.kafka, LocalKafka):
@@ -69,24 +91,46 @@ class _Stage:
         return self.kafka.read_all(topic)
 
 
+_FROM_TOPIC = (f"--topics={ORDERS}", "--consumer_group=demo")
+
+
 @contextlib.contextmanager
-def _stage(runner: str) -> Iterator[_Stage]:
+def _stage(runner: str, source: str) -> Iterator[_Stage]:
+    if source == "kinesis":
+        with LocalKafka() as kafka, LocalKinesis() as kinesis:
+            kinesis.create_stream(ORDERS, 2)
+            arguments = (
+                f"--stream={ORDERS}",
+                "--lease_table=demo",
+                f"--kinesis_endpoint_url={kinesis.url}",
+                f"--dynamodb_endpoint_url={kinesis.url}",
+                "--stream_poll_secs=0.2",
+            )
+            said = "Kinesis, Kafka and Lambda run inside this command."
+            yield _Stage(kafka, arguments, said, kinesis)
+        return
     if runner == "direct":
         with LocalKafka() as kafka:
-            yield _Stage(kafka, (), "Kafka and Lambda run inside this command.")
+            yield _Stage(kafka, _FROM_TOPIC, "Kafka and Lambda run inside this command.")
         return
     with KafkaBroker() as broker, FlinkCluster() as cluster:
         for topic in (ORDERS, RESULTS, ERRORS):
             broker.create_topic(topic, _PARTITIONS)
         yield _Stage(
             broker,
-            ("--runner=FlinkRunner", *cluster.runner_options(), "--parallelism=2"),
+            ("--runner=FlinkRunner", *cluster.runner_options(), "--parallelism=2", *_FROM_TOPIC),
             f"Kafka and Flink (http://{cluster.address}) are processes of their own, Lambda runs "
             "inside this command.",
         )
 
 
-def run_demo(records: int, summary: str, runner: str = "direct", http: str | None = None) -> int:
+def run_demo(
+    records: int,
+    summary: str,
+    runner: str = "direct",
+    http: str | None = None,
+    source: str = "kafka",
+) -> int:
     """Run it once.
 
     Args:
@@ -95,10 +139,13 @@ def run_demo(records: int, summary: str, runner: str = "direct", http: str | Non
             there, one line, and the rest on stderr.
         runner: One of `RUNNERS`.
         http: Where to show the page; then it goes on with more orders until it is interrupted.
+        source: Where the orders are, `kafka` or `kinesis`.
 
     Returns:
         The pipeline's exit code; 130 if interrupted before or after the pipeline.
     """
+    if source == "kinesis" and runner != "direct":
+        raise ValueError("--source=kinesis goes with --runner=direct only")
     out = sys.stderr if summary == "json" else sys.stdout
     spec = FunctionSpec(
         FUNCTION,
@@ -110,7 +157,7 @@ def run_demo(records: int, summary: str, runner: str = "direct", http: str | Non
         with (
             LambdaServer([spec], record_calls=False) as server,
             _own_environment(),
-            _stage(runner) as stage,
+            _stage(runner, source) as stage,
         ):
             return _run(stage, server.url, records, summary, out, http)
     except KeyboardInterrupt:
@@ -122,12 +169,10 @@ def _run(
     stage: _Stage, lambda_url: str, records: int, summary: str, out: TextIO, http: str | None
 ) -> int:
     broken = records // 2 + 1
-    stage.produce(ORDERS, make_orders(records, broken))
+    stage.send(make_orders(records, broken))
     arguments = [
-        *stage.arguments,
         f"--kafka_bootstrap_servers={stage.kafka.bootstrap_servers}",
-        f"--topics={ORDERS}",
-        "--consumer_group=demo",
+        *stage.arguments,
         f"--function={FUNCTION}",
         f"--lambda_endpoint_url={lambda_url}",
         "--aws_region=us-east-1",
@@ -142,7 +187,7 @@ def _run(
     ]
     _say(
         out,
-        f"Topic {ORDERS} has {_count(records, 'order')}. Order {broken} has no amount: the "
+        f"{stage.what} {ORDERS} has {_count(records, 'order')}. Order {broken} has no amount: the "
         "function fails on it.",
         f"{stage.said} Now the pipeline, by its command line:",
         "",
@@ -190,7 +235,7 @@ def _more_orders(stage: _Stage, sent: int) -> Iterator[None]:
         while not ended.wait(_MORE_SECS):
             count = round(60 + 50 * math.sin(number / 700))
             orders = make_orders(number + count, number // 1000 * 1000 + 7)
-            stage.produce(ORDERS, itertools.islice(orders, number, None))
+            stage.send(itertools.islice(orders, number, None))
             number += count
 
     thread = threading.Thread(target=send, daemon=True)
@@ -247,7 +292,8 @@ def _own_environment() -> Iterator[None]:
 def _report(stage: _Stage) -> list[str]:
     """What the pipeline wrote: some responses, and every error record."""
     # Only now: these come with the pipeline's imports.
-    from transforms.original import ORIGINAL_HEADER, decode_original
+    from transforms.names import NUMBERS, TEXTS
+    from transforms.original import ORIGINAL_HEADER, TEXT_ORIGINAL_HEADER, decode_original
 
     responses = stage.read_all(RESULTS)
     shown = responses[:_SHOWN_RESPONSES]
@@ -259,16 +305,19 @@ def _report(stage: _Stage) -> list[str]:
         lines.append(_cut(f"  {key:{max(map(len, keys))}}  {result}"))
     errors = stage.read_all(ERRORS)
     lines += ["", f"Topic {ERRORS}: {_count(len(errors), 'error record')}"]
+    texts = stage.kinesis is not None
+    header, names = (TEXT_ORIGINAL_HEADER, TEXTS) if texts else (ORIGINAL_HEADER, NUMBERS)
     for record in errors:
-        originals = [value for name, value in record.headers if name == ORIGINAL_HEADER]
-        rest = [(name, value) for name, value in record.headers if name != ORIGINAL_HEADER]
+        originals = [value for name, value in record.headers if name == header]
+        rest = [(name, value) for name, value in record.headers if name != header]
         lines += [
             *_section("key", json.loads(record.key or b"{}").items()),
             *_section("value", json.loads(record.value or b"{}").items()),
             *_section("headers", ((name, (value or b"").decode()) for name, value in rest)),
         ]
         for original in originals:
-            lines += _section(f"header {ORIGINAL_HEADER}", decode_original(original or b"").items())
+            fields = decode_original(original or b"", names)
+            lines += _section(f"header {header}", fields.items())
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Mapping: an event source mapping of Lambda for Kafka -> option values. Pure.
+"""Mapping: an event source mapping of Lambda for Kafka or for Kinesis -> option values. Pure.
 
 Takes the output of ``aws lambda get-event-source-mapping``, and that of
 ``list-event-source-mappings`` if it has one mapping. What is not in it keeps the mapping's own
@@ -41,7 +41,7 @@ _CALLS_PER_POLLER = 5
 _MAX_CONCURRENCY = 1000
 _MAX_WORKERS = 64
 
-_DESTINATIONS = {"sqs": "a queue", "sns": "an SNS topic", "s3": "a bucket"}
+_DESTINATIONS = ("sqs", "sns", "s3")
 
 
 def _joined(value: Any) -> str:
@@ -85,11 +85,20 @@ def _pollers(carried: Carried, name: str, value: Any) -> None:
         carried.refuse(name, str(error), "max_concurrency")
 
 
-def _event_source(value: Any) -> str:
-    service = _service(arn := single(value))
-    if service != "kafka":
-        raise ValueError(f"this is a mapping of {service or 'something else'}, not of Kafka")
-    return arn
+def _event_source(carried: Carried, name: str, value: Any) -> None:
+    service = _service(arn := str(value))
+    if service == "kafka":
+        carried.take("event_source_arn", arn, name)
+    elif service == "kinesis":
+        # With a consumer's name behind it the mapping has the stream pushed to it.
+        stream, _, consumer = arn.partition("/consumer/")
+        carried.take("stream", stream, name)
+        if consumer:
+            why = f"the stream is polled, and not pushed to the consumer {consumer.split(':')[0]}"
+            carried.note(name, why)
+    else:
+        what = {"dynamodb": "a DynamoDB stream"}.get(service, service or "something else")
+        carried.refuse(name, f"this is a mapping of {what}, and not of Kafka or Kinesis")
 
 
 def _registry(value: Any) -> str:
@@ -102,14 +111,17 @@ def _registry(value: Any) -> str:
 
 
 def _destination(carried: Carried, name: str, value: Any) -> None:
-    carried.assume("error_record", "aws")
     target = str(value)
     if target.startswith("kafka://"):
+        carried.assume("error_record", "aws")
         carried.take("error_topic", target.removeprefix("kafka://"), name)
-        return
-    kind = _DESTINATIONS.get(_service(target), "no Kafka topic")
-    why = f"it is {kind}; error records go to a Kafka topic here, give --error_topic"
-    carried.refuse(name, why, "error_topic")
+    elif _service(target) in _DESTINATIONS:
+        carried.take("on_failure_destination", target, name)
+    else:
+        why = (
+            "it is neither a Kafka topic nor a queue, an SNS topic or a bucket; give --error_topic"
+        )
+        carried.refuse(name, why, "error_topic")
 
 
 def _filters(carried: Carried, name: str, value: Any) -> None:
@@ -165,7 +177,7 @@ def _responses(carried: Carried, name: str, value: Any) -> None:
         if kind == "ReportBatchItemFailures":
             carried.take("reply", "batch_item_failures", name)
             # Of a Kafka batch just the records that are named come again.
-            carried.assume("partial_failure", "named")
+            carried.assume("partial_failure", "checkpoint" if _is_stream(carried) else "named")
         else:
             carried.refuse(name, f"{kind} is not known here; choose --reply", "reply")
 
@@ -174,10 +186,8 @@ def _state(carried: Carried, name: str, value: Any) -> None:
     if value in ("Disabled", "Disabling", "false"):
         carried.note(name, "the mapping is disabled; the pipeline runs all the same")
     else:
-        carried.note(
-            name,
-            "disable the mapping before the pipeline runs: both would go on in one consumer group",
-        )
+        both = "invoke the function" if _is_stream(carried) else "go on in one consumer group"
+        carried.note(name, f"disable the mapping before the pipeline runs: both would {both}")
 
 
 _SELF_MANAGED, _MSK = "SelfManagedKafkaEventSourceConfig", "AmazonManagedKafkaEventSourceConfig"
@@ -190,16 +200,20 @@ ROWS = (
         "kafka_bootstrap_servers",
         convert=_joined,
     ),
-    becomes("EventSourceArn", "event_source_arn", convert=_event_source),
+    Row(
+        ("EventSourceArn",),
+        "of MSK --event_source_arn, of Kinesis --stream; any other is refused",
+        _event_source,
+    ),
     becomes("FunctionArn", "function"),
     becomes("StartingPosition", "starting_position"),
     becomes("StartingPositionTimestamp", "starting_timestamp", convert=_timestamp),
     becomes("BatchSize", "batch_size", "100"),
-    becomes("MaximumBatchingWindowInSeconds", "batch_window_secs", "0.5"),
+    becomes("MaximumBatchingWindowInSeconds", "batch_window_secs", "0.5, of Kinesis 0"),
     becomes("ParallelizationFactor", "parallelization_factor", "1"),
     looked_up(
         "MaximumRetryAttempts",
-        "--max_retries; with a destination 10 in place of -1",
+        "--max_retries; with a destination 10 in place of -1, but not of Kinesis",
         "-1",
         "max_retries",
     ),
@@ -207,14 +221,16 @@ ROWS = (
     becomes("BisectBatchOnFunctionError", "bisect_on_error", "false"),
     Row(
         ("FunctionResponseTypes",),
-        "--reply=batch_item_failures with --partial_failure=named; without it --reply=none",
+        "--reply=batch_item_failures with --partial_failure=named, of Kinesis with checkpoint; "
+        "without it --reply=none",
         _responses,
         "none",
     ),
     Row(
         ("DestinationConfig.OnFailure.Destination",),
         "`kafka://TOPIC`: --on_error=log, --error_topic and --error_record=aws; a queue, an SNS "
-        "topic or a bucket is refused; none: --on_error=log, so a line of the log",
+        "topic or a bucket: --on_error=log and --on_failure_destination; none: --on_error=log, so "
+        "a line of the log",
         _destination,
         "none",
     ),
@@ -257,11 +273,15 @@ ROWS = (
     unneeded("ProvisionedPollerConfig.*", "nothing has to be kept ready"),
     Row(("State", "Enabled"), "disable the mapping before the pipeline runs", _state),
     refused("TumblingWindowInSeconds", "windows with a state are not known here", harmless=("0",)),
-    refused("Queues DocumentDBEventSourceConfig.*", "only mappings of Kafka are known here"),
+    refused(
+        "Queues DocumentDBEventSourceConfig.*",
+        "only mappings of Kafka and of Kinesis are known here",
+    ),
     unneeded("ScalingConfig.*", "it is for queues"),
     unneeded("MetricsConfig.* LoggingConfig.*", "logs are always there; metrics with --http"),
+    looked_up("UUID", "of Kinesis it names --lease_table, unless that is given"),
     looked_up(
-        "UUID EventSourceMappingArn LastModified LastProcessingResult StateTransitionReason "
+        "EventSourceMappingArn LastModified LastProcessingResult StateTransitionReason "
         "ResponseMetadata.*",
         "what AWS says of the mapping",
     ),
@@ -287,7 +307,8 @@ def carry(carried: Carried, content: Mapping[str, Any]) -> None:
             carried.refuse(_LIST, f"{count}; put the one to carry over into a file of its own")
             return
         content = mappings[0]
-    settings = dict(_leaves(content))
+    # Where it reads decides on the rest.
+    settings = dict(sorted(_leaves(content), key=lambda each: each[0] != "EventSourceArn"))
     for name, value in settings.items():
         row = find_row(ROWS, name)
         if row is None:
@@ -296,6 +317,8 @@ def carry(carried: Carried, content: Mapping[str, Any]) -> None:
         elif row.take:
             row.take(carried, name, value)
     _defaults(carried)
+    if _is_stream(carried):
+        _stream_defaults(carried, settings.get("UUID"))
     _retries(carried, settings.get("MaximumRetryAttempts"))
 
 
@@ -309,8 +332,22 @@ def _defaults(carried: Carried) -> None:
     carried.assume("on_error", "log")
 
 
+def _is_stream(carried: Carried) -> bool:
+    return "stream" in carried.values
+
+
+def _stream_defaults(carried: Carried, uuid: Any) -> None:
+    carried.assume("envelope", "kinesis_event")
+    carried.assume("batch_window_secs", "0")
+    if isinstance(uuid, str) and re.fullmatch("[a-zA-Z0-9-]+", uuid):
+        # It has to be the same in the next run.
+        carried.assume("lease_table", f"beam-lambda-sink-{uuid}")
+
+
 def _retries(carried: Carried, attempts: Any) -> None:
-    if attempts in (None, "-1") and carried.in_force("error_topic"):
+    kept = carried.in_force("error_topic") or carried.in_force("on_failure_destination")
+    limited = kept and not _is_stream(carried)
+    if attempts in (None, "-1") and limited:
         carried.assume("max_retries", _RETRIES_WITH_DESTINATION)
     elif attempts is None:
         carried.assume("max_retries", "-1")

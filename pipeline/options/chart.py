@@ -19,18 +19,25 @@ LEFT_OUT = {
 }
 """Options that are not among the chart's, and why."""
 
+# Needed where topics are read.
+_TOPICS = ("kafka_bootstrap_servers", "consumer_group")
 _TYPES = {"int": "integer", "float": "number", "flag": "boolean"}
 
 
 def options_schema() -> dict[str, Any]:
     """JSON schema of the options by their names."""
     options = [option for option in OPTIONS.values() if option.name not in LEFT_OUT]
+    needed = [option.name for option in options if option.required]
     return {
         "description": "Options of the program by their names: docs/options.md.",
         "type": "object",
         "additionalProperties": False,
-        "required": [option.name for option in options if option.required],
-        "oneOf": [{"required": ["topics"]}, {"required": ["topics_regex"]}],
+        "required": [name for name in needed if name not in _TOPICS],
+        "oneOf": [
+            {"required": ["topics", *_TOPICS]},
+            {"required": ["topics_regex", *_TOPICS]},
+            {"required": ["stream", "lease_table"]},
+        ],
         "properties": {option.name: _schema(option) for option in options},
     }
 

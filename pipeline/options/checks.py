@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from pipeline.options.checks_login import any_iam, check_login
+from pipeline.options.checks_stream import check_stream
 from pipeline.options.declare import ACCESS, EXACTLY_ONCE, NO_ATTRIBUTE, OPTIONS, Option
 from transforms import envelope, java_login
 from transforms.aws.function import MAX_ASYNC_BYTES
@@ -22,6 +23,9 @@ from transforms.properties import PREFIXES
 from transforms.write import destination, formats
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+_TOPIC_OF = "kafka://"
+# Of a run that reads a stream they are asked for where topics are written, or not at all.
+_KAFKAS = ("kafka_bootstrap_servers", "consumer_group")
 _NUMBERS: dict[str, Callable[[str], int | float]] = {"int": int, "float": float}
 
 
@@ -83,8 +87,9 @@ def check_together(
         now: The time.
         problems: Where to note it.
     """
+    stream = given.get("stream") is not None
     for name, option in OPTIONS.items():
-        if option.required and given.get(name) is None:
+        if option.required and given.get(name) is None and not (stream and name in _KAFKAS):
             problems.append(f"--{name} is missing; for example --{name}={option.example}")
     servers = values["kafka_bootstrap_servers"]
     if servers and not OPTIONS["kafka_bootstrap_servers"].fits(servers):
@@ -92,10 +97,10 @@ def check_together(
             f"--kafka_bootstrap_servers={servers} is not a comma separated list of host:port"
         )
     topics, regex = values["topics"], values["topics_regex"]
-    if bool(topics) == bool(regex):
-        problems.append(
-            f"give exactly one of --topics and --topics_regex, not {'both' if topics else 'none'}"
-        )
+    if sum(map(bool, (topics, regex, stream))) != 1:
+        count = "none" if not (topics or regex or stream) else "several"
+        problems.append(f"give exactly one of --topics, --topics_regex and --stream, not {count}")
+    check_stream(values, given, problems)
     pattern = None
     if regex:
         try:
@@ -231,10 +236,11 @@ def _check_aws(values: dict[str, Any], given: dict[str, str | None], problems: l
         problems.append(f"--lambda_endpoint_url={endpoint} is not an http:// or https:// address")
     if role and not OPTIONS["aws_role_arn"].fits(role):
         problems.append(f"--aws_role_arn={role} is not the ARN of a role")
-    if values["aws_web_identity"] and not role and not values["kafka_role_arn"]:
+    roles = (role, values["kafka_role_arn"], values["stream_role_arn"])
+    if values["aws_web_identity"] and not any(roles):
         problems.append(
             f"--aws_web_identity={values['aws_web_identity']} needs --aws_role_arn, the role to "
-            f"assume with it, or --kafka_role_arn"
+            f"assume with it, or --kafka_role_arn or --stream_role_arn"
         )
     if given.get("aws_web_identity_audience") is not None and not values["aws_web_identity"]:
         problems.append("--aws_web_identity_audience goes with --aws_web_identity only")
@@ -266,6 +272,8 @@ def _check_reply(values: dict[str, Any], given: dict[str, str | None], problems:
 
 def _check_payload(values: dict[str, Any], settings: dict[str, str], problems: list[str]) -> None:
     arn = values["event_source_arn"]
+    if (values["envelope"] == envelope.KINESIS_EVENT) > bool(values["stream"]):
+        problems.append(f"--envelope={envelope.KINESIS_EVENT} goes with --stream only")
     if arn and not OPTIONS["event_source_arn"].fits(arn):
         problems.append(f"--event_source_arn={arn} is not the ARN of an MSK cluster")
     aws_errors = values["error_record"] == destination.AWS
@@ -291,6 +299,28 @@ def _check_payload(values: dict[str, Any], settings: dict[str, str], problems: l
                 f"--{name}={values[name]} goes with --envelope=confluent only: "
                 f"{values['envelope']} has base64"
             )
+
+
+def check_destination(values: dict[str, Any], problems: list[str]) -> None:
+    """Note what does not go with a destination; one that is a topic becomes the error topic."""
+    target = values["on_failure_destination"]
+    if not target:
+        return
+    what = f"--on_failure_destination={target}"
+    if not OPTIONS["on_failure_destination"].fits(target):
+        problems.append(
+            f"{what} is no ARN of a queue, a topic of SNS or a bucket, nor kafka://TOPIC"
+        )
+    if values["error_topic"]:
+        problems.append(f"{what} takes the place of --error_topic; leave one of them out")
+    elif values["on_error"] != "log":
+        problems.append(f"{what} needs --on_error=log")
+    elif values["delivery"] == EXACTLY_ONCE and not target.startswith(_TOPIC_OF):
+        problems.append(f"{what} does not go with --delivery={EXACTLY_ONCE}: it is not in Kafka")
+    elif target.startswith(_TOPIC_OF):
+        values["error_topic"] = target.removeprefix(_TOPIC_OF)
+        values["error_record"] = destination.AWS
+        values["on_failure_destination"] = None
 
 
 def _check_schemas(

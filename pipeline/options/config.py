@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
 from pipeline.options.checks import (
     check_beam_reader,
+    check_destination,
     check_together,
     parse_address,
     parse_timestamp,
@@ -33,6 +35,7 @@ from transforms.access import (
     login_settings,
     parse_access,
 )
+from transforms.aws.delivery import DeliveryConfig
 from transforms.aws.function import MAX_ASYNC_BYTES, MAX_SYNC_BYTES, FunctionConfig
 from transforms.batch.batch import BatchConfig
 from transforms.batch.payload import PayloadFormat
@@ -40,7 +43,7 @@ from transforms.commit.committer import CommitConfig
 from transforms.decode.decode import DecodeConfig
 from transforms.envelope import Envelope
 from transforms.errors import UsageError
-from transforms.filter.filter import FilterConfig, load_criteria
+from transforms.filter.filter import STREAM_FIELDS, FilterConfig, load_criteria
 from transforms.invoke import reply
 from transforms.invoke.breaker import BreakerPolicy
 from transforms.invoke.invoke import InvokeConfig
@@ -51,7 +54,10 @@ from transforms.kafka.login import put_over
 from transforms.kafka.offsets import SourceConfig
 from transforms.kafka.streaming import KafkaStream
 from transforms.kafka.transaction import TransactionConfig
+from transforms.kinesis.client import AwsConfig
+from transforms.kinesis.stream import KinesisSource, stream_name
 from transforms.lanes import Lanes
+from transforms.names import NUMBERS
 from transforms.properties import load_properties
 from transforms.read.rounds import ReadConfig
 from transforms.read.streaming import NativeReadConfig
@@ -109,7 +115,7 @@ class Config:
     """
 
     kafka: KafkaConfig
-    source: SourceConfig
+    source: SourceConfig | KinesisSource
     read: ReadConfig
     stream: NativeReadConfig | BeamReadConfig | None
     filter: FilterConfig | None
@@ -140,6 +146,7 @@ class Config:
         values = {
             name: parse_value(option, given.get(name), problems) for name, option in OPTIONS.items()
         }
+        check_destination(values, problems)
         settings: dict[str, str] = {}
         refused: tuple[str, ...] = ()
         if values["kafka_config_file"]:
@@ -160,7 +167,8 @@ class Config:
         patterns: tuple[str, ...] = ()
         if values["filter_criteria"]:
             try:
-                patterns = load_criteria(values["filter_criteria"])
+                names = STREAM_FIELDS if values["stream"] else None
+                patterns = load_criteria(values["filter_criteria"], names)
             except UsageError as error:
                 problems += error.problems
         problems += [
@@ -169,6 +177,10 @@ class Config:
             for name in ("workers", "max_workers")
             if runner in STREAM_RUNNERS and given.get(name) is not None
         ]
+        if runner in STREAM_RUNNERS and values["stream"]:
+            problems.append(f"--stream goes with the DirectRunner only, not with {runner}")
+        if values["stream"]:
+            values |= _stream_defaults(given)
         if runner in STREAM_RUNNERS and values["delivery"] == EXACTLY_ONCE:
             problems.append(
                 f"--delivery={EXACTLY_ONCE} goes with the DirectRunner only: on {runner} outputs "
@@ -210,12 +222,55 @@ def _reply(values: dict[str, Any]) -> str:
     return reply.CONFLUENT if values["envelope"] == envelope.CONFLUENT else reply.ANY
 
 
+def _stream_defaults(given: Mapping[str, str | None]) -> dict[str, Any]:
+    """What is otherwise with a stream, where it is not given."""
+    # A write of the lease table costs money, for each shard; and AWS drops what has no JSON.
+    defaults = {"commit_interval_secs": 1.0, "filter_unparsable": "drop"}
+    return {name: value for name, value in defaults.items() if given.get(name) is None}
+
+
 def _trace(values: dict[str, Any]) -> TraceConfig | None:
     if not values["trace"]:
         return None
     arn = values["function"].split(":")
     region = arn[3] if arn[0] == "arn" else values["aws_region"]
-    return TraceConfig(values["consumer_group"], values["function"], region)
+    return TraceConfig(
+        values["consumer_group"] or values["lease_table"], values["function"], region
+    )
+
+
+def _delivery(values: dict[str, Any]) -> DeliveryConfig | None:
+    if not values["on_failure_destination"]:
+        return None
+    reads = values["stream"] or values["topics"] or (values["topics_regex"],)
+    name = values["consumer_group"] or values["lease_table"]
+    return DeliveryConfig(
+        values["on_failure_destination"],
+        "/".join((values["function"], *reads, name)),
+        values["aws_region"],
+        values["aws_role_arn"],
+        values["aws_web_identity"],
+        values["aws_web_identity_audience"],
+    )
+
+
+def _stream_source(values: dict[str, Any], start_ms: int | None) -> KinesisSource:
+    return KinesisSource(
+        values["stream"],
+        values["lease_table"],
+        AwsConfig(
+            values["aws_region"],
+            values["stream_role_arn"],
+            values["aws_web_identity"] if values["stream_role_arn"] else None,
+            values["aws_web_identity_audience"],
+            values["kinesis_endpoint_url"],
+            values["dynamodb_endpoint_url"],
+        ),
+        values["starting_position"],
+        start_ms,
+        values["stream_poll_secs"],
+        values["lease_secs"],
+    )
 
 
 def _make_config(
@@ -230,17 +285,19 @@ def _make_config(
     sync = values["invocation_type"] == "sync"
     batch_bytes = values["batch_bytes"] or (MAX_SYNC_BYTES if sync else MAX_ASYNC_BYTES)
     kafka = KafkaConfig(
-        values["kafka_bootstrap_servers"],
-        values["consumer_group"],
+        values["kafka_bootstrap_servers"] or "",
+        values["consumer_group"] or values["lease_table"],
         values["kafka_config_file"],
         login_of(values, settings, os.environ),
         reached["kafka_access"],
     )
     wrapping = Envelope(
         values["envelope"],
-        values["kafka_bootstrap_servers"],
+        values["kafka_bootstrap_servers"] or "",
         values["event_source_arn"],
         values["event_record_format"] == "SOURCE",
+        tuple((stream_name(each), each) for each in values["stream"] or ()),
+        values["invoke_identity_arn"] or "",
     )
     url = values["schema_registry_url"]
     registry = None
@@ -252,6 +309,8 @@ def _make_config(
     # What the reader counts is bytes as Kafka has them; base64 makes four of three.
     due_bytes = batch_bytes if wrapping.name == envelope.CONFLUENT else batch_bytes * 3 // 4
     aws_errors = values["error_record"] == destination.AWS
+    deliver = _delivery(values)
+    event = envelope.KINESIS_EVENT if values["stream"] else envelope.KAFKA_EVENT
     start = values["starting_timestamp"]
     moment = parse_timestamp(start) if start else None
     limit = settings.get("error.message.max.bytes", settings.get("message.max.bytes", ""))
@@ -260,21 +319,27 @@ def _make_config(
     transaction = None
     if values["delivery"] == EXACTLY_ONCE:
         transaction = TransactionConfig(kafka, java_keys=aws_errors)
-    source = SourceConfig(
+    # Below 0 are numbers that mean something else to Kafka.
+    start_ms = max(0, int(moment.timestamp() * 1000)) if moment else None
+    source: SourceConfig | KinesisSource = SourceConfig(
         kafka,
         topics=values["topics"] or (),
         topics_regex=values["topics_regex"],
         starting_position=values["starting_position"],
-        # Below 0 are numbers that mean something else to Kafka.
-        starting_timestamp_ms=max(0, int(moment.timestamp() * 1000)) if moment else None,
+        starting_timestamp_ms=start_ms,
         member=None if streaming else 0,
         transaction=transaction,
     )
+    names = NUMBERS
     stream: NativeReadConfig | BeamReadConfig | None = None
-    if streaming and values["kafka_reader"] == "beam":
+    if values["stream"]:
+        source = _stream_source(values, start_ms)
+        names = source.names
+    elif streaming and values["kafka_reader"] == "beam":
         service, in_flink = values["expansion_service"], runner in FLINK_RUNNERS
         stream = BeamReadConfig(kafka, source.topics, service, in_flink)
     elif streaming:
+        assert isinstance(source, SourceConfig)
         stream = NativeReadConfig(
             KafkaStream(source, bounded=values["until"] == "caught_up"),
             drain_by_haste=runner in FLINK_RUNNERS,
@@ -293,7 +358,11 @@ def _make_config(
             values["batch_size"],
             batch_bytes,
             PayloadFormat(
-                values["key_format"], values["value_format"], values["include_headers"], wrapping
+                values["key_format"],
+                values["value_format"],
+                values["include_headers"],
+                wrapping,
+                names,
             ),
             window_secs=values["batch_window_secs"] if streaming else None,
         ),
@@ -321,6 +390,7 @@ def _make_config(
             reply=_reply(values),
             streaming=streaming,
             client_context=sync and values["client_context"],
+            names=names,
             min_concurrency=values["min_concurrency"],
             breaker=BreakerPolicy(
                 failure_rate=values["breaker_failure_rate"],
@@ -339,9 +409,11 @@ def _make_config(
             error_format=values["error_format"],
             max_error_bytes=max_error_bytes,
             registry=registry,
-            destination=replace(wrapping, name=envelope.KAFKA_EVENT) if aws_errors else None,
+            destination=replace(wrapping, name=event) if aws_errors or deliver else None,
             source=source,
+            names=names,
             transaction=transaction,
+            delivery=deliver,
         ),
         commit=CommitConfig(
             source,

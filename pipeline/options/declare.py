@@ -14,6 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.options.levels import LEVELS
 from transforms import access, envelope, text_file
+from transforms.aws import delivery
 from transforms.aws.function import FUNCTION, MAX_ASYNC_BYTES, MAX_SYNC_BYTES
 from transforms.batch import payload
 from transforms.commit.committer import INTERVAL_SECS, REFRESH_SECS
@@ -21,6 +22,7 @@ from transforms.decode.decode import ATTRIBUTES, VALUE
 from transforms.filter.filter import UNPARSABLE
 from transforms.invoke import reply
 from transforms.kafka.offsets import AT_TIMESTAMP, LATEST, TRIM_HORIZON
+from transforms.kinesis import shards
 from transforms.write import destination, formats
 
 
@@ -111,12 +113,18 @@ _RETRY_LIMIT: dict[str, Any] = {
     "special": (-1, "no limit"),
 }
 
+# The same, without the names of its groups.
+STREAM_ARN = re.sub(r"\?P<\w+>", "", shards.STREAM_ARN.pattern)
+STREAM_NAME = shards.STREAM_NAME
+
 NO_ATTRIBUTE = "NONE"
 EXACTLY_ONCE = "exactly_once"
 ACCESS = ("kafka_access", "schema_registry_access")
 """Options with logins, in which somebody may write a secret where the ARN of one belongs."""
 
+_URL = r"https?://[^/@\s]+(/\S*)?"
 _TOPIC = "[a-zA-Z0-9._-]{1,249}"
+_DESTINATION = re.sub(r"\?P<\w+>", "", delivery.DESTINATION.pattern)
 _ROLE = r"arn:aws[a-zA-Z-]*:iam::\d{12}:role/\S+"
 _SERVER = r"((SASL_)?(PLAINTEXT|SSL)://)?(\[[0-9a-fA-F:.]+\]|[^,:/\s\[\]]+):\d{1,5}"
 
@@ -237,6 +245,69 @@ GROUPS = (
         ),
     ),
     Group(
+        "Kinesis",
+        (
+            Option(
+                "stream",
+                "Kinesis streams to read in place of topics, names or ARNs, comma separated; with "
+                "--lease_table in place of --consumer_group. --kafka_bootstrap_servers is needed "
+                "only for topics that are written. --starting_position is for a stream of which "
+                "the table has nothing, and --filter_unparsable is drop unless given. On the "
+                "DirectRunner.",
+                kind="list",
+                example="orders",
+                pattern=rf"{STREAM_ARN}|{STREAM_NAME.pattern}",
+            ),
+            Option(
+                "lease_table",
+                "DynamoDB table that says how far each shard is done and which process works on "
+                "it, in the shape of the Kinesis Client Library. One for each pipeline; it is made "
+                "if it is not there. Needed with --stream.",
+                example="orders-to-lambda",
+                pattern="[a-zA-Z0-9_.-]{3,255}",
+            ),
+            Option(
+                "lease_secs",
+                "After how long a shard is taken over whose process is not heard of.",
+                kind="float",
+                default=10,
+                unit="seconds",
+                low=1,
+                high=300,
+            ),
+            Option(
+                "stream_poll_secs",
+                "How often to look for more in a shard that has been read to its end. A shard "
+                "allows five reads in a second, to all who read it together.",
+                kind="float",
+                default=1,
+                unit="seconds",
+                low=0.2,
+                high=60,
+            ),
+            Option(
+                "stream_role_arn",
+                "Role to assume for the streams and the lease table, with the credentials of AWS's "
+                "default chain, or as --aws_web_identity says. --aws_role_arn is the function's "
+                "only.",
+                example="arn:aws:iam::123456789012:role/read-orders",
+                pattern=_ROLE,
+            ),
+            Option(
+                "kinesis_endpoint_url",
+                "Another endpoint than AWS's for the streams, such as a VPC endpoint.",
+                example="http://127.0.0.1:4567",
+                pattern=_URL,
+            ),
+            Option(
+                "dynamodb_endpoint_url",
+                "The same for the lease table.",
+                example="http://127.0.0.1:4566",
+                pattern=_URL,
+            ),
+        ),
+    ),
+    Group(
         "Streaming",
         (
             Option(
@@ -324,7 +395,7 @@ GROUPS = (
                 "lambda_endpoint_url",
                 "Another endpoint than AWS's, such as a local Lambda or a VPC endpoint.",
                 example="http://127.0.0.1:9200",
-                pattern=r"https?://[^/@\s]+(/\S*)?",
+                pattern=_URL,
             ),
             Option(
                 "function_timeout_secs",
@@ -408,7 +479,7 @@ GROUPS = (
                 "envelope",
                 "How records are handed to the function: confluent as the Confluent Lambda "
                 "connector has them, kafka_event as an event source mapping for Kafka, pipes as "
-                "EventBridge Pipes.",
+                "EventBridge Pipes, kinesis_event as a mapping of a stream.",
                 kind="choice",
                 default=envelope.CONFLUENT,
                 choices=envelope.ENVELOPES,
@@ -419,6 +490,12 @@ GROUPS = (
                 "events of a self-managed Kafka.",
                 example="arn:aws:kafka:eu-central-1:123456789012:cluster/orders/5a7c-2",
                 pattern=r"arn:aws[a-zA-Z-]*:kafka:[a-z0-9-]+:\d{12}:cluster/\S+",
+            ),
+            Option(
+                "invoke_identity_arn",
+                "What kinesis_event says to be the role that invokes the function.",
+                example="arn:aws:iam::123456789012:role/invoke-orders",
+                pattern=_ROLE,
             ),
             Option(
                 "key_format",
@@ -547,6 +624,16 @@ GROUPS = (
                 kind="choice",
                 default="fail",
                 choices=("fail", "log", "ignore"),
+            ),
+            Option(
+                "on_failure_destination",
+                "Where a document about each failed batch goes, as an event source mapping sends "
+                "it: ARN of an SQS queue, an SNS topic or an S3 bucket (there with the event), or "
+                "kafka://TOPIC for error records in a topic. In place of --error_topic, with "
+                "--on_error=log, and with the function's credentials. What is not taken within a "
+                "minute ends the run.",
+                example="arn:aws:sqs:eu-central-1:123456789012:orders-failed",
+                pattern=rf"kafka://{_TOPIC}|{_DESTINATION}",
             ),
             Option(
                 "breaker_failure_rate",

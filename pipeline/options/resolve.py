@@ -31,6 +31,7 @@ from pipeline.options.declare import (
     KafkaLambdaOptions,
 )
 from pipeline.options.msk import Ask, complete
+from pipeline.options.streams import with_arns
 from transforms.aws.msk import bootstrap_brokers
 from transforms.errors import UsageError, one_line
 from transforms.properties import load_properties
@@ -43,6 +44,12 @@ COMMAND_LINE = "command line"
 _IN_PLACE_OF = (
     ("topics", "topics_regex"),
     ("topics_regex", "topics"),
+    ("error_topic", "on_failure_destination"),
+    ("on_failure_destination", "error_topic"),
+    ("stream", "topics"),
+    ("stream", "topics_regex"),
+    ("topics", "stream"),
+    ("topics_regex", "stream"),
     ("starting_position", "starting_timestamp"),
 )
 
@@ -106,6 +113,7 @@ def resolve(
 
     Raises:
         UsageError: The command line or the file cannot be read at all.
+        KinesisError: Kinesis does not say the ARN of a stream.
     """
     ours, rest = _parser().parse_known_args(arguments)
     given = {name: text for name, text in vars(ours).items() if text is not None}
@@ -150,6 +158,8 @@ def resolve(
         problems += checks_dataflow.problems(
             beam, values.get("kafka_config_file", Value("", "")).text
         )
+    if config and not problems and given.get("explain") != "true":
+        config = with_arns(config)
     properties: tuple[str, ...] = ()
     if path := values.get("kafka_config_file", Value("", "")).text:
         with suppress(UsageError):  # among the problems already
@@ -171,9 +181,9 @@ def _merge(given: Mapping[str, str], carried: Carried | None) -> dict[str, Value
     values = {name: Value(text, COMMAND_LINE) for name, text in given.items()}
     if carried is None:
         return values
-    taken = {option: other for option, other in _IN_PLACE_OF if option in given}
+    taken = {other for option, other in _IN_PLACE_OF if option in given}
     for name, value in (carried.defaults | carried.values).items():
-        if name not in given and name not in taken.values():
+        if name not in given and name not in taken:
             values[name] = value
     # An empty value takes back what the file says.
     return {

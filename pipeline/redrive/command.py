@@ -23,6 +23,7 @@ from pipeline.watch import logs
 from pipeline.watch.logs import say
 from pipeline.watch.progress import Progress, halted_text, summary
 from transforms.errors import UsageError
+from transforms.kafka.offsets import SourceConfig
 from transforms.redrive.selection import Selection
 from transforms.redrive.steps import RedriveConfig
 
@@ -71,8 +72,8 @@ GROUP = Group(
         ),
         Option(
             "redrive_group",
-            "Consumer group that remembers what is redriven. Not given: --consumer_group with "
-            "-redrive behind it.",
+            "Consumer group that remembers what is redriven. Not given: --consumer_group, or "
+            "--lease_table, with -redrive behind it.",
             example="orders-to-lambda-redrive",
         ),
     ),
@@ -93,7 +94,9 @@ def make_config(config: Config, values: Mapping[str, Any]) -> RedriveConfig:
             values["error_type"] or (),
         ),
         topics=config.source.topics,
-        topics_regex=config.source.topics_regex,
+        topics_regex=(
+            config.source.topics_regex if isinstance(config.source, SourceConfig) else None
+        ),
         lanes=config.lanes,
         limit=values["limit"],
         refresh_secs=config.commit.refresh_secs,
@@ -187,7 +190,7 @@ def main(arguments: Sequence[str], started: float) -> int:
     with Progress(run.status, live=False):
         status = run.run()
     _say(config.run.summary, run, status, values["dry_run"])
-    for line in halted_text(status, redrive.kafka.group):
+    for line in halted_text(status, f"group {redrive.kafka.group}"):
         say(line)
     return HALTED if status.halted else DONE
 

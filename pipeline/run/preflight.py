@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from pipeline.options.config import Config
+from transforms.aws.delivery import shared_delivery
 from transforms.errors import KafkaError
 from transforms.invoke.invoke import shared_function
 from transforms.schemas.registry import shared_registry
@@ -43,6 +44,7 @@ def check_outputs(config: Config) -> None:
 
     Raises:
         KafkaError: A topic is missing.
+        WriteError: The destination of failed batches is not there.
         FunctionConfigError: The function cannot be invoked.
     """
     # The clients made here are those the run goes on with.
@@ -50,6 +52,8 @@ def check_outputs(config: Config) -> None:
         _check_output("response_topic", response_writer(config.write))
     if config.write.error_topic:
         _check_output("error_topic", error_writer(config.write))
+    if config.write.delivery:
+        shared_delivery(config.write.delivery).check()
     if config.write.registry:
         shared_registry(config.write.registry).check()
         # Registers the schemas of what is written.

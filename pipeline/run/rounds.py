@@ -890,20 +890,20 @@ class Rounds:
             # Of several workers others may have all of it.
             keys = frozenset(each.key for each in self._found)
             return Standing(True, elsewhere=keys) if self._tell else Standing()
-        return Standing(True, bool(stopped), *self._elsewhere())
+        return Standing(True, bool(stopped), *self._elsewhere(held_up(self._found, stopped)))
 
     @property
     def _may_join(self) -> bool:
         """Whether the group has had little time yet to give this member something."""
         return self._timer() - self._joined < _JOIN_SECS
 
-    def _elsewhere(self) -> tuple[frozenset[PartitionKey], int]:
+    def _elsewhere(self, held_up: Collection[PartitionKey]) -> tuple[frozenset[PartitionKey], int]:
         """Partitions that are not this process's and, in a run that ends, not done; what is kept of
-        them, added up."""
+        them, added up. Without those that are held up by what has stopped here."""
         if not self._members:
             return frozenset(), 0
         here = set(self._reader.partitions) - self._leaving.keys() - self._left.keys()
-        keys = self._surveyed.union(each.key for each in self._found) - here
+        keys = self._surveyed.union(each.key for each in self._found) - here - set(held_up)
         if not keys or not self._flush:
             return keys, 0
         if self._timer() - self._asked < _OTHERS_SECS:
@@ -941,6 +941,7 @@ class Rounds:
         """
         self._looked, started = self._timer(), thread_time()
         reader, committed = self._reader, self._committer.committed
+        lag_ms = self._config.read.source.names.lag_ms
         lags: dict[PartitionKey, int | None] = {}
         views: dict[PartitionKey, PartitionView] = {}
         books, here = self._invoker.books()
@@ -952,7 +953,7 @@ class Rounds:
             here[key[0]] += reader.waiting(key)[0]
             views[key] = PartitionView(
                 state_of(held, self._limits_now, lag, key in self._paused),
-                None if lag is None else committed[key] + lag,
+                None if lag is None or lag_ms else committed[key] + lag,
                 reader.read_to(key),
                 min(self._committer.done.marks(key), default=committed[key]),
                 held.queue.records + held.records,
@@ -973,15 +974,16 @@ class Rounds:
 
     def _log_offsets(self, key: PartitionKey, view: PartitionView, committed: int) -> None:
         """As an event source mapping logs them."""
+        position = self._config.read.source.names.position
         facts = {
             "event_type": "KAFKA_STATUS_EVENT",
             "topic": key[0],
             "partition": key[1],
             "end_offset": view.end,
-            "consumed_offset": view.read,
-            "processed_offset": view.processed,
-            "committed_offset": committed,
+            "consumed_offset": position(view.read),
+            "processed_offset": position(view.processed),
+            "committed_offset": position(committed),
         }
-        text = "%s-%d: end %s, consumed %d, processed %d, committed %d"
-        offsets = (view.end, view.read, view.processed, committed)
+        text = "%s-%d: end %s, consumed %s, processed %s, committed %s"
+        offsets = tuple(facts.values())[-4:]
         _LOGGER.debug(text, *key, *offsets, extra={"facts": facts})

@@ -24,6 +24,14 @@ LEFT_OUT = {
     "page_show": "there is no http",
     "metrics_partitions": "there is no http",
     "report": "the launcher ends when the job begins, so there is nothing to report",
+    "stream": "streams are read on the DirectRunner",
+    "lease_table": "it goes with --stream",
+    "lease_secs": "it goes with --stream",
+    "stream_poll_secs": "it goes with --stream",
+    "stream_role_arn": "it goes with --stream",
+    "kinesis_endpoint_url": "it goes with --stream",
+    "dynamodb_endpoint_url": "it goes with --stream",
+    "invoke_identity_arn": "it goes with --stream",
     "start_paused": "a job is not told anything from outside",
 }
 """Options that are no parameters of the template, and why."""

@@ -33,7 +33,7 @@ from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import HALTS
 from transforms.kafka.beam_reader import AS_SOURCE, BeamReadConfig
 from transforms.kafka.client import make_consumer
-from transforms.kafka.offsets import LOOK_SECS, SourceOffsets
+from transforms.kafka.offsets import LOOK_SECS, SourceConfig, SourceOffsets
 from transforms.records import Finished, PartitionKey, halt_of, read_halt
 
 _LOGGER = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ class StreamRun:
         self._stop = stop
         self._started = started
         self._timer = timer
+        assert isinstance(config.source, SourceConfig)
         self._source = SourceOffsets(config.source, make_consumer(config.kafka))
         self._ask_kafka_at = float("-inf")
         # A job that goes on where a savepoint ends has its halts in it.

@@ -107,7 +107,7 @@ def facts_of(status: Status, about: About) -> dict[str, Any]:
         "numbers": {
             **numbers,
             "read": int(status.books.total("polled")) or status.totals["read.records"],
-            "lag": sum(known),
+            "lag": max(known, default=0) if status.names.lag_ms else sum(known),
             "in_flight": status.in_flight,
             "in_flight_max": limit["in_flight_max"],
             "limit": status.limit,
@@ -147,7 +147,7 @@ def _partition(key: PartitionKey, status: Status, view: PartitionView | None) ->
     offsets = {"end": None, "read": None, "processed": None, "committed": committed}
     if view:
         offsets |= {"end": view.end, "read": view.read, "processed": view.processed}
-    elif committed is not None and lag is not None:
+    elif committed is not None and lag is not None and not status.names.lag_ms:
         offsets["end"] = committed + lag
     return {
         "topic": key[0],

@@ -96,7 +96,7 @@ def sample(before: Status, now: Status, secs: float, at: float) -> Sample:
     )
     return (
         round(at, 3),
-        sum(lags) if lags else None,
+        (max(lags) if now.names.lag_ms else sum(lags)) if lags else None,
         max(lags, default=None),
         None if now.trouble.oldest_age_secs is None else round(now.trouble.oldest_age_secs, 1),
         rate(read),

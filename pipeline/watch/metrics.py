@@ -145,6 +145,11 @@ def _calls(status: Status, topics: Sequence[str]) -> Iterator[Metric]:
     ):
         found = tallied.by(name.removesuffix("_records"))
         yield _counter(name, text, by_topic | found, ("topic",))
+    for name, text in (
+        (tally.READ_CALLS, "Calls of GetRecords; for streams only."),
+        (tally.READ_THROTTLES, "Reads of a stream that were refused as too many."),
+    ):
+        yield _counter(name, text, tallied.by(name), ("topic",))
     outcomes: dict[Labels, float] = {(name,): 0.0 for name in OUTCOMES}
     found = tallied.by(tally.INVOCATIONS)
     if not found and (elsewhere := totals["invoke.invocations"]):
@@ -199,6 +204,7 @@ def _batches(status: Status) -> Iterator[Metric]:
 
 def _places(status: Status, about: About, topics: Sequence[str]) -> Iterator[Metric]:
     lags = {key: lag for key, lag in status.lags.items() if lag is not None}
+    behind, lags = (lags, {}) if status.names.lag_ms else ({}, lags)
     sums: dict[Labels, float] = {}
     most: dict[Labels, float] = {}
     for (topic, _), lag in lags.items():
@@ -213,6 +219,16 @@ def _places(status: Status, about: About, topics: Sequence[str]) -> Iterator[Met
         each = {(topic, str(number)): lag for (topic, number), lag in lags.items()}
     text = "Records behind what is committed, where there are few partitions."
     yield _gauge("partition_offset_lag_records", text, each, ("topic", "partition"))
+    latest: dict[Labels, float] = {}
+    for (stream, _), ms in behind.items():
+        latest[(stream,)] = max(latest.get((stream,), 0), ms / 1000)
+    text = "How much older what is committed is than the newest record, of the slowest shard."
+    yield _gauge("behind_latest_seconds", text, latest, ("topic",))
+    each = {}
+    if len(status.lags) <= about.metrics_partitions:
+        each = {(stream, str(shard)): ms / 1000 for (stream, shard), ms in behind.items()}
+    text = "The same of each shard, where there are few."
+    yield _gauge("partition_behind_latest_seconds", text, each, ("topic", "partition"))
     oldest: dict[Labels, float] = {}
     for (topic, _), ms in status.trouble.oldest_ms.items():
         oldest[(topic,)] = min(oldest.get((topic,), ms / 1000), ms / 1000)

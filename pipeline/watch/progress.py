@@ -49,6 +49,7 @@ def summary(status: Status) -> dict[str, Any]:
         "last_error": _last_error(status.trouble.last_error, status.names),
         "waits": _waits(status),
         "lag_max": max((lag for lag in status.lags.values() if lag is not None), default=None),
+        **({"lag_unit": "ms"} if status.names.lag_ms else {}),
         "oldest_age_secs": _rounded(status.trouble.oldest_age_secs),
         "committed": {
             f"{topic}-{partition}": status.names.position(offset)
@@ -161,12 +162,12 @@ def _named(names: Sequence[str]) -> str:
     return " ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def halted_text(status: Status, group: str) -> list[str]:
+def halted_text(status: Status, ledger: str) -> list[str]:
     """The last lines of a run with halted partitions: which, where, and how to go on."""
     lines = [halt_line(finished) for finished in status.halted]
     if lines:
         lines.append(
-            f"Nothing from there on is committed to group {group}. Mend the function and run the "
+            f"Nothing from there on is committed to {ledger}. Mend the function and run the "
             f"same command again; or go on without such records: --on_error=log "
             f"--error_topic=TOPIC, with --bisect_on_error to lose only the bad ones"
         )
@@ -176,14 +177,21 @@ def halted_text(status: Status, group: str) -> list[str]:
 def progress_text(status: Status) -> str:
     """One line for the log."""
     totals = status.totals
-    lag = sum(lag or 0 for lag in status.lags.values())
     return (
         f"records: {totals.records}, batches: {totals['batch.batches']}, in flight: "
         f"{_in_flight(status)}, retries: {totals['invoke.retries']}, errors: "
-        f"{totals['write.errors']}, lag: {lag}{_largest_lag(status)}, "
+        f"{totals['write.errors']}, {_lag_text(status)}, "
         f"partitions: {len(status.lags)}"
         f"{_filtered_text(status)}{trouble_text(status)}"
     )
+
+
+def _lag_text(status: Status) -> str:
+    lags = [lag or 0 for lag in status.lags.values()]
+    if status.names.lag_ms:
+        # Times are not added up: they run at once.
+        return f"behind: {max(lags, default=0)} ms{_largest_lag(status)}"
+    return f"lag: {sum(lags)}{_largest_lag(status)}"
 
 
 def _largest_lag(status: Status) -> str:
@@ -221,7 +229,8 @@ def progress_table(status: Status) -> Table:
         f"{topic}-{partition} {'halted' if (topic, partition) in halted else f'{lag or 0:,}'}"
         for (topic, partition), lag in sorted(lags)
     )
-    lines = [f"lag: {shown}"] if shown else []
+    what = "behind, ms" if status.names.lag_ms else "lag"
+    lines = [f"{what}: {shown}"] if shown else []
     if trouble := trouble_text(status):
         lines.append(trouble.removeprefix(", "))
     if lines:
@@ -271,11 +280,11 @@ class Progress:
             _LOGGER.info("%s", progress_text(self._status()))
 
 
-def print_summary(status: Status, format: str, group: str) -> None:
+def print_summary(status: Status, format: str, ledger: str) -> None:
     """Print how the run ended: the summary on stdout, halted partitions last on stderr."""
     if format == "json":
         show(orjson.dumps(summary(status)).decode())
     elif format == "text":
         show(summary_text(status))
-    for line in halted_text(status, group):
+    for line in halted_text(status, ledger):
         say(line)

@@ -74,7 +74,7 @@ PAGES = [
 ]
 
 # Options of other programs, and Beam's own.
-FOREIGN = {"runner", "flink_master", "help", "fast", "faults", "check", "uuid"}
+FOREIGN = {"runner", "flink_master", "help", "fast", "faults", "check", "uuid", "source"}
 DATAFLOWS = {
     "project",
     "region",

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transforms.batch.payload import PayloadFormat, encode_records
-from transforms.envelope import ENVELOPES, Envelope
+from transforms.envelope import ENVELOPES, KINESIS_EVENT, Envelope
 from transforms.records import NO_TIMESTAMP, Decoded, Records
 
 MSK = "arn:aws:kafka:us-east-1:123456789012:cluster/orders/5a7c-2"
@@ -237,7 +237,7 @@ rows = st.lists(
 
 @given(
     rows=rows,
-    name=st.sampled_from(ENVELOPES),
+    name=st.sampled_from([each for each in ENVELOPES if each != KINESIS_EVENT]),
     arn=st.sampled_from([None, MSK]),
     part=st.tuples(st.integers(0, 8), st.integers(0, 8)),
 )
@@ -288,3 +288,37 @@ def test_any_records_come_out_as_they_went_in(rows, name, arn, part) -> None:
         ],
     )
     assert back == as_it_was
+
+
+def test_the_event_of_a_stream() -> None:
+    """As AWS's documents show it, to the order of the names."""
+    arn = "arn:aws:kinesis:us-east-2:123456789012:stream/lambda-stream"
+    number = 49590338271490256608559692538361571095921575989136588898
+    records = Records(
+        [number, 10**129 - 1],
+        [1545084650987, 1545084651000],
+        [b"1", b'"%d"'],
+        [b"Hello, this is a test.", b""],
+        [None, None],
+    )
+    envelope = Envelope(
+        KINESIS_EVENT,
+        stream_arns=(("lambda-stream", arn),),
+        invoke_identity_arn="arn:aws:iam::123456789012:role/lambda-role",
+    )
+    format = PayloadFormat(envelope=envelope)
+    entries = encode_records("lambda-stream", 6, records, format).entries
+    payload = envelope.frame("lambda-stream", 6).join(entries)
+    assert payload.startswith(
+        b'{"Records":[{"kinesis":{"kinesisSchemaVersion":"1.0","partitionKey":"1","sequenceNumber":'
+        b'"49590338271490256608559692538361571095921575989136588898","data":'
+        b'"SGVsbG8sIHRoaXMgaXMgYSB0ZXN0Lg==","approximateArrivalTimestamp":1545084650.987},'
+        b'"eventSource":"aws:kinesis","eventVersion":"1.0","eventID":"shardId-000000000006:'
+        b'49590338271490256608559692538361571095921575989136588898","eventName":'
+        b'"aws:kinesis:record","invokeIdentityArn":"arn:aws:iam::123456789012:role/lambda-role",'
+        b'"awsRegion":"us-east-2","eventSourceARN":"' + arn.encode() + b'"},'
+    )
+    second = json.loads(payload)["Records"][1]
+    assert second["eventID"] == "shardId-000000000006:" + "9" * 129
+    assert second["kinesis"]["partitionKey"] == '"%d"'
+    assert second["kinesis"]["data"] == ""

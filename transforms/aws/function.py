@@ -1,4 +1,4 @@
-"""AWS Lambda: one payload -> `Reply` or `Fault`. The only file that knows boto3.
+"""AWS Lambda: one payload -> `Reply` or `Fault`.
 
 boto3 finds credentials, region and endpoint, and signs; the request itself goes out and comes back
 by `transforms.aws.http`, at a third of boto3's price (docs/adr/0012-lean-invocations.md). There is
@@ -10,20 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions as aws_errors
 import urllib3.exceptions as http_errors
-from botocore.awsrequest import AWSRequest
 from botocore.config import Config
-from botocore.httpsession import create_urllib3_context, get_cert_path, mask_proxy_url
-from botocore.session import get_session
-from botocore.utils import get_environ_proxies
 
 from transforms.aws.answers import (
     NO_LAMBDA,
@@ -36,7 +30,15 @@ from transforms.aws.answers import (
     read_wait,
 )
 from transforms.aws.credentials import Identity, session_of
-from transforms.aws.http import MAX_BODY_BYTES, Endpoint, Response, SendTimeoutError
+from transforms.aws.http import MAX_BODY_BYTES, Endpoint, Response
+from transforms.aws.signed import (
+    CONFIG_ERRORS,
+    no_reply,
+    proxy_of,
+    signed_headers,
+    template,
+    tls_of,
+)
 from transforms.errors import FunctionConfigError
 from transforms.hidden import without_request
 
@@ -48,20 +50,6 @@ FUNCTION = re.compile(
     r"(?:(?P<arn>arn:aws[a-zA-Z-]*:lambda:(?P<region>[a-z0-9-]+):\d{12}:function|"
     r"\d{12}:function|function):)?"
     r"(?P<name>[a-zA-Z0-9_.-]{1,64})(?::(?P<qualifier>\$LATEST|[a-zA-Z0-9_-]{1,128}))?"
-)
-
-# Of what the client raises before anything is sent, this is for the user to mend.
-_CONFIG_ERRORS = (
-    aws_errors.NoCredentialsError,
-    aws_errors.PartialCredentialsError,
-    aws_errors.NoRegionError,
-    aws_errors.ProfileNotFound,
-    aws_errors.ConfigNotFound,
-    aws_errors.ConfigParseError,
-    aws_errors.InvalidConfigError,
-    aws_errors.ParamValidationError,
-    aws_errors.InvalidRegionError,
-    aws_errors.UnauthorizedSSOTokenError,
 )
 
 
@@ -128,20 +116,6 @@ class Request:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Template:
-    """What all invocations of a function have in common, as boto3 makes them."""
-
-    url: str
-    headers: dict[str, str]
-    context: dict[str, Any]
-    signer: Any
-
-
-class _NotSent(Exception):
-    """Ends what boto3 does before it signs and sends."""
-
-
 class LambdaFunction:
     """Invokes one function. Thread-safe.
 
@@ -168,15 +142,15 @@ class LambdaFunction:
             arguments["LogType"] = "Tail"
         self._success = 202 if config.invocation_type == "async" else 200
         try:
-            self._template = _template(self._client, arguments)
-            self._proxy = _proxy(self._template.url)
+            self._template = template(self._client, "Invoke", arguments)
+            self._proxy = proxy_of(self._template.url)
             self._endpoint = Endpoint(
                 self._template.url,
                 connections=config.max_concurrency,
                 connect_secs=5,
                 send_secs=60,
                 read_secs=config.timeout_secs + 5,
-                tls=_tls(self._template.url),
+                tls=tls_of(self._template.url),
                 proxy_url=self._proxy,
             )
         except (aws_errors.BotoCoreError, http_errors.HTTPError, OSError, ValueError) as error:
@@ -228,7 +202,7 @@ class LambdaFunction:
         try:
             response = self._endpoint.post(request.headers, body())
         except http_errors.HTTPError as error:
-            return self._no_reply(error)
+            return no_reply(error, self._template.url, self._proxy)
         return _answered(response, success)
 
     def check(self) -> None:
@@ -244,87 +218,17 @@ class LambdaFunction:
 
     def _prepare(self, payload: bytes, more_headers: dict[str, str]) -> Request | Fault:
         try:
-            template = self._template
-            request = AWSRequest("POST", template.url, template.headers | more_headers, payload)
-            request.context = dict(template.context)
-            template.signer.sign("Invoke", request)
+            headers = signed_headers(self._template, more_headers, payload)
         except aws_errors.ClientError as error:
             # Of STS, when a role is assumed.
             return _refused(error)
-        except _CONFIG_ERRORS as error:
+        except CONFIG_ERRORS as error:
             return Fault(400, type(error).__name__, str(error))
         except Exception as error:
             # Whatever a provider of credentials raises (a token file that is being replaced, a
             # metadata server in trouble), nothing is wrong with the records.
             return Fault(0, type(error).__name__, str(error))
-        headers = dict(request.headers.items())
-        # Not signed, as proxies may change them.
-        headers |= {"Accept-Encoding": "identity", "Content-Length": str(len(payload))}
         return Request(headers, payload)
-
-    def _no_reply(self, error: http_errors.HTTPError) -> Fault:
-        """In the words of boto3, which are what people look for."""
-        url = self._template.url
-        named: aws_errors.BotoCoreError
-        match error:
-            case SendTimeoutError():
-                return Fault(0, "SendTimeoutError", f'Send timeout on endpoint URL: "{url}"')
-            case http_errors.SSLError():
-                named = aws_errors.SSLError(endpoint_url=url, error=error)
-            case http_errors.NewConnectionError():
-                named = aws_errors.EndpointConnectionError(endpoint_url=url)
-            case http_errors.ProxyError():
-                named = aws_errors.ProxyConnectionError(proxy_url=mask_proxy_url(self._proxy))
-            case http_errors.ConnectTimeoutError():
-                named = aws_errors.ConnectTimeoutError(endpoint_url=url)
-            case http_errors.ReadTimeoutError():
-                named = aws_errors.ReadTimeoutError(endpoint_url=url)
-            case http_errors.ProtocolError():
-                named = aws_errors.ConnectionClosedError(endpoint_url=url)
-            case _:
-                named = aws_errors.HTTPClientError(error=error)
-        return Fault(0, type(named).__name__, str(named))
-
-
-def _template(client: Any, arguments: dict[str, Any]) -> _Template:
-    """Let boto3 make an invocation, up to where it would sign it."""
-    made: list[_Template] = []
-
-    def keep(request: AWSRequest, request_signer: Any, **_: Any) -> None:
-        headers = dict(request.headers.items())
-        # Else it would be added on the way, and signed as the signer makes it out.
-        headers["Host"] = urlsplit(request.url).netloc
-        made.append(_Template(request.url, headers, request.context, request_signer))
-        raise _NotSent
-
-    client.meta.events.register_first("before-sign.lambda.Invoke", keep)
-    try:
-        client.invoke(**arguments)
-    except _NotSent:
-        pass
-    finally:
-        client.meta.events.unregister("before-sign.lambda.Invoke", keep)
-    return made[0]
-
-
-def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for a URL."""
-    proxy = get_environ_proxies(url).get(urlsplit(url).scheme)
-    if not proxy or "://" in proxy:
-        return proxy
-    return "http:" + proxy if proxy.startswith("//") else "http://" + proxy
-
-
-def _tls(url: str) -> ssl.SSLContext | None:
-    """What to trust, from where boto3 would take it."""
-    if urlsplit(url).scheme != "https":
-        return None
-    bundle = get_session().get_config_variable("ca_bundle")
-    context = create_urllib3_context()
-    context.load_verify_locations(
-        get_cert_path(bundle or os.environ.get("REQUESTS_CA_BUNDLE") or True)
-    )
-    return context
 
 
 def _answered(response: Response, success: int) -> Reply | Fault:

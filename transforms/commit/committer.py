@@ -62,6 +62,8 @@ class Committer:
     def __init__(self, config: CommitConfig, timer: Callable[[], float] = time.monotonic) -> None:
         self._ledger = config.source.ledger
         self._store = config.source.store()
+        # The distance between two numbers says nothing then.
+        self._sparse = config.source.names.texts
         self._refresh_secs = math.inf if config.refresh_secs is None else config.refresh_secs
         self._interval_secs = config.interval_secs
         self._timer = timer
@@ -137,7 +139,8 @@ class Committer:
     ) -> None:
         """They are committed. Holds the lock."""
         for key, offset in offsets.items():
-            TALLY.count(COMMITTED, offset - self.committed.get(key, offset), key[0])
+            if not self._sparse:
+                TALLY.count(COMMITTED, offset - self.committed.get(key, offset), key[0])
         TALLY.note(LAST_COMMIT, time.time())
         self.committed.update(offsets)
         self._notes.update(notes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, Final
@@ -39,6 +39,9 @@ from transforms.text_file import read_text
 
 MAX_FILTERS = 10
 UNPARSABLE = ("pass", "drop", "error")
+
+STREAM_FIELDS = {"data": "value", "partitionKey": "key"}
+"""What a pattern for a stream calls the fields. AWS knows data alone."""
 
 FIELDS = ("value", "key", "headers", "topic", "partition", "offset", "timestamp")
 """What a pattern may name at its top; a `_Row` has its columns in this order."""
@@ -74,7 +77,7 @@ _VERBATIM = json.JSONDecoder(
 )
 
 
-def load_criteria(path: str) -> tuple[str, ...]:
+def load_criteria(path: str, aliases: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """Read a file with FilterCriteria; see `parse_criteria`.
 
     Raises:
@@ -83,7 +86,7 @@ def load_criteria(path: str) -> tuple[str, ...]:
     text = read_text("filter_criteria", path)
     name = f"--filter_criteria={path}"
     try:
-        return parse_criteria(_decode(text))
+        return parse_criteria(_decode(text), aliases)
     except (ValueError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise UsageError([f"{name} is neither JSON nor YAML: {why}"]) from None
@@ -108,13 +111,14 @@ def _scalar(text: str) -> Any:
     return orjson.Fragment(text) if _NUMBER.fullmatch(text) else text
 
 
-def parse_criteria(criteria: Any) -> tuple[str, ...]:
+def parse_criteria(criteria: Any, aliases: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """Check FilterCriteria and take the patterns out.
 
     Args:
         criteria: ``{"Filters": [{"Pattern": "<JSON text>"}]}``, or an object with that as its
             ``FilterCriteria``, such as AWS's description of a mapping, or its list of one. A
             pattern may be an object in place of its text.
+        aliases: What a pattern calls the fields there are, where that is not `FIELDS`.
 
     Returns:
         The patterns, for a `FilterConfig`.
@@ -136,6 +140,8 @@ def parse_criteria(criteria: Any) -> tuple[str, ...]:
     for number, entry in enumerate(filters, 1):
         try:
             pattern = _pattern_text(entry)
+            if aliases is not None:
+                pattern = _renamed(pattern, aliases)
             _Pattern(pattern, misfit=True)
         except InvalidPatternError as error:
             problems.append(f"filter {number}: {error}")
@@ -155,6 +161,30 @@ def _pattern_text(entry: Any) -> str:
     try:
         return orjson.dumps(pattern).decode()
     except TypeError as error:
+        raise InvalidPatternError(f"the pattern is not JSON: {error}") from None
+
+
+def _renamed(text: str, aliases: Mapping[str, str]) -> str:
+    """A pattern with the fields' own names in place of other ones."""
+
+    def rename(pattern: Any) -> Any:
+        if not isinstance(pattern, dict):
+            return pattern
+        found = {}
+        for name, rules in pattern.items():
+            if name == "$or" and isinstance(rules, list):
+                found[name] = [rename(each) for each in rules]
+            elif name in aliases:
+                found[aliases[name]] = rules
+            else:
+                raise InvalidPatternError(f"{name} is not known; there are {', '.join(aliases)}")
+        return found
+
+    try:
+        return orjson.dumps(rename(_VERBATIM.decode(text))).decode()
+    except InvalidPatternError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InvalidPatternError(f"the pattern is not JSON: {error}") from None
 
 

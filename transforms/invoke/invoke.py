@@ -92,7 +92,9 @@ def make_invoker(config: InvokeConfig, may_begin: Callable[[LaneKey], bool] = al
         offsets = config.names.numbers(step.pick(batch.records.offsets))
 
         def read(body: bytes) -> Answer:
-            return read_reply(config.reply, body, batch.topic, batch.partition, offsets)
+            return read_reply(
+                config.reply, body, batch.topic, batch.partition, offsets, config.names.alone
+            )
 
         return classify_reply(result, read)
 

@@ -52,15 +52,23 @@ class Answer:
 
 
 def read_reply(
-    mode: str, body: bytes, topic: str, partition: int, offsets: Sequence[int | str]
+    mode: str,
+    body: bytes,
+    topic: str,
+    partition: int,
+    offsets: Sequence[int | str],
+    alone: bool = False,
 ) -> Answer:
-    """What a reply says, read as one of `REPLIES`; the other arguments are `parse_reply`'s.
+    """What a reply says, read as one of `REPLIES`; `alone` is for `parse_stream_failures`, the
+    other arguments are `parse_reply`'s.
 
     Raises:
         InvalidReplyError: It says nothing that fits the records.
     """
     if mode == CONFLUENT:
         return Answer(results=parse_reply(body, topic, partition, offsets))
+    if mode == BATCH_ITEM_FAILURES and alone:
+        return Answer(failed=parse_stream_failures(body, offsets))
     if mode == BATCH_ITEM_FAILURES:
         return Answer(failed=parse_failures(body, topic, partition, offsets))
     return Answer(body=body if mode == ANY else None)
@@ -112,6 +120,45 @@ def parse_failures(
                 f"were {here}@{offsets[0]}-{offsets[-1]}"
             )
         failed.add(places[offset])
+    return sorted(failed)
+
+
+def parse_stream_failures(body: bytes, numbers: Sequence[int | str]) -> list[int]:
+    """Which records of a batch the function says it failed in, as Lambda reads it for Kinesis: a
+    record is named by its number alone, as a text.
+
+    Returns:
+        Their indexes, rising; empty if all went well: for an empty list, for a reply without one,
+        and for a reply that is empty, null, or an empty text or array.
+
+    Raises:
+        InvalidReplyError: It is not JSON, or names a record that was not sent.
+    """
+    if not body.strip(_WHITE_SPACE):
+        return []
+    try:
+        reply = loads(body)
+    except ValueError as error:
+        raise InvalidReplyError(f"the reply is not JSON: {error}") from None
+    if reply is None or reply in ("", []):
+        return []
+    if type(reply) is not dict:
+        raise InvalidReplyError(f"the reply is {_name(reply)}, not an object")
+    failures = reply.get("batchItemFailures")
+    if failures is None:
+        return []
+    if type(failures) is not list:
+        raise InvalidReplyError(f"batchItemFailures is {_name(failures)}, not an array")
+    places = {number: index for index, number in enumerate(numbers)}
+    failed = set()
+    for number, failure in enumerate(failures):
+        identifier = failure.get("itemIdentifier") if type(failure) is dict else None
+        if type(identifier) is not str or identifier not in places:
+            raise InvalidReplyError(
+                f"entry {number} of batchItemFailures names no record that was sent; its "
+                f"itemIdentifier has to be a sequenceNumber from {numbers[0]} to {numbers[-1]}"
+            )
+        failed.add(places[identifier])
     return sorted(failed)
 
 

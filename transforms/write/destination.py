@@ -7,7 +7,7 @@ among them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from transforms.conditions import (
     RETRIES_EXHAUSTED,
     SIZE_EXCEEDED,
 )
-from transforms.envelope import Envelope, encode_event_records
+from transforms.envelope import KINESIS_EVENT, Envelope, encode_event_records
+from transforms.names import NUMBERS, TEXTS
 from transforms.records import NO_TIMESTAMP, Failure
 from transforms.write.formats import (
     INPUT_OMITTED,
@@ -40,6 +41,10 @@ _CONDITIONS = {
 }
 
 
+# A queue is told so of whatever the function's fault is.
+_BATCH_CONDITIONS = {INVALID_REPLY: RETRIES_EXHAUSTED, AGE_EXCEEDED: "RecordAgeExceeded"}
+
+
 def destination_records(
     topic: str,
     partition: int,
@@ -57,7 +62,7 @@ def destination_records(
         partition: Where the records came from.
         failure: The records and the facts.
         function: The function's name or ARN.
-        event: How the records stand in `payload`: as ``kafka_event``.
+        event: How the records stand in `payload`: as ``kafka_event`` or ``kinesis_event``.
         max_bytes: Size above which a record goes without its `payload`; its original is kept.
         now_ms: The time, in milliseconds since the epoch.
         with_original: Whether the source record is in the headers.
@@ -79,6 +84,97 @@ def destination_records(
         yield one, whole
 
 
+def batch_document(
+    topic: str,
+    partition: int,
+    failure: Failure,
+    function: str,
+    event: Envelope,
+    now_ms: int,
+) -> tuple[dict[str, Any], bytes]:
+    """What AWS sends to a queue of one failed batch, and the event that failed.
+
+    Args:
+        topic: Where the records came from.
+        partition: Where the records came from.
+        failure: The records and the facts.
+        function: The function's name or ARN.
+        event: How the records stand in the event: as ``kafka_event`` or ``kinesis_event``.
+        now_ms: The time, in milliseconds since the epoch.
+    """
+    records = failure.records
+    entries = encode_event_records(topic, partition, records, event)
+    payload = event.frame(topic, partition).join(entries)
+    document = _facts(failure, function, _BATCH_CONDITIONS, now_ms)
+    first, last = str(records.offsets[0]), str(records.offsets[-1])
+    first_time, last_time = (_time(records.timestamps[at]) for at in (0, -1))
+    if event.name == KINESIS_EVENT:
+        document["KinesisBatchInfo"] = _stream_info(
+            topic, partition, event, (first, first_time), (last, last_time), len(records)
+        )
+    else:
+        document["KafkaBatchInfo"] = {
+            "batchSize": len(records),
+            **{name: text for name, text in event.source.items() if name != "eventSource"},
+            "payloadSize": len(payload),
+            "recordsInfo": {
+                f"{topic}-{partition}": {
+                    "firstRecordOffset": first,
+                    "lastRecordOffset": last,
+                    "firstRecordTimestamp": first_time,
+                    "lastRecordTimestamp": last_time,
+                }
+            },
+        }
+    return document, payload
+
+
+def place_of(topic: str, partition: int, event: Envelope) -> str:
+    """What stands for a partition in the name of an object."""
+    if event.name == KINESIS_EVENT:
+        return f"shardId-{partition:012d}"
+    return f"{topic}-{partition}"
+
+
+def _facts(
+    failure: Failure, function: str, conditions: Mapping[str, str], now_ms: int
+) -> dict[str, Any]:
+    return {
+        "requestContext": {
+            "requestId": failure.request_id,
+            "functionArn": function,
+            "condition": conditions.get(failure.condition, failure.condition),
+            "approximateInvokeCount": failure.attempts,
+        },
+        **_response(failure),
+        "version": "1.0",
+        "timestamp": iso(now_ms),
+    }
+
+
+def _time(ms: int) -> str | None:
+    return None if ms == NO_TIMESTAMP else iso(ms)
+
+
+def _stream_info(
+    stream: str,
+    shard: int,
+    event: Envelope,
+    first: tuple[str, str | None],
+    last: tuple[str, str | None],
+    count: int,
+) -> dict[str, Any]:
+    return {
+        "shardId": f"shardId-{shard:012d}",
+        "startSequenceNumber": first[0],
+        "endSequenceNumber": last[0],
+        "approximateArrivalOfFirstRecord": first[1],
+        "approximateArrivalOfLastRecord": last[1],
+        "batchSize": count,
+        "streamArn": dict(event.stream_arns).get(stream, stream),
+    }
+
+
 def _record(
     topic: str,
     partition: int,
@@ -91,29 +187,22 @@ def _record(
     records = failure.records
     entries = encode_event_records(topic, partition, records, event)
     payload = event.frame(topic, partition).join(entries)
-    facts: dict[str, Any] = {
-        "requestContext": {
-            "requestId": failure.request_id,
-            "functionArn": function,
-            "condition": _CONDITIONS.get(failure.condition, failure.condition),
-            "approximateInvokeCount": failure.attempts,
-        },
-        **_response(failure),
-        "version": "1.0",
-        "timestamp": iso(now_ms),
-        "KafkaBatchInfo": {
+    facts = _facts(failure, function, _CONDITIONS, now_ms)
+    one = number, time = str(records.offsets[0]), _time(records.timestamps[0])
+    names = NUMBERS
+    if event.name == KINESIS_EVENT:
+        names = TEXTS
+        facts["KinesisBatchInfo"] = _stream_info(topic, partition, event, one, one, 1)
+    else:
+        facts["KafkaBatchInfo"] = {
             "batchSize": 1,
             **{name: text for name, text in event.source.items() if name != "eventSource"},
             "payloadSize": len(payload),
-            "recordInfo": {
-                "offset": str(records.offsets[0]),
-                "timestamp": None if (ms := records.timestamps[0]) == NO_TIMESTAMP else iso(ms),
-            },
-        },
-    }
+            "recordInfo": {"offset": number, "timestamp": time},
+        }
     shown = b"null" if INPUT_OMITTED in left_out else payload
     value = orjson.dumps(facts)[:-1] + b',"payload":' + shown + b"}"
-    headers = error_headers(topic, partition, failure, function, left_out)
+    headers = error_headers(topic, partition, failure, function, left_out, names)
     return ErrorRecord(records.keys[0], value, headers)
 
 

@@ -18,6 +18,7 @@ from apache_beam import coders
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
+from transforms.aws.delivery import DeliveryConfig, shared_delivery
 from transforms.coding import SizedPickleCoder
 from transforms.conditions import RESPONSE_REFUSED
 from transforms.envelope import Envelope
@@ -53,7 +54,7 @@ from transforms.tally import (
     TALLY,
 )
 from transforms.write import formats
-from transforms.write.destination import destination_records
+from transforms.write.destination import batch_document, destination_records, place_of
 from transforms.write.formats import (
     TRACEPARENT,
     OutputFormat,
@@ -98,6 +99,8 @@ class WriteConfig:
         source: What the records are from, to ask it for one again. None if it cannot be asked.
         names: How records' numbers are written.
         transaction: Whose transactions outcomes are written in; None if in none.
+        delivery: Where a document about each failed batch goes, in place of an error topic; None
+            for nowhere. `destination` says how its records are shown.
     """
 
     kafka: KafkaConfig
@@ -113,6 +116,7 @@ class WriteConfig:
     source: Source | None = None
     names: Names = NUMBERS
     transaction: TransactionConfig | None = None
+    delivery: DeliveryConfig | None = None
 
 
 def _make_response_writer(config: WriteConfig) -> TopicWriter:
@@ -327,7 +331,9 @@ class ProduceFn(beam.DoFn):
             if self._config.on_error == "fail":
                 self._stop_at(written, failure)
                 return
-            if self._config.on_error == "log" and self._config.error_topic:
+            if self._config.on_error == "log" and (
+                self._config.error_topic or self._config.delivery
+            ):
                 source = self._config.source
                 records = source.fetch_again(written.key, offsets) if source else None
                 if records is None:
@@ -394,13 +400,23 @@ class ProduceFn(beam.DoFn):
     @property
     def _failures_go_to(self) -> str:
         config = self._config
-        return ERROR_TOPIC if config.error_topic and config.on_error != "ignore" else DROPPED
+        kept = config.error_topic or config.delivery
+        return ERROR_TOPIC if kept and config.on_error != "ignore" else DROPPED
 
     def _write_failure(self, written: Written, failure: Failure, omitted: int = 0) -> None:
         config = self._config
         self._errors.inc(len(failure))
         self._book(self._failures_go_to, len(failure), written.key[0], failure.condition)
         if config.on_error == "ignore":
+            return
+        if config.delivery and config.destination:
+            now_ms = round(time.time() * 1000)
+            document, payload = batch_document(
+                *written.key, failure, config.function, config.destination, now_ms
+            )
+            place = place_of(*written.key, config.destination)
+            shared_delivery(config.delivery).deliver(document, payload, place)
+            self._error_records.inc()
             return
         if not config.error_topic:
             offsets = failure.records.offsets

@@ -77,6 +77,21 @@ def test_text_shows_command_responses_error_record_and_summary() -> None:
     assert "records: 300 in" in demo.stdout.splitlines()[-1]
 
 
+def test_orders_in_a_stream() -> None:
+    """Its shards split; where a record is, is told with the stream's numbers."""
+    demo = run_demo("--records=300", "--source=kinesis", COLUMNS="200")
+
+    assert demo.returncode == 0, demo.stderr
+    assert "Stream orders has 300 orders" in demo.stdout
+    assert "    --stream=orders \\\n    --lease_table=demo" in demo.stdout
+    assert "Topic orders-results: 299 responses" in demo.stdout
+    assert re.search(r'"offset":"495\d{53}"}  {"order":\d+,"status":"accepted"', demo.stdout)
+    shown = dict(re.findall(r"^    ([\w.]+) +(\S.*)$", demo.stdout, re.MULTILINE))
+    assert shown["firstOffset"] == shown["lastOffset"] == shown["offset"]
+    assert json.loads(shown["value"])["order"] == 151
+    assert "records: 300 in" in demo.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--records=0"], ["--records", "many"], ["--records=50001"], ["--summary=xml"], ["--what"]],

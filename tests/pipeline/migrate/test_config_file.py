@@ -670,6 +670,59 @@ def test_a_mapping_s_own_defaults() -> None:
     }
 
 
+KINESIS = {
+    "UUID": "14e0db71-5d35-4eb5-b481-8945cf9d10c2",
+    "StartingPosition": "AT_TIMESTAMP",
+    "StartingPositionTimestamp": "1793491200",
+    "EventSourceArn": "arn:aws:kinesis:us-east-2:123456789012:stream/orders",
+    "FunctionArn": "arn:aws:lambda:us-east-2:123456789012:function:f",
+    "State": "Enabled",
+}
+
+
+def test_the_defaults_of_a_mapping_of_kinesis() -> None:
+    """No limit on retries and age, no window; and a checkpoint where a reply names records."""
+    expected = {
+        "stream": "arn:aws:kinesis:us-east-2:123456789012:stream/orders",
+        "lease_table": "beam-lambda-sink-14e0db71-5d35-4eb5-b481-8945cf9d10c2",
+        "starting_position": "AT_TIMESTAMP",
+        "starting_timestamp": "2026-11-01T00:00:00+00:00",
+        "function": "arn:aws:lambda:us-east-2:123456789012:function:f",
+        "envelope": "kinesis_event",
+        "batch_size": "100",
+        "batch_window_secs": "0",
+        "max_retries": "-1",
+        "max_record_age_secs": "-1",
+        "bisect_on_error": "false",
+        "on_error": "log",
+    }
+    found = carried(KINESIS, {})
+    assert texts(found) == expected
+    assert any("both would invoke the function" in note.why for note in found.notes)
+    more = {
+        "FunctionResponseTypes": ["ReportBatchItemFailures"],
+        "ParallelizationFactor": "4",
+        "TumblingWindowInSeconds": "0",
+        "MaximumBatchingWindowInSeconds": "3",
+        "DestinationConfig": {"OnFailure": {"Destination": "kafka://orders-errors"}},
+    }
+    assert texts(carried(KINESIS, more)) == expected | {
+        "reply": "batch_item_failures",
+        "partial_failure": "checkpoint",
+        "parallelization_factor": "4",
+        "batch_window_secs": "3",
+        "error_topic": "orders-errors",
+        "error_record": "aws",
+    }
+
+
+def test_a_consumer_of_a_stream_is_left_out() -> None:
+    arn = f"{KINESIS['EventSourceArn']}/consumer/fast:1700000000"
+    found = carried(KINESIS, {"EventSourceArn": arn})
+    assert texts(found)["stream"] == KINESIS["EventSourceArn"]
+    assert any("not pushed to the consumer fast" in note.why for note in found.notes)
+
+
 MSK = {
     "SelfManagedEventSource": None,
     "SelfManagedKafkaEventSourceConfig": None,
@@ -765,13 +818,17 @@ def test_what_a_mapping_s_settings_become(
 @pytest.mark.parametrize(
     ("more", "name", "part", "answer"),
     [
-        (_destination("arn:aws:sqs:us-east-2:1:q"), ON_FAILURE, "a queue", "error_topic"),
-        (_destination("arn:aws:sns:us-east-2:1:t"), ON_FAILURE, "an SNS topic", "error_topic"),
-        (_destination("arn:aws:s3:::b"), ON_FAILURE, "a bucket", "error_topic"),
+        (_destination("arn:aws:lambda:us-east-2:1:f"), ON_FAILURE, "neither", "error_topic"),
         (
-            {"EventSourceArn": "arn:aws:kinesis:us-east-2:1:stream/s"},
+            {"EventSourceArn": "arn:aws:dynamodb:us-east-2:1:table/t/stream/2026"},
             "EventSourceArn",
-            "a mapping of kinesis",
+            "a mapping of a DynamoDB stream, and not of Kafka or Kinesis",
+            None,
+        ),
+        (
+            {"EventSourceArn": "arn:aws:sqs:us-east-2:1:q"},
+            "EventSourceArn",
+            "a mapping of sqs",
             None,
         ),
         ({"Queues": ["q"]}, "Queues", "only mappings of Kafka", None),

@@ -15,6 +15,8 @@ from pipeline.options.resolve import parse_beam
 from transforms.access import Access
 from transforms.envelope import Envelope
 from transforms.errors import UsageError
+from transforms.kinesis.client import AwsConfig
+from transforms.kinesis.stream import KinesisSource
 from transforms.lanes import Lanes
 
 NOW = datetime(2026, 11, 2, tzinfo=timezone.utc)
@@ -29,6 +31,20 @@ REQUIRED = {
 REGISTRY = "http://registry:8081"
 
 MSK = "arn:aws:kafka:us-east-1:123456789012:cluster/orders/5a7c-2"
+
+
+STREAM = "arn:aws:kinesis:us-east-1:123456789012:stream/payments"
+# For what goes with a stream only.
+STREAMED: dict[str, str | None] = {
+    **dict.fromkeys(REQUIRED),
+    "function": "f",
+    "stream": "orders",
+    "lease_table": "orders-to-f",
+}
+
+
+def _aws_of(config: Config) -> AwsConfig:
+    return config.source.aws if isinstance(config.source, KinesisSource) else AwsConfig()
 
 
 def config_of(**given: str | None) -> Config:
@@ -54,6 +70,8 @@ IAM_PROPERTIES = str(Path(__file__).with_name("iam.properties"))
 SECRET = "arn:aws:secretsmanager:us-east-1:123456789012:secret:orders-Ab12Cd"
 ROLE = "arn:aws:iam::123456789012:role/r"
 
+QUEUE = "arn:aws:sqs:us-east-1:123456789012:failed"
+
 CASES = {
     "kafka_bootstrap_servers": (lambda c: c.kafka.bootstrap_servers, "broker:9092", "a:1", "a:1"),
     "kafka_config_file": (lambda c: c.kafka.config_file, None, "/dev/null", "/dev/null"),
@@ -75,6 +93,28 @@ CASES = {
         None,
         "2026-11-01T00:00:00.5Z",
         1_793_491_200_500,
+    ),
+    "stream": (
+        lambda c: c.source.streams if isinstance(c.source, KinesisSource) else None,
+        None,
+        f" orders, {STREAM} ",
+        ("orders", STREAM),
+    ),
+    "lease_table": (lambda c: getattr(c.source, "table", None), None, "t-1", "t-1"),
+    "lease_secs": (lambda c: getattr(c.source, "expiry_secs", 10), 10, "2.5", 2.5),
+    "stream_poll_secs": (lambda c: getattr(c.source, "poll_secs", 1), 1, "0.25", 0.25),
+    "stream_role_arn": (lambda c: _aws_of(c).role_arn, None, ROLE, ROLE),
+    "kinesis_endpoint_url": (
+        lambda c: _aws_of(c).kinesis_url,
+        None,
+        "http://127.0.0.1:4567",
+        "http://127.0.0.1:4567",
+    ),
+    "dynamodb_endpoint_url": (
+        lambda c: _aws_of(c).dynamodb_url,
+        None,
+        "http://127.0.0.1:4566",
+        "http://127.0.0.1:4566",
     ),
     "filter_criteria": (
         lambda c: c.filter and c.filter.patterns,
@@ -129,6 +169,12 @@ CASES = {
         MSK,
         MSK,
     ),
+    "invoke_identity_arn": (
+        lambda c: c.batch.format.envelope.invoke_identity_arn or None,
+        None,
+        ROLE,
+        ROLE,
+    ),
     "key_format": (lambda c: c.batch.format.key, "auto", "string", "string"),
     "value_format": (lambda c: c.batch.format.value, "auto", "base64", "base64"),
     "include_headers": (lambda c: c.batch.format.headers, False, "true", True),
@@ -168,6 +214,12 @@ CASES = {
         (True, "fail"),
         "ignore",
         (False, "ignore"),
+    ),
+    "on_failure_destination": (
+        lambda c: c.write.delivery and c.write.delivery.destination,
+        None,
+        QUEUE,
+        QUEUE,
     ),
     "breaker_failure_rate": (lambda c: c.invoke.breaker.failure_rate, 0, "0.75", 0.75),
     "breaker_invocations": (lambda c: c.invoke.breaker.invocations, 20, "9", 9),
@@ -221,6 +273,15 @@ CASES = {
 
 # What an option, or one of its values, needs beside it.
 BESIDE = {
+    "on_failure_destination": {"on_error": "log"},
+    "stream": STREAMED,
+    "lease_table": STREAMED,
+    "lease_secs": STREAMED,
+    "stream_poll_secs": STREAMED,
+    "stream_role_arn": STREAMED,
+    "kinesis_endpoint_url": STREAMED,
+    "dynamodb_endpoint_url": STREAMED,
+    "invoke_identity_arn": STREAMED,
     "http_token_file": {"http": "0"},
     "metrics_partitions": {"http": "0"},
     "page_show": {"http": "0"},
@@ -242,6 +303,7 @@ BESIDE = {
 }
 
 BESIDE_CHOICE = {
+    "kinesis_event": STREAMED,
     "AT_TIMESTAMP": {"starting_timestamp": "2026-01-01"},
     "any": {"response_topic": "out"},
     "aws": {"error_topic": "err"},
@@ -265,6 +327,8 @@ FLAGS = [name for name, option in LANDING.items() if option.kind == "flag"]
 TEXTS = [name for name, option in LANDING.items() if option.kind == "text"]
 
 BOUNDS = {
+    "lease_secs": (1, 300, None),
+    "stream_poll_secs": (0.2, 60, None),
     "commit_refresh_secs": (1, 86_400, None),
     "commit_interval_secs": (0, 60, None),
     "function_timeout_secs": (1, 900, None),

@@ -243,7 +243,7 @@ def test_a_time_without_a_zone_is_utc(text: str, expected: datetime | None) -> N
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
-        ({"topics": None}, ["exactly one of --topics and --topics_regex, not none"]),
+        ({"topics": None}, ["exactly one of --topics, --topics_regex and --stream, not none"]),
         ({"topics": ""}, ["exactly one", "not none"]),
         ({"topics": "a,b, a"}, ["--topics=a,b, a names a twice"]),
         ({"batch_size": "1_0"}, ["--batch_size=1_0 is not a whole number"]),
@@ -251,7 +251,10 @@ def test_a_time_without_a_zone_is_utc(text: str, expected: datetime | None) -> N
         ({"batch_window_secs": "1_0"}, ["--batch_window_secs=1_0 is not a number"]),
         ({"batch_window_secs": "nan"}, ["--batch_window_secs=nan is not a number"]),
         ({"topics": " , "}, ["exactly one", "not none"]),
-        ({"topics_regex": "x.*"}, ["exactly one of --topics and --topics_regex, not both"]),
+        (
+            {"topics_regex": "x.*"},
+            ["exactly one of --topics, --topics_regex and --stream, not several"],
+        ),
         ({"response_topic": "orders"}, ["--response_topic=orders", "--topics)", "feed on"]),
         ({"error_topic": "orders"}, ["--error_topic=orders", "--topics)", "feed on"]),
         (

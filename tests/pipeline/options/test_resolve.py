@@ -56,7 +56,7 @@ def test_beam_s_options_are_let_through() -> None:
         (["--batch_siz=5"], ["--batch_siz is not an option; did you mean --batch_size?"]),
         (["--qqqqqq"], ["--qqqqqq is not an option; --help lists all"]),
         (["--password=s3cret"], ["--password is not an option; --help lists all"]),
-        (["stray"], ["stray is not an option; --help lists all"]),
+        (["lost"], ["lost is not an option; --help lists all"]),
         (["--no_include_headers"], ["--no_include_headers is not an option"]),
         (["--a=1", "--b=2"], ["--a is not an option", "--b is not an option"]),
     ],

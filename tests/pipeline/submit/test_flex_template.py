@@ -98,7 +98,11 @@ def test_helps_are_in_words_of_parameters(name: str) -> None:
     one = PARAMETERS[name]
     assert "--" not in one["helpText"]
     assert one["label"][0].isupper()
-    for left_out in flex_template.LEFT_OUT.keys() - {"config", "workers"}:  # also plain words
+    for left_out in flex_template.LEFT_OUT.keys() - {
+        "config",
+        "workers",
+        "stream",
+    }:  # also plain words
         assert not re.search(rf"\b{left_out}\b", one["helpText"])
 
 
@@ -274,7 +278,10 @@ def test_the_service_refuses_what_the_metadata_forbids(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"topics_regex": "o.*"}, ["give exactly one of --topics and --topics_regex, not both"]),
+        (
+            {"topics_regex": "o.*"},
+            ["give exactly one of --topics, --topics_regex and --stream, not several"],
+        ),
         ({"batch_size": "10001"}, ["--batch_size=10001 is not allowed; give 1 to 10000"]),
         (
             {"kafka_config_file": "gs://my-bucket/gone", "max_concurrency": "0"},
@@ -365,6 +372,7 @@ ALL = {
 OTHERS = {
     "topics_regex": ("topics", "pay[a-z]{1,9}"),
     "response_topic": ("reply", "orders-results"),
+    "on_failure_destination": ("error_topic", "arn:aws:sqs:us-east-1:123456789012:failed"),
 }
 
 
@@ -377,9 +385,8 @@ def test_a_launch_with_every_parameter(launcher: Launcher) -> None:
     job = launcher.launch(SPEC, ALL)
     _assert_arrived(job, ALL)
     for name, (instead_of, value) in OTHERS.items():
-        left = {
-            key: text for key, text in ALL.items() if key not in (instead_of, "partial_failure")
-        }
+        gone = (instead_of, "partial_failure", "error_record")
+        left = {key: text for key, text in ALL.items() if key not in gone}
         other = launcher.launch(SPEC, left | {name: value})
         assert value.encode() in b"".join(step.pickled for step in other.steps.values())
 

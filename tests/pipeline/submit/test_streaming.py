@@ -48,6 +48,7 @@ from transforms.records import (
     PartitionKey,
     Progress,
     RecordChunk,
+    Records,
     read_halt,
 )
 

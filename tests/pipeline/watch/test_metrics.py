@@ -17,6 +17,7 @@ from pipeline.watch.metrics import exposition, families
 from tests import ROOT
 from tests.pipeline.watch.test_progress import _halted
 from transforms.invoke.failures import MOST_TYPES, Failed, Seen, Trouble
+from transforms.kinesis.shards import NAMES as SHARDS
 from transforms.tally import Tallied
 
 ABOUT = About("g", "f", topics=("orders",), version="1")
@@ -137,12 +138,31 @@ def test_the_docs_have_each_name(file: str) -> None:
     for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
         if row := re.match(r"\| `(lambda_sink_\w+)` \| (\w+)(?:, ([\w, ]+))? \|", line):
             listed[row[1]] = row[2], tuple((row[3] or "").split(", ") if row[3] else ())
-    told = {}
-    for family in families(_labelled(), replace(ABOUT, metrics_partitions=10_000)):
-        labels = sorted({name for sample in family.samples for name in sample.labels} - {"le"})
-        end = "_total" if family.type == "counter" else ""
-        told[family.name + end] = family.type, tuple(labels)
+    told: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for status in (_labelled(), _of_a_stream()):
+        for family in families(status, replace(ABOUT, metrics_partitions=10_000)):
+            end = "_total" if family.type == "counter" else ""
+            name = family.name + end
+            labels = {name for sample in family.samples for name in sample.labels} - {"le"}
+            labels |= set(told.get(name, ("", ()))[1])
+            told[name] = family.type, tuple(sorted(labels))
     assert {name: (kind, tuple(sorted(labels))) for name, (kind, labels) in listed.items()} == told
+
+
+def test_how_far_a_stream_is_behind() -> None:
+    """In seconds, of the slowest shard, and not in records."""
+    found = scrape(_of_a_stream())
+    assert found["behind_latest_seconds"] == {("orders",): 2.5}
+    assert found["partition_behind_latest_seconds"] == {("0", "orders"): 2.5, ("1", "orders"): 0}
+    assert found["read_calls_total"] == {("orders",): 9}
+    assert found["read_throttles_total"] == {("orders",): 2}
+    assert "offset_lag_records" not in found
+
+
+def _of_a_stream() -> Status:
+    calls = {("read_calls", ("orders",)): 9.0, ("read_throttles", ("orders",)): 2.0}
+    lags = {("orders", 0): 2500, ("orders", 1): 0}
+    return replace(NOTHING, lags=lags, names=SHARDS, tallied=Tallied(calls))
 
 
 def _labelled() -> Status:

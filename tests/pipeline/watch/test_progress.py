@@ -167,7 +167,9 @@ def test_the_summary_for_people_is_one_line() -> None:
 
 def test_halted_partitions_say_which_where_and_how_to_go_on() -> None:
     """One line for each, then what to do; the records themselves are not shown."""
-    lines = halted_text(_status(halted=[_halted(), _halted("pay", 0, "a\n  long\nstory")]), "g1")
+    lines = halted_text(
+        _status(halted=[_halted(), _halted("pay", 0, "a\n  long\nstory")]), "group g1"
+    )
     assert lines[0] == (
         "halted: orders-2 at offset 70: RetryAttemptsExhausted, ValueError: no such item"
     )
@@ -183,12 +185,12 @@ def test_halted_partitions_say_which_where_and_how_to_go_on() -> None:
 
 def test_no_halted_partition_no_lines() -> None:
     """A run that went well ends with its summary."""
-    assert halted_text(_status(), "g1") == []
+    assert halted_text(_status(), "group g1") == []
 
 
 def test_a_long_message_is_cut() -> None:
     """A function's stack trace does not fill the screen."""
-    lines = halted_text(_status(halted=[_halted(message="x" * 10_000)]), "g1")
+    lines = halted_text(_status(halted=[_halted(message="x" * 10_000)]), "group g1")
     assert len(lines[0]) < 700
 
 
@@ -197,7 +199,7 @@ def test_a_long_message_is_cut() -> None:
 def test_the_summary_is_printed_as_asked_for(format: str, halted: bool, capsys) -> None:
     """stdout has the summary in its format and nothing else; stderr what is halted."""
     status = _status(halted=[_halted()] if halted else [])
-    print_summary(status, format, "g1")
+    print_summary(status, format, "group g1")
     out, err = capsys.readouterr()
     if format == "none":
         assert out == ""
@@ -207,7 +209,7 @@ def test_the_summary_is_printed_as_asked_for(format: str, halted: bool, capsys) 
         assert json.loads(out) == summary(status)
     if format == "text":
         assert out == summary_text(status) + "\n"
-    assert err.splitlines() == halted_text(status, "g1")
+    assert err.splitlines() == halted_text(status, "group g1")
 
 
 def test_the_progress_line() -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
+from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transforms.invoke.reply import (
+    BATCH_ITEM_FAILURES,
     Answer,
     InvalidReplyError,
     parse_failures,
     parse_reply,
+    parse_stream_failures,
     read_reply,
 )
 
@@ -406,3 +410,58 @@ def test_any_choice_of_records_is_read_back(offsets: set[int], random) -> None:
 def test_each_mode_reads_a_reply_its_own_way(mode: str, body: bytes, expected: Answer) -> None:
     """Results, failures, the body, or nothing at all."""
     assert read_reply(mode, body, "t", 3, (7,)) == expected
+
+
+# -- of a stream -----------------------------------------------------------------------------------
+
+_NUMBERS = ["49590338271490256608559692538361571095921575989136588898", "9" * 129, "3"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b'""',
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"batchItemFailures":[]}',
+        b'{"batchItemFailures":null}',
+    ],
+)
+def test_what_says_nothing_of_a_stream_s_records_is_success(body: bytes) -> None:
+    assert parse_stream_failures(body, _NUMBERS) == []
+
+
+def test_records_of_a_stream_are_named_by_their_numbers() -> None:
+    named = [{"itemIdentifier": _NUMBERS[2]}, {"itemIdentifier": _NUMBERS[1]}]
+    body = orjson.dumps({"batchItemFailures": named})
+    assert parse_stream_failures(body, _NUMBERS) == [1, 2]
+    answer = read_reply(BATCH_ITEM_FAILURES, body, "orders", 3, _NUMBERS, alone=True)
+    assert answer.failed == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"itemIdentifier": 3},
+        {"itemIdentifier": "4"},
+        {"itemIdentifier": ""},
+        {"itemIdentifier": None},
+        {"identifier": "3"},
+        {},
+        "3",
+        {"itemIdentifier": {"partition": "orders-3", "offset": "3"}},
+    ],
+)
+def test_what_names_no_record_of_the_batch_fails_all_of_it(entry: Any) -> None:
+    body = orjson.dumps({"batchItemFailures": [{"itemIdentifier": "3"}, entry]})
+    with pytest.raises(InvalidReplyError, match="entry 1 of batchItemFailures names no record"):
+        parse_stream_failures(body, _NUMBERS)
+
+
+@pytest.mark.parametrize("body", [b"done", b"7", b'"done"', b"[1]", b'{"batchItemFailures":7}'])
+def test_other_replies_fail_all_of_a_stream_s_batch(body: bytes) -> None:
+    with pytest.raises(InvalidReplyError):
+        parse_stream_failures(body, _NUMBERS)

@@ -10,9 +10,10 @@ import pytest
 from transforms.batch.payload import PayloadFormat, encode_records
 from transforms.envelope import Envelope
 from transforms.invoke import retry
-from transforms.original import ORIGINAL_HEADER, decode_original
+from transforms.names import TEXTS
+from transforms.original import ORIGINAL_HEADER, TEXT_ORIGINAL_HEADER, decode_original
 from transforms.records import NO_TIMESTAMP, Decoded, Failure, Records
-from transforms.write.destination import destination_records
+from transforms.write.destination import batch_document, destination_records
 from transforms.write.formats import ErrorRecord
 
 MSK = "arn:aws:kafka:us-east-1:123456789012:cluster/orders/5a7c-2"
@@ -203,3 +204,88 @@ def test_a_record_too_large_for_the_topic_goes_without_its_event() -> None:
     ]
     assert json.loads(second.value)["payload"]
     assert all(record.size_bytes <= 6000 for record in (first, second))
+
+
+def test_what_aws_writes_of_a_stream() -> None:
+    """Where the record is, in the words of Kinesis; and the original with its number as a text."""
+    number = 49590338271490256608559692538361571095921575989136588898
+    records = Records([number], [TIMESTAMP], [b"key"], [b"data"], [None])
+    arn = "arn:aws:kinesis:us-east-2:123456789012:stream/my-topic"
+    event = Envelope("kinesis_event", stream_arns=(("my-topic", arn),))
+    (record,) = _written(_failure(records), event)
+    value = json.loads(record.value)
+    assert record.key == b"key"
+    assert list(value) == [
+        "requestContext",
+        "responseContext",
+        "version",
+        "timestamp",
+        "KinesisBatchInfo",
+        "payload",
+    ]
+    assert value["KinesisBatchInfo"] == {
+        "shardId": "shardId-000000000000",
+        "startSequenceNumber": str(number),
+        "endSequenceNumber": str(number),
+        "approximateArrivalOfFirstRecord": "2019-11-14T18:16:04.835Z",
+        "approximateArrivalOfLastRecord": "2019-11-14T18:16:04.835Z",
+        "batchSize": 1,
+        "streamArn": arn,
+    }
+    assert value["payload"]["Records"][0]["kinesis"]["sequenceNumber"] == str(number)
+    (original,) = [data for name, data in record.headers if name == TEXT_ORIGINAL_HEADER]
+    assert decode_original(original, TEXTS)["offset"] == str(number)
+
+
+def test_what_aws_sends_to_a_queue() -> None:
+    """Of a whole batch, and in the order of AWS's fields; the event goes with it to a bucket."""
+    document, payload = batch_document("my-topic", 0, _failure(), "my-function", EVENT, NOW_MS)
+    assert list(document) == [
+        "requestContext",
+        "responseContext",
+        "version",
+        "timestamp",
+        "KafkaBatchInfo",
+    ]
+    assert document["requestContext"] == {
+        "requestId": "e4b46cbf",
+        "functionArn": "my-function",
+        "condition": "RetryAttemptsExhausted",
+        "approximateInvokeCount": 3,
+    }
+    assert document["KafkaBatchInfo"] == {
+        "batchSize": 2,
+        "eventSourceArn": MSK,
+        "bootstrapServers": SERVERS,
+        "payloadSize": len(payload),
+        "recordsInfo": {
+            "my-topic-0": {
+                "firstRecordOffset": "100",
+                "lastRecordOffset": "102",
+                "firstRecordTimestamp": "2019-11-14T18:16:04.835Z",
+                "lastRecordTimestamp": None,
+            }
+        },
+    }
+    assert [each["offset"] for each in json.loads(payload)["records"]["my-topic-0"]] == [100, 102]
+
+
+def test_what_aws_sends_to_a_queue_of_a_stream() -> None:
+    """A record that was too old has no answer of the function."""
+    number = 49590338271490256608559692538361571095921575989136588898
+    records = Records([number, number + 7], [TIMESTAMP] * 2, [b"k"] * 2, [b"d"] * 2, [None] * 2)
+    event = Envelope("kinesis_event", stream_arns=(("my-topic", "arn"),))
+    failure = _failure(records, condition=retry.AGE_EXCEEDED)
+    document, payload = batch_document("my-topic", 6, failure, "my-function", event, NOW_MS)
+    assert list(document) == ["requestContext", "version", "timestamp", "KinesisBatchInfo"]
+    assert document["requestContext"]["condition"] == "RecordAgeExceeded"
+    assert document["KinesisBatchInfo"] == {
+        "shardId": "shardId-000000000006",
+        "startSequenceNumber": str(number),
+        "endSequenceNumber": str(number + 7),
+        "approximateArrivalOfFirstRecord": "2019-11-14T18:16:04.835Z",
+        "approximateArrivalOfLastRecord": "2019-11-14T18:16:04.835Z",
+        "batchSize": 2,
+        "streamArn": "arn",
+    }
+    assert len(json.loads(payload)["Records"]) == 2
