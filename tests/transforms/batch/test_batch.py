@@ -285,7 +285,7 @@ def _check(batches, start: int, next_offset: int, offsets) -> None:
         assert all(batch.start <= offset < at for offset in batch.records.offsets)
         assert len(batch.entries) == len(batch.records)
         for offset, entry in zip(batch.records.offsets, batch.entries):
-            assert b'"offset":%d,' % offset in entry
+            assert b'"offset":%d,' % offset in entry or b'"sequenceNumber":"%d"' % offset in entry
     assert at == next_offset
 
 
