@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,8 @@ def be_killed(
                 while not copies or (len(copies) < 3 and chance.random() < 0.4):
                     copies.append(stack.enter_context(topics.start(server)))
                 if step == "restart":
+                    # One that begins meanwhile ends: it cannot ask where to begin.
+                    wait_until(partial(topics.is_dealt, len(copies)), "not all are members", 60)
                     chance.choice([broker.stop, broker.kill])()
                     broker.start()
                 calls = len(server.calls)
