@@ -25,14 +25,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from http.client import HTTPException
 from typing import Any
 
 from pipeline.local.processes import free_ports
@@ -49,6 +47,7 @@ from tests.bench.common import (
     verdict,
 )
 from tests.bench.topics import Topics, WrongResult
+from tests.bench.watch import watching
 from transforms.lanes import Lanes
 
 WARM_UP_RECORDS = 2000
@@ -286,39 +285,6 @@ def execute(command: list[str]) -> tuple[float, resource.struct_rusage]:
             text = output.read().decode(errors="replace")
             raise WrongResult(f"{' '.join(command)}\nended with {process.returncode}:\n{text}")
     return secs, usage
-
-
-@contextmanager
-def watching(http: str) -> Iterator[None]:
-    """Look at a run as an open page and a Prometheus do, from when it can be seen on.
-
-    Raises:
-        WrongResult: It could not be seen.
-    """
-    ended = threading.Event()
-    seen = {"/api/events": 0, "/metrics": 0}
-
-    def look(path: str, pause_secs: float) -> None:
-        while not ended.wait(pause_secs):
-            try:
-                with urllib.request.urlopen(f"http://{http}{path}", timeout=10) as reply:
-                    for line in reply:
-                        seen[path] += len(line)
-            except (OSError, HTTPException):
-                continue  # it has not begun yet, or has ended
-
-    looks = [("/api/events", 0.05), ("/metrics", 1.0)]
-    threads = [threading.Thread(target=look, args=each) for each in looks]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
-    if not all(seen.values()):
-        raise WrongResult(f"nothing was seen at {http}: {seen}")
 
 
 def measure(topics: Topics, source: Source, scenario: Scenario, who: str, url: str) -> Run:

@@ -32,7 +32,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 import orjson
 from confluent_kafka import Message
 
+from pipeline.local.processes import free_ports
 from tests.bench import stub
 from tests.bench.common import (
     CREDENTIALS,
@@ -54,6 +55,7 @@ from tests.bench.common import (
 )
 from tests.bench.generator import TICK_SECS, Generated
 from tests.bench.topics import Topics, WrongResult, answered
+from tests.bench.watch import watching
 
 COMPETITORS = (PIPELINE, HAND_WRITTEN)
 
@@ -445,16 +447,24 @@ class Bench:
         warm_up_secs: How long it does before.
         appended: Whether a response's timestamp is the broker's.
         workers: Processes of the pipeline.
+        watched: Whether the pipeline's page is open all the time.
     """
 
     def __init__(
-        self, topics: Topics, secs: float, warm_up_secs: float, appended: bool, workers: int = 1
+        self,
+        topics: Topics,
+        secs: float,
+        warm_up_secs: float,
+        appended: bool,
+        workers: int = 1,
+        watched: bool = False,
     ) -> None:
         self._servers = topics.bootstrap_servers
         self._secs = secs
         self._warm_up_secs = warm_up_secs
         self._appended = appended
         self._workers = workers
+        self._watched = watched
         self.topics = topics
 
     def measure(self, load: Load, who: str, url: str) -> Run:
@@ -467,8 +477,10 @@ class Bench:
         command = command_of(
             who, self._servers, topic, responses, url, load.window_secs, self._workers
         )
+        http = "127.0.0.1:{}".format(*free_ports(1)) if self._watched and who == PIPELINE else ""
+        command += [f"--http={http}"] if http else []
         _reset(url)
-        with running(command) as process:
+        with running(command) as process, watching(http) if http else nullcontext():
             first = self._wait_for_first(process, topic, url)
             start_ms, shares, generated = self._generate(load, topic, process)
             behind = not self._wait_for_all(process, generated.records, load.rate, responses, url)
@@ -614,7 +626,9 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
     secs += len(idle_partitions) * len(everybody) * (_WARM_UP_SECS + _IDLE_SECS + _AROUND_SECS)
     print(f"{count} runs, about {math.ceil(secs / 60)} minutes", file=sys.stderr)
     topics = Topics(servers)
-    measuring = Bench(topics, options.secs, _WARM_UP_SECS, options.appended, options.workers)
+    measuring = Bench(
+        topics, options.secs, _WARM_UP_SECS, options.appended, options.workers, options.watched
+    )
     runs: list[Run] = []
     idle: list[Idle] = []
     with ExitStack() as stack:
@@ -791,6 +805,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--secs", type=float, default=10, help="seconds that count, of each run")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are shown")
     parser.add_argument("--workers", type=int, default=1, help="processes of the pipeline")
+    parser.add_argument("--watched", action="store_true", help="the pipeline's page is open")
     parser.add_argument("--appended", action="store_true", help="until the broker has the response")
     parser.add_argument("--only", action="append", choices=COMPETITORS, help="one competitor")
     parser.add_argument("--json", help="write the result to this file too")
