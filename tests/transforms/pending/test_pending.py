@@ -428,10 +428,10 @@ def test_batches_that_were_closed_by_time_are_not_opened_again() -> None:
     worker.process(2, 3)
     worker.start_process()
     gate.set()
-    finished = worker.collect()
+    out = worker.collect()
     assert worker.at.open.start == 2
     assert worker.at.tail == 1
-    _tile(finished + worker.drain(), 0, 3)
+    assert _ranges(out + worker.drain()) == [(0, 2), (2, 3)]
 
 
 def test_a_batch_size_that_has_changed_is_that_of_what_is_pending_too() -> None:
