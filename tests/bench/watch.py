@@ -27,6 +27,8 @@ def watching(http: str) -> Iterator[None]:
                 with urllib.request.urlopen(f"http://{http}{path}", timeout=10) as reply:
                     for line in reply:
                         seen[path] += len(line)
+                        if ended.is_set():
+                            break
             except (OSError, HTTPException):
                 continue  # it has not begun yet, or has ended
 
