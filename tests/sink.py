@@ -314,7 +314,7 @@ def is_there(pid: int) -> bool:
 
 
 def arguments(broker: KafkaBroker, server: LambdaServer | None, **options: Any) -> list[str]:
-    """The command line. An option that is None is left out, one that is True has no value."""
+    """The command line of a run of topics."""
     given: dict[str, Any] = {
         "kafka_bootstrap_servers": broker.bootstrap_servers,
         "function": FUNCTION,
@@ -323,6 +323,11 @@ def arguments(broker: KafkaBroker, server: LambdaServer | None, **options: Any) 
         "summary": "json",
         **options,
     }
+    return command_line(given)
+
+
+def command_line(given: Mapping[str, Any]) -> list[str]:
+    """Options as arguments. One that is None is left out, one that is True has no value."""
     return [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in given.items()

@@ -15,13 +15,13 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.kinesis import LocalKinesis, partition_keys
 from pipeline.local.lambda_server import LambdaContext, LambdaServer
 from tests import sink
 from tests.conftest import Names
+from tests.servers.moto_server import moto_server
 
 STREAM, TABLE = "orders", "orders-to-lambda"
 
@@ -91,11 +91,7 @@ def _arguments(kinesis: LocalKinesis, server: LambdaServer, **options: Any) -> l
         "summary": "json",
         **options,
     }
-    return [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in given.items()
-        if value is not None
-    ]
+    return sink.command_line(given)
 
 
 def _start(kinesis: LocalKinesis, server: LambdaServer, **options: Any) -> sink.Sink:
@@ -322,10 +318,6 @@ def test_a_poison_message_s_batch_is_told_to_a_queue(kinesis: LocalKinesis) -> N
     """And while it cannot be told, nothing of it is committed."""
     texts, _ = _poison(kinesis)
     stored = kinesis.records(STREAM, 0)
-    server_of_queues = ThreadedMotoServer("127.0.0.1", 0)
-    server_of_queues.start()
-    host, port = server_of_queues.get_host_and_port()
-    url = f"http://{host}:{port}"
     options = {
         "batch_size": 200,
         "max_retries": 1,
@@ -334,7 +326,7 @@ def test_a_poison_message_s_batch_is_told_to_a_queue(kinesis: LocalKinesis) -> N
         "preflight": "false",
     }
     function = Function()
-    try:
+    with moto_server() as url:
         with sink.serve(function) as server:
             arguments = _arguments(kinesis, server, **options)
             env = sink.environment(AWS_ENDPOINT_URL_SQS=url)
@@ -354,8 +346,6 @@ def test_a_poison_message_s_batch_is_told_to_a_queue(kinesis: LocalKinesis) -> N
             with sink.Sink(arguments, env) as run:
                 run.wait(0)
         (message,) = sqs.receive_message(QueueUrl=queue)["Messages"]
-    finally:
-        server_of_queues.stop()
     document = json.loads(message["Body"])
     assert document["requestContext"]["condition"] == "RetryAttemptsExhausted"
     assert document["requestContext"]["approximateInvokeCount"] == 2

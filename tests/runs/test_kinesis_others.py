@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.local.lambda_server import LambdaContext
 from pipeline.local.processes import free_ports
 from tests import sink
+from tests.servers.moto_server import moto_server
 from tests.servers.node_kinesis import NEEDS, PACKAGES, NodeKinesis
 
 STREAM = "orders"
@@ -29,11 +29,8 @@ def kinesis(request: pytest.FixtureRequest) -> Iterator[NodeKinesis]:
 
 @pytest.fixture(scope="module")
 def dynamodb() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as url:
+        yield url
 
 
 class Function:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import uuid
+from contextlib import ExitStack
 
 import boto3
-from moto.server import ThreadedMotoServer
 
+from tests.servers.moto_server import moto_server
 from tests.servers.secure_broker import REGION
 from tests.sink import ACCESS_KEY, SECRET_KEY, environment
 
@@ -20,12 +21,10 @@ class SecretsManager:
     """
 
     def __init__(self) -> None:
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self._stack = ExitStack()
 
     def __enter__(self) -> SecretsManager:
-        self._server.start()
-        host, port = self._server.get_host_and_port()
-        self.url = f"http://{host}:{port}"
+        self.url = self._stack.enter_context(moto_server())
         self._client = boto3.client(
             "secretsmanager",
             endpoint_url=self.url,
@@ -36,7 +35,7 @@ class SecretsManager:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.stop()
+        self._stack.close()
 
     def keep(self, **content: str) -> str:
         """A secret's ARN."""

@@ -86,19 +86,10 @@ def parse_failures(
     Raises:
         InvalidReplyError: It is not JSON, or no object, or names a record that was not sent.
     """
-    try:
-        reply = loads(body)
-    except ValueError as error:
-        raise InvalidReplyError(f"the reply is not JSON: {error}") from None
-    if reply is None:
+    reply = _loads(body)
+    failures = _failures(reply)
+    if not failures:
         return []
-    if type(reply) is not dict:
-        raise InvalidReplyError(f"the reply is {_name(reply)}, not an object")
-    failures = reply.get("batchItemFailures")
-    if failures is None:
-        return []
-    if type(failures) is not list:
-        raise InvalidReplyError(f"batchItemFailures is {_name(failures)}, not an array")
     places = {offset: index for index, offset in enumerate(offsets)}
     # True is no 1.
     kind = type(offsets[0]) if offsets else int
@@ -136,19 +127,10 @@ def parse_stream_failures(body: bytes, numbers: Sequence[int | str]) -> list[int
     """
     if not body.strip(_WHITE_SPACE):
         return []
-    try:
-        reply = loads(body)
-    except ValueError as error:
-        raise InvalidReplyError(f"the reply is not JSON: {error}") from None
-    if reply is None or reply in ("", []):
+    reply = _loads(body)
+    failures = [] if reply in ("", []) else _failures(reply)
+    if not failures:
         return []
-    if type(reply) is not dict:
-        raise InvalidReplyError(f"the reply is {_name(reply)}, not an object")
-    failures = reply.get("batchItemFailures")
-    if failures is None:
-        return []
-    if type(failures) is not list:
-        raise InvalidReplyError(f"batchItemFailures is {_name(failures)}, not an array")
     places = {number: index for index, number in enumerate(numbers)}
     failed = set()
     for number, failure in enumerate(failures):
@@ -180,10 +162,7 @@ def parse_reply(
         InvalidReplyError: It is not JSON, not an array, of another length, or an entry answers
             another record. The message names the first entry that does not fit.
     """
-    try:
-        entries = loads(body)
-    except ValueError as error:
-        raise InvalidReplyError(f"the reply is not JSON: {error}") from None
+    entries = _loads(body)
     if type(entries) is not list:
         raise InvalidReplyError(f"the reply is {_name(entries)}, not an array of results")
     if len(entries) != len(offsets):
@@ -258,6 +237,27 @@ def _skip(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
     assert found
     return found.end()
+
+
+def _loads(body: bytes) -> Any:
+    try:
+        return loads(body)
+    except ValueError as error:
+        raise InvalidReplyError(f"the reply is not JSON: {error}") from None
+
+
+def _failures(reply: Any) -> list[Any]:
+    """What a reply has in its array of failures; nothing if it is null, or without one."""
+    if reply is None:
+        return []
+    if type(reply) is not dict:
+        raise InvalidReplyError(f"the reply is {_name(reply)}, not an object")
+    failures = reply.get("batchItemFailures")
+    if failures is None:
+        return []
+    if type(failures) is not list:
+        raise InvalidReplyError(f"batchItemFailures is {_name(failures)}, not an array")
+    return failures
 
 
 def _name(value: Any) -> str:

@@ -438,6 +438,17 @@ def describe(config: KafkaConfig) -> str:
     return f"Kafka at {config.bootstrap_servers}"
 
 
+def leave_group(consumer: confluent_kafka.Consumer) -> None:
+    """Close a consumer that is subscribed.
+
+    librdkafka 2.16 does not tell the group of it where the consumer was given nothing: the others'
+    partitions would not move until its session is over. To unsubscribe tells it.
+    """
+    if not consumer.assignment():
+        consumer.unsubscribe()
+    consumer.close()
+
+
 def partitions_of(metadata: Any, topics: Iterable[str]) -> list[tuple[str, int]]:
     """All (topic, partition) of the topics that the metadata has."""
     return [

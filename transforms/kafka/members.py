@@ -24,6 +24,7 @@ from transforms.kafka.client import (
     client_settings,
     describe,
     instance_id,
+    leave_group,
     make_consumer,
     reason,
 )
@@ -382,11 +383,7 @@ class Member:
     def _leave(self) -> None:
         if self._orphans:
             self._orphans.close()
-        if self._subscribed and not self._consumer.assignment():
-            # One that was given nothing does not tell the group that it closes: the others' would
-            # not move until its session is over.
-            self._consumer.unsubscribe()
-        self._consumer.close()
+        leave_group(self._consumer)
 
     def _said(self, message: Message) -> None:
         """An error that is not about a record."""

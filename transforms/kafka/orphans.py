@@ -16,7 +16,13 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka import ConsumerGroupState as State
 
-from transforms.kafka.client import KafkaConfig, make_admin, make_consumer, partitions_of
+from transforms.kafka.client import (
+    KafkaConfig,
+    leave_group,
+    make_admin,
+    make_consumer,
+    partitions_of,
+)
 from transforms.records import PartitionKey
 
 _LOGGER = logging.getLogger(__name__)
@@ -81,9 +87,7 @@ class Orphans:
         self._looks = 0
         if guest := self._guest:
             self._guest = None
-            if not guest.assignment():
-                guest.unsubscribe()
-            guest.close()
+            leave_group(guest)
 
     def _look(self, topics: Collection[str]) -> set[PartitionKey] | None:
         """Partitions that are nobody's; None if that cannot be told now."""

@@ -11,9 +11,9 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import ConnectionClosedError
-from moto.server import ThreadedMotoServer
 
 from tests import sink
+from tests.servers.moto_server import moto_server
 from transforms.aws.delivery import DESTINATION, Delivery, DeliveryConfig, object_key
 from transforms.errors import WriteError
 
@@ -23,11 +23,8 @@ DOCUMENT = {"requestContext": {"condition": "RetryAttemptsExhausted"}, "version"
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as url:
+        yield url
 
 
 @pytest.fixture(autouse=True)

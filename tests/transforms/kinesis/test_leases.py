@@ -8,11 +8,11 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.local.kinesis import LocalKinesis
 from pipeline.local.processes import wait_until
 from tests import sink
+from tests.servers.moto_server import moto_server
 from transforms.errors import KinesisError
 from transforms.kinesis.client import AwsConfig
 from transforms.kinesis.leases import LeaseTable, StreamFacts, TableConfig
@@ -33,11 +33,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as url:
+        yield url
 
 
 @pytest.fixture(params=["moto", "ours"])
