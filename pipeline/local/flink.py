@@ -101,7 +101,8 @@ _CLUSTER_CONFIG = {
     "execution.checkpointing.externalized-checkpoint-retention": "RETAIN_ON_CANCELLATION",
     "restart-strategy.type": "fixed-delay",
     "restart-strategy.fixed-delay.attempts": "1000",
-    "restart-strategy.fixed-delay.delay": "1s",
+    # Longer than Beam's reader may still poll in what is restarted: its consumers are shared.
+    "restart-strategy.fixed-delay.delay": "3s",
     # A process that was killed is missed within seconds.
     "heartbeat.interval": "1000",
     "heartbeat.timeout": "10000",

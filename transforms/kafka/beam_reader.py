@@ -42,6 +42,9 @@ AS_SOURCE = "use_deprecated_read"
 # The reader runs inside the TaskManager, not in a container beside it.
 _IN_FLINK = ("--defaultEnvironmentType=EMBEDDED",)
 
+_POLL_SECS = 1
+"""How long a partition without records is waited for: Beam's least."""
+
 _BYTES = "org.apache.kafka.common.serialization.ByteArrayDeserializer"
 
 
@@ -99,6 +102,9 @@ class ReadRows(beam.PTransform):
             key_deserializer=_BYTES,
             value_deserializer=_BYTES,
             with_metadata=True,
+            # A job that restarts shares its consumers with what is left of the one before, which
+            # ends with the poll under way.
+            consumer_polling_timeout=_POLL_SECS,
             dynamic_read_poll_interval_seconds=None if config.as_source else _FIND_SECS,
             expansion_service=_service(config),
         )

@@ -286,7 +286,7 @@ def test_a_partition_whose_function_is_down_stops_neither_the_others_nor_a_check
     flink.create()
     flink.produce(4, 2000)
     server.add_fault(unavailable(times=None, when=sink.of_partition(2)))
-    with flink.start(server, reader, checkpoint_timeout_millis=10_000) as run:
+    with flink.start(server, reader) as run:
         others = {0: 2000, 1: 2000, 3: 2000}
         run.until(
             lambda: {p: o for p, o in flink.committed().items() if p != 2} == others,
