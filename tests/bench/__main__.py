@@ -147,10 +147,12 @@ class Run:
 
 
 SCENARIOS = (
-    Scenario("batch 1000", 1000),
-    Scenario("batch 1000, exactly once", 1000, delivery="exactly_once", beside="batch 1000"),
-    Scenario("batch 100", 100),
-    Scenario("batch 100, page open", 100, watched=True, beside="batch 100"),
+    Scenario("batch 1000", 1000, times=3),
+    Scenario(
+        "batch 1000, exactly once", 1000, delivery="exactly_once", beside="batch 1000", times=3
+    ),
+    Scenario("batch 100", 100, times=3),
+    Scenario("batch 100, page open", 100, watched=True, beside="batch 100", times=3),
     Scenario("batch 100, 20 ms", 100, latency_ms=20),
     Scenario("batch 100, 20 ms, 10 lanes", 100, 20, lanes=10, beside="batch 100, 20 ms", times=3),
     Scenario(
