@@ -43,7 +43,11 @@ AS_SOURCE = "use_deprecated_read"
 _IN_FLINK = ("--defaultEnvironmentType=EMBEDDED",)
 
 _POLL_SECS = 1
-"""How long a partition without records is waited for: Beam's least."""
+"""How long a partition without records is waited for: Beam's least. A job that restarts shares its
+consumers with what is left of the attempt before, which ends with the poll under way."""
+
+_DEFAULT_POLL_SECS = 2
+"""Beam's own, without which it does not read as a source."""
 
 _BYTES = "org.apache.kafka.common.serialization.ByteArrayDeserializer"
 
@@ -102,9 +106,7 @@ class ReadRows(beam.PTransform):
             key_deserializer=_BYTES,
             value_deserializer=_BYTES,
             with_metadata=True,
-            # A job that restarts shares its consumers with what is left of the one before, which
-            # ends with the poll under way.
-            consumer_polling_timeout=_POLL_SECS,
+            consumer_polling_timeout=_DEFAULT_POLL_SECS if config.as_source else _POLL_SECS,
             dynamic_read_poll_interval_seconds=None if config.as_source else _FIND_SECS,
             expansion_service=_service(config),
         )
