@@ -8,10 +8,12 @@ ended by that.
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic, sleep
 from typing import Any
 
@@ -34,6 +36,8 @@ _LOGGER = logging.getLogger(__name__)
 # How long the broker lets one be open whose producer is gone. Nothing behind it is read meanwhile.
 TIMEOUT_MS = 30_000
 _STEP_SECS, _ABORT_SECS, _LOOK_SECS = 30.0, 5.0, 2.0
+# How much longer than it was told to a call may take before it counts as one that never returns.
+_GRACE_SECS = 5.0
 # How long it may stay unknown whether a transaction has come to its end.
 _DOUBT_SECS = 60.0
 # What librdkafka packs into a request, unless the settings say so.
@@ -80,10 +84,46 @@ def transaction_settings(
     """
     # A member that is started again under its name ends by that what it had begun.
     name = instance_id(settings, number) or unique
-    defaults: dict[str, Any] = {"transaction.timeout.ms": TIMEOUT_MS, "batch.size": _BATCH_BYTES}
+    defaults: dict[str, Any] = {
+        "transaction.timeout.ms": TIMEOUT_MS,
+        "batch.size": _BATCH_BYTES,
+        # Begun anew when all brokers are lost, librdkafka 2.16 forgets the call that waits for one,
+        # which then never returns. Here it is the producer that is begun anew.
+        "metadata.recovery.strategy": "none",
+    }
     if java_keys:
         defaults["partitioner"] = "murmur2_random"
     return defaults | dict(settings) | {"transactional.id": f"{group}-{name}"}
+
+
+def returned(call: Callable[[float], None], secs: float) -> None:
+    """Make a call of a producer. One that does not return is left to itself, and its producer with
+    it: the group waits for the thread that is held up, with all its other members.
+
+    Args:
+        call: Takes how long it may take.
+        secs: That.
+
+    Raises:
+        KafkaException: What it raises; `_TIMED_OUT` where it does not return.
+    """
+    outcome: list[BaseException | None] = []
+
+    def make() -> None:
+        try:
+            call(secs)
+        except BaseException as error:
+            outcome.append(error)
+        else:
+            outcome.append(None)
+
+    thread = threading.Thread(target=make, name="transaction", daemon=True)
+    thread.start()
+    thread.join(secs + _GRACE_SECS)
+    if not outcome:
+        raise KafkaException(ErrorCode(ErrorCode._TIMED_OUT, "the client does not answer"))
+    if outcome[0]:
+        raise outcome[0]
 
 
 class Transaction:
@@ -109,6 +149,9 @@ class Transaction:
             config.java_keys,
             uuid.uuid4().hex,
         )
+        # A step that takes as long as a transaction may be open is too late in any case.
+        limit = str(self._settings["transaction.timeout.ms"])
+        self._step_secs = min(_STEP_SECS, int(limit) / 1000 if limit.isdecimal() else _STEP_SECS)
         self._producer: Producer | None = None
         self._is_open = False
         self._then: Callable[[], None] = lambda: None
@@ -156,7 +199,7 @@ class Transaction:
         self._is_open = False
         if producer:
             with suppress(KafkaException):
-                producer.abort_transaction(_ABORT_SECS)
+                returned(producer.abort_transaction, _ABORT_SECS)
 
     def write_smaller(self) -> bool:
         """Put less into each request from the next producer on. Says whether that can be."""
@@ -179,12 +222,13 @@ class Transaction:
             producer = self.producer
             if offsets:
                 group = member.consumer_group_metadata()
-                producer.send_offsets_to_transaction(list(offsets), group, _STEP_SECS)
+                send = partial(producer.send_offsets_to_transaction, list(offsets), group)
+                returned(send, self._step_secs)
         except KafkaException:
             self.abort()
             raise
         try:
-            producer.commit_transaction(_STEP_SECS)
+            returned(producer.commit_transaction, self._step_secs)
         except KafkaException as error:
             _LOGGER.debug("commit of a transaction: %s", error)
             if not self._has_landed(offsets, member):
@@ -220,7 +264,7 @@ class Transaction:
     def _begin_producer(self) -> Producer:
         producer = self._make(self._settings)
         try:
-            producer.init_transactions(_STEP_SECS)
+            returned(producer.init_transactions, self._step_secs)
         except KafkaException as error:
             code = error.args[0].code()
             if code in _PASSING or error.args[0].retriable():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from confluent_kafka import KafkaError as ErrorCode
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.processes import wait_until
 from tests.conftest import Names
-from transforms.errors import KafkaError
+from transforms.errors import KafkaError, WriteError
 from transforms.kafka.client import KafkaConfig, make_consumer, make_producer
 from transforms.kafka.members import member_settings
 from transforms.kafka.transaction import Transaction, TransactionConfig, transaction_settings
@@ -158,6 +159,54 @@ def test_a_commit_that_is_not_answered_is_looked_for(world: _World, happens: boo
         with pytest.raises(KafkaException):
             transaction.commit(world.offsets(1, "note"), world.member)
         assert (world.seen(), world.committed(), ended) == ([], None, [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["init_transactions", "send_offsets_to_transaction", "commit_transaction", "abort_transaction"],
+)
+def test_a_call_that_never_returns_costs_its_producer(
+    world: _World, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The member's thread goes on, and the transaction with another producer."""
+    monkeypatch.setattr("transforms.kafka.transaction._STEP_SECS", 1.0)
+    monkeypatch.setattr("transforms.kafka.transaction._ABORT_SECS", 0.5)
+    monkeypatch.setattr("transforms.kafka.transaction._GRACE_SECS", 0.5)
+    over = threading.Event()
+    hanging = True
+
+    class Hangs:
+        def __init__(self, producer: Producer) -> None:
+            self._producer = producer
+
+        def __getattr__(self, asked: str) -> Any:
+            return self._hang if hanging and asked == name else getattr(self._producer, asked)
+
+        def _hang(self, *_: object) -> None:
+            over.wait()
+
+    transaction = world.transaction(lambda settings: Hangs(make_producer(settings)))
+
+    def write(value: bytes) -> None:
+        transaction.begin()
+        world.write(transaction, value)
+        transaction.commit(world.offsets(1), world.member)
+
+    try:
+        if name == "abort_transaction":
+            transaction.begin()
+            world.write(transaction, b"a")
+            transaction.abort()
+        else:
+            refused = WriteError if name == "init_transactions" else KafkaException
+            with pytest.raises(refused, match="the client does not answer"):
+                write(b"a")
+        hanging = False
+        assert not transaction.is_open
+        write(b"b")
+        assert (world.seen(), world.committed()) == ([b"b"], 1)
+    finally:
+        over.set()
 
 
 def test_who_may_not_begin_is_told_so(broker: KafkaBroker, names: Names) -> None:
