@@ -74,7 +74,8 @@ class Peer:
     def reply(self, connection: socket.socket, reply: bytes) -> None:
         connection.sendall(reply.removesuffix(CLOSE))
         if reply.endswith(CLOSE):
-            connection.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # the client may have been faster
+                connection.shutdown(socket.SHUT_RDWR)
             self.closed.set()
 
     def close(self) -> None:
