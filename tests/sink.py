@@ -32,7 +32,7 @@ from confluent_kafka.admin import AdminClient
 from pipeline.local.broker import KafkaBroker, StoredRecord
 from pipeline.local.faults import Fault
 from pipeline.local.lambda_server import FunctionSpec, LambdaContext, LambdaServer
-from pipeline.local.processes import wait_until
+from pipeline.local.processes import ServerError, wait_until
 from tests import ROOT
 from transforms.original import ORIGINAL_HEADER, decode_original
 
@@ -440,9 +440,20 @@ class Topics:
 
 
 @contextmanager
-def load(topics: Topics, partitions: int) -> Iterator[None]:
-    """Some records for each partition, again and again."""
+def load(topics: Topics, partitions: int, restarts: bool = False) -> Iterator[None]:
+    """Some records for each partition, again and again.
+
+    Args:
+        topics: Whose source.
+        partitions: Of it.
+        restarts: Whether the broker is restarted meanwhile: what it has not taken in time is
+            written again.
+
+    Raises:
+        Exception: Records could not be written, at the end, whatever else went wrong by then.
+    """
     ended = threading.Event()
+    failures: list[Exception] = []
 
     def work() -> None:
         step = 0
@@ -452,7 +463,16 @@ def load(topics: Topics, partitions: int) -> Iterator[None]:
                 for p in range(partitions)
                 for n in range(5)
             ]
-            topics.broker.produce(topics.source, records)
+            try:
+                topics.broker.produce(topics.source, records)
+            except ServerError as error:
+                if restarts:
+                    continue
+                failures.append(error)
+                return
+            except Exception as error:
+                failures.append(error)
+                return
             step += 1
 
     thread = threading.Thread(target=work)
@@ -462,6 +482,8 @@ def load(topics: Topics, partitions: int) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+        if failures:
+            raise failures[0]
 
 
 def commit(broker: KafkaBroker, group: str, topic: str, offsets: dict[int, int]) -> None:

@@ -156,6 +156,7 @@ class Call:
         ended: When the answer was ready, or an ``Event``'s execution over.
         client_context: ``X-Amz-Client-Context`` as sent, base64, or None.
         error_type: Name of the exception answered, or None.
+        trace_id: ``X-Amzn-Trace-Id`` as sent, or None.
     """
 
     function: str
@@ -168,6 +169,7 @@ class Call:
     ended: float
     client_context: str | None
     error_type: str | None = None
+    trace_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,7 @@ class _Invocation:
     wants_log: bool
     client_context: str | None
     payload: bytes
+    trace_id: str | None
 
     @property
     def version(self) -> str:
@@ -631,6 +634,7 @@ class LambdaServer:
             ended=time.monotonic(),
             client_context=invocation.client_context,
             error_type=error_type,
+            trace_id=invocation.trace_id,
         )
         with self._changed:
             self._calls.append(call)
@@ -669,6 +673,7 @@ def _read_invocation(request: _Request, request_id: str) -> _Invocation:
         wants_log=request.headers.get("x-amz-log-type") == "Tail",
         client_context=request.headers.get("x-amz-client-context"),
         payload=request.body,
+        trace_id=request.headers.get("x-amzn-trace-id"),
     )
 
 

@@ -66,7 +66,7 @@ def be_killed(
         steps.insert(chance.randrange(len(steps)), "restart")
     copies: list[Sink] = []
     with serve(poison(*bad), faults=[slow(0.01, times=None)]) as server, ExitStack() as stack:
-        with load(topics, PARTITIONS):
+        with load(topics, PARTITIONS, restarts="restart" in steps):
             for step in steps:
                 while not copies or (len(copies) < 3 and chance.random() < 0.4):
                     copies.append(stack.enter_context(topics.start(server)))

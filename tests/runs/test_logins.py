@@ -285,7 +285,12 @@ def test_a_token_server_from_a_mapping(
     file = tmp_path / "tokens.pem"
     file.write_text(key + certificate)
     secret = {"oauthClientId": CLIENT, "oauthIdpCaCertificate": secure.ca.read_text()}
-    access = {"OAUTHBEARER_SCOPE": SCOPE}
+    cluster = f"lkc-{grant.replace('_', '-')}"
+    access = {
+        "OAUTHBEARER_SCOPE": SCOPE,
+        "OAUTHBEARER_LOGICAL_CLUSTER": cluster,
+        "OAUTHBEARER_IDENTITY_POOL": "pool-1",
+    }
     if grant == "jwt":
         secret |= {"oauthClientEmail": "a@b.example", "oauthPrivateKey": key}
         access["OAUTHBEARER_AUDIENCE"] = "the-tokens"
@@ -299,6 +304,7 @@ def test_a_token_server_from_a_mapping(
     mapped.topics.assert_caught_up()
     assert CLIENT_SECRET not in ended.stderr + ended.stdout
     assert tokens.asked
+    assert f"{{identityPoolId=pool-1, logicalCluster={cluster}}}" in secure.extensions()
     if grant == "jwt":
         claims = tokens.asked[0]["assertion"].split(".")[1]
         said = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
@@ -348,6 +354,40 @@ def test_a_password_is_rotated_while_it_runs(
         secure.set_password(kind, PASSWORD)
     assert "the-first" not in ended.stderr
     assert "the-second" not in ended.stderr
+
+
+def test_the_secret_for_a_token_server_is_rotated_while_it_runs(
+    secure: SecureBroker, manager: SecretsManager, names: Names, tmp_path: Path
+) -> None:
+    """The new one is fetched when the server gives no token for the old one; it may come later."""
+    certificate, key = secure.authority.issue("tokens")
+    file = tmp_path / "tokens.pem"
+    file.write_text(key + certificate)
+    secret = {"oauthClientId": CLIENT, "oauthIdpCaCertificate": secure.ca.read_text()}
+    with TokenServer(file, secs=12) as tokens:
+        tokens.quotes = True
+        secret["oauthTokenEndpointUrl"] = tokens.url
+        arn = manager.keep(**secret, oauthClientSecret=CLIENT_SECRET)
+        access = {"OAUTHBEARER_SCOPE": SCOPE, "OAUTHBEARER_AUTH": arn, **ca(secure, manager)}
+        mapped = Mapped(secure, names, tmp_path, secure.oidc, access)
+        with going_on(mapped, manager.env) as (sink, more):
+            tokens.secret = "the-second"
+            sink.until(lambda: tokens.refused > 0, "nothing is refused")
+            said = f"login with OIDC: the token server {tokens.url.split('/')[2]} answers 401"
+            sink.until(lambda: said in sink.stderr, "it is not said")
+            manager.change(arn, **secret, oauthClientSecret=tokens.secret)
+            sink.until(
+                lambda: "asked with the secret that is new" in sink.stderr, "it is not asked"
+            )
+            more()
+            asked = len(tokens.asked)
+            # So long that no token of before is good any more.
+            sink.until(lambda: len(tokens.asked) > asked + 6, "no more tokens are asked for")
+            more()
+            sink.send(signal.SIGTERM)
+            ended = sink.wait()
+    for shown in (CLIENT_SECRET, "the-second", base64.b64encode(b"the-second").decode()[:-1]):
+        assert shown not in ended.stderr + ended.stdout
 
 
 def test_a_certificate_is_taken_at_the_next_start(
@@ -442,22 +482,29 @@ def test_the_role_for_kafka_is_assumed_again(
     assert {(form["Action"], form["RoleArn"]) for form in aws.asked} == {("AssumeRole", ROLE)}
 
 
+@pytest.mark.parametrize("login", ["iam", "scram"])
 def test_a_mapping_of_msk_needs_nothing_else(
-    secure: SecureBroker, manager: SecretsManager, names: Names, tmp_path: Path
+    secure: SecureBroker, manager: SecretsManager, names: Names, tmp_path: Path, login: str
 ) -> None:
-    """MSK names the brokers, and that it names those for IAM says how to log in. Only whom to trust
-    is said, too: no authority of the tests signs for AWS."""
+    """MSK names the brokers: those for the secret that the mapping has, or, where it has none and
+    there are some, those for IAM. Only whom to trust is said, too: no authority of the tests signs
+    for AWS."""
     brokers = {
         "bootstrapBrokerStringTls": "127.0.0.1:1",
         "bootstrapBrokerStringSaslIam": secure.iam,
+        "bootstrapBrokerStringSaslScram": secure.scram,
     }
-    mapped = Mapped(secure, names, tmp_path, CLUSTER, ca(secure, manager))
+    access = ca(secure, manager)
+    if login == "scram":
+        secure.set_password("512", PASSWORD)
+        access["SASL_SCRAM_512_AUTH"] = manager.keep(username=USER, password=PASSWORD)
+    mapped = Mapped(secure, names, tmp_path, CLUSTER, access)
     before = secure.accepted()
     with AwsServer(brokers=brokers) as aws:
         mapped.run(manager.env | {"AWS_ENDPOINT_URL_KAFKA": aws.url})
     mapped.topics.assert_caught_up()
     assert set(aws.clusters) == {CLUSTER}
-    assert secure.accepted() > before
+    assert (secure.accepted() > before) == (login == "iam")
 
 
 def test_settings_in_secrets_manager(

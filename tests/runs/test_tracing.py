@@ -11,6 +11,7 @@ from pipeline.local.lambda_server import LambdaContext
 from tests.conftest import Names
 from tests.servers.trace_collector import TraceCollector
 from tests.sink import Topics, answer, environment, facts, serve
+from transforms.tracing import MAX_LINKS, x_amzn_trace_id
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -55,6 +56,39 @@ def test_a_trace_through_it_all(broker: KafkaBroker, names: Names, workers: int)
     assert [context.custom["traceparent"] for context in told] == [
         parent + told[0].custom["traceparent"][-2:] for parent in parents
     ]
+    # As X-Ray reads it.
+    assert [call.trace_id for call in server.calls if call.invocation_type != "DryRun"] == [
+        x_amzn_trace_id(context.custom["traceparent"]) for context in told
+    ]
+
+
+def test_links_are_bounded_and_said_to_be(broker: KafkaBroker, names: Names) -> None:
+    topics = Topics(broker, names, partitions=1)
+    parents = [f"00-4bf92f3577b34da6a3ce929d0e0e4736-{n:016x}-01" for n in range(1, 201)]
+    records = [(0, None, b"1", [("traceparent", parent.encode())]) for parent in parents]
+    broker.produce(topics.source, records)
+    with TraceCollector() as collector, serve() as server:
+        env = environment(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
+        topics.run(server, trace="otlp", batch_size=200, batch_window_secs=5, env=env)
+    whole = [span for span in collector.spans if span.name.startswith("process ")]
+    linked = [link.span_id.hex() for span in whole for link in span.links]
+    left_out = [attributes(span).get("beam_lambda_sink.links_left_out", 0) for span in whole]
+    assert len(linked) == len(set(linked)) <= MAX_LINKS * len(whole)
+    assert len(linked) + sum(left_out) == 200
+    assert max(left_out) > 0
+
+
+def test_without_it_nothing_of_it_is_imported(broker: KafkaBroker, names: Names) -> None:
+    """Nor is anything sent, whatever the environment says. Google's clients, which Beam imports
+    where they are, know its interface, without what makes and sends spans."""
+    topics = Topics(broker, names, partitions=1, count=1)
+    with TraceCollector() as collector, serve() as server:
+        env = environment(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, PYTHONPROFILEIMPORTTIME="1")
+        ended = topics.run(server, env=env)
+    assert "transforms.tracing" in ended.stderr
+    for part in ("opentelemetry.sdk", "opentelemetry.exporter"):
+        assert part not in ended.stderr
+    assert collector.spans == []
 
 
 def test_an_error_record_carries_the_trace(broker: KafkaBroker, names: Names) -> None:

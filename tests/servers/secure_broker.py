@@ -139,6 +139,7 @@ class SecureBroker(KafkaBroker):
         keys.write_text(f"{ACCESS_KEY} {SECRET_KEY}\n{NO_RIGHTS} {NO_RIGHTS_SECRET}\n")
         self.logins = folder / "logins.txt"
         self.logins.write_text("")
+        self._extensions = folder / "extensions.txt"
         self._users = folder / "users.txt"
         self.set_password("plain", PASSWORD)
         self._clients_ca = folder / "clients.pem"
@@ -153,6 +154,7 @@ class SecureBroker(KafkaBroker):
             f"-Dplain.users={self._users}",
             f"-Djwt.secret={TOKEN_SECRET}",
             f"-Djwt.scope={SCOPE}",
+            f"-Djwt.log={self._extensions}",
         )
         self.iam, self.scram, self.plain, self.mtls, self.oidc = (
             f"127.0.0.1:{port}" for port in free_ports(5)
@@ -198,6 +200,10 @@ class SecureBroker(KafkaBroker):
     def accepted(self) -> int:
         """How many logins with IAM there were."""
         return sum(" accepted " in line for line in self.logins.read_text().splitlines())
+
+    def extensions(self) -> set[str]:
+        """What clients with tokens of `TOKEN_SECRET` have said beside them."""
+        return set(self._extensions.read_text().splitlines())
 
     def trust(self, authority: Authority) -> None:
         """Take certificates of clients from this authority only; it has to be started again."""

@@ -31,18 +31,25 @@ def token(subject: str = USER, secs: float = 60) -> str:
 
 
 class TokenServer(WebServer):
-    """Gives a token to who knows `CLIENT_SECRET`, or brings an assertion. A context manager.
+    """Gives a token to who knows the secret, or brings an assertion. A context manager.
 
     Args:
         certificate: File with its key and its certificate.
+        secs: How long a token is good for.
 
     Attributes:
         asked: The forms it was sent.
+        refused: How many of them got no token.
+        secret: What it is to be asked with.
+        quotes: Whether it says of a login that it refuses what it was.
         url: Where tokens are.
     """
 
-    def __init__(self, certificate: Path) -> None:
+    def __init__(self, certificate: Path, secs: float = 60) -> None:
         self.asked: list[dict[str, str]] = []
+        self.refused = 0
+        self.secret = CLIENT_SECRET
+        self.quotes = False
         owner = self
 
         class Handler(Quiet):
@@ -50,11 +57,21 @@ class TokenServer(WebServer):
                 body = self.rfile.read(int(self.headers["Content-Length"])).decode()
                 form = {name: values[0] for name, values in parse_qs(body).items()}
                 owner.asked.append(form)
-                login = base64.b64encode(f"{CLIENT}:{CLIENT_SECRET}".encode()).decode()
-                known = self.headers.get("Authorization") == f"Basic {login}"
-                good = known or "assertion" in form
-                answer = {"access_token": token(), "token_type": "bearer", "expires_in": 60}
-                content = json.dumps(answer if good else {"error": "invalid_client"}).encode()
+                login = base64.b64encode(f"{CLIENT}:{owner.secret}".encode()).decode()
+                given = str(self.headers.get("Authorization"))
+                good = given == f"Basic {login}" or "assertion" in form
+                answer: dict[str, object] = {
+                    "access_token": token(secs=secs),
+                    "token_type": "bearer",
+                    "expires_in": secs,
+                }
+                if not good:
+                    owner.refused += 1
+                    answer = {"error": "invalid_client"}
+                    if owner.quotes:
+                        plain = base64.b64decode(given.removeprefix("Basic ")).decode()
+                        answer["error_description"] = f"{given} is {plain}"
+                content = json.dumps(answer).encode()
                 self.send_response(200 if good else 401)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import confluent_kafka
@@ -30,6 +30,7 @@ from transforms.aws.msk import TokenConfig, TokenError, Tokens
 from transforms.errors import KafkaError, UsageError, one_line
 from transforms.hidden import HIDDEN, LEAST, hide, quiet
 from transforms.kafka.login import AwsLogin, LoginError, explain_refusal, put_over, take_iam
+from transforms.kafka.oidc import AuthorityError, TokenRequest, ask, take_oidc
 from transforms.per_process import per_process
 from transforms.properties import PREFIXES, load_properties
 
@@ -70,6 +71,8 @@ _LOOK_SECS = 5.0
 _NOT_SET = "OAuth token not set"
 _BEARER = "sasl.oauthbearer."
 _NO_TOKEN = "OAuth callback raised exception"
+# The part of a token's time in which who asks gets the one that is there.
+_NEW_SHARE = 0.1
 # What a client logs in with: one that runs takes another user and password, and nothing else.
 _OF_LOGINS = ("sasl.", "ssl.", "https.")
 _REFUSALS = frozenset({ErrorCode._AUTHENTICATION, ErrorCode._SSL})
@@ -105,6 +108,24 @@ def client_settings(config: KafkaConfig, *prefixes: str) -> dict[str, Any]:
     Raises:
         UsageError: The settings file cannot be read, or what is in it does not fit.
     """
+    given = _given(config, *prefixes)
+    try:
+        settings, tokens = take_iam(given, config.login)
+    except LoginError as error:
+        raise UsageError([f"Kafka settings: {error}"]) from None
+    settings, request = take_oidc(settings)
+    if tokens:
+        settings["oauth_cb"] = per_process(IamLogin, tokens)
+    elif request:
+        settings["oauth_cb"] = OidcLogin(request, lambda: take_oidc(_given(config, *prefixes))[1])
+    if any(name.startswith(_OF_LOGINS) for name in given):
+        again = partial(client_settings, config, *prefixes)
+        settings["error_cb"] = ErrorLog(tokens, again)
+    return settings
+
+
+def _given(config: KafkaConfig, *prefixes: str) -> dict[str, Any]:
+    """What the settings file and the ways in say, with what is for us among it."""
     settings: dict[str, Any] = {
         "bootstrap.servers": config.bootstrap_servers,
         "client.id": "beam-lambda-sink",
@@ -122,15 +143,6 @@ def client_settings(config: KafkaConfig, *prefixes: str) -> dict[str, Any]:
         for prefix in prefixes:
             own = {k[len(prefix) :]: v for k, v in properties.items() if k.startswith(prefix)}
             settings = put_over(settings, own)
-    try:
-        settings, tokens = take_iam(settings, config.login)
-    except LoginError as error:
-        raise UsageError([f"Kafka settings: {error}"]) from None
-    if tokens:
-        settings["oauth_cb"] = per_process(IamLogin, tokens)
-    if any(name.startswith(_OF_LOGINS) for name in settings):
-        again = partial(client_settings, config, *prefixes)
-        settings["error_cb"] = ErrorLog(tokens, again)
     return settings
 
 
@@ -138,8 +150,59 @@ def _secret(arn: str) -> str:
     return text_file.read_text("kafka_access", text_file.AWS_SCHEME + arn)
 
 
-class IamLogin:
+class TokenLogin:
     """Gives librdkafka a token whenever it asks for one, on a thread of its own.
+
+    Attributes:
+        kind: What it is called in messages.
+    """
+
+    kind = ""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: tuple[Any, ...] = ("", 0.0)
+        self._new_until = float("-inf")
+
+    def _make(self) -> tuple[Any, ...]:
+        """A token, when to have another one, and what the broker is told beside it."""
+        raise NotImplementedError
+
+    def _get(self) -> tuple[Any, ...]:
+        """One that is new: clients that ask at once get the same."""
+        with self._lock:
+            # Not by the clock of the day, which may be set back.
+            if monotonic() >= self._new_until:
+                self._made = self._make()
+                self._new_until = monotonic() + _NEW_SHARE * (self._made[1] - time())
+            return self._made
+
+    def __call__(self, _config: str) -> tuple[Any, ...]:
+        """For librdkafka, which asks again after a while if this raises."""
+        try:
+            return self._get()
+        except TokenError as error:
+            # All that librdkafka says of it is that it was raised.
+            ErrorLog.say(f"login with {self.kind}: {error}")
+            raise
+
+    def check(self) -> None:
+        """Try whether there are tokens; a client would be waiting for one for ten seconds.
+
+        Raises:
+            UsageError: Settings do not fit.
+            KafkaError: There are none.
+        """
+        try:
+            self._get()
+        except AuthorityError as error:
+            raise UsageError([f"Kafka settings: {error}; see --kafka_config_file"]) from None
+        except TokenError as error:
+            raise KafkaError(f"Kafka login with {self.kind}: {error}") from None
+
+
+class IamLogin(TokenLogin):
+    """Tokens for MSK.
 
     Args:
         config: Whose tokens.
@@ -149,32 +212,51 @@ class IamLogin:
         used: Whether any client of this process logs in so.
     """
 
+    kind = "IAM"
     used = False
 
     def __init__(self, config: TokenConfig, tokens: Tokens | None = None) -> None:
+        super().__init__()
         IamLogin.used = True
         self.config = config
         self._tokens = tokens or Tokens(config)
 
-    def __call__(self, _config: str) -> tuple[str, float]:
-        """For librdkafka, which asks again after a while if this raises."""
-        try:
-            return self._tokens.make()
-        except TokenError as error:
-            # All that librdkafka says of it is that it was raised.
-            ErrorLog.say(f"login with IAM: {error}")
-            raise
+    def _make(self) -> tuple[Any, ...]:
+        return self._tokens.make()
 
-    def check(self) -> None:
-        """Try whether there are tokens; a client would be waiting for one for ten seconds.
 
-        Raises:
-            KafkaError: There are none.
-        """
+class OidcLogin(TokenLogin):
+    """Tokens of a token server. Where it gives none, it is looked whether it is to be asked with
+    another secret by now.
+
+    Args:
+        request: What it is asked.
+        again: Gets that anew, from wherever the settings are.
+    """
+
+    kind = "OIDC"
+
+    def __init__(self, request: TokenRequest, again: Callable[[], TokenRequest | None]) -> None:
+        super().__init__()
+        self._request = request
+        self._again = again
+
+    def _make(self) -> tuple[Any, ...]:
         try:
-            self._tokens.make()
-        except TokenError as error:
-            raise KafkaError(f"Kafka login with IAM: {error}") from None
+            token, until = ask(self._request)
+        except TokenError:
+            text_file.outdate()
+            try:
+                request = self._again()
+            except UsageError as error:
+                raise TokenError(f"there is no other secret: {error}") from None
+            if request is None or request == self._request:
+                raise
+            token, until = ask(request)
+            self._request = request
+            _LOGGER.info("kafka: the token server was asked with the secret that is new")
+        extensions = dict(self._request.extensions)
+        return (token, until, self._request.client, extensions) if extensions else (token, until)
 
 
 # Python's own classes, unlike those of C, can be referred to without being held.
@@ -264,14 +346,14 @@ def _client(kind: Any, settings: Mapping[str, Any]) -> Any:
     if not isinstance(log, ErrorLog):
         log = ErrorLog(login.config if isinstance(login, IamLogin) else None)
     log.expect(settings)
-    if isinstance(login, IamLogin):
-        login.check()
     by_sts = settings.get(f"{_BEARER}metadata.authentication.type") == "aws_iam"
     if by_sts:
         # confluent-kafka asks for tokens itself.
         quiet()
     try:
         _try_tls(settings)
+        if isinstance(login, TokenLogin):
+            login.check()
         client = kind({**settings, "error_cb": log}, logger=logging.getLogger("librdkafka"))
         log.watch(client)
         return client
@@ -289,13 +371,14 @@ def _client(kind: Any, settings: Mapping[str, Any]) -> Any:
 
 
 def _try_tls(settings: Mapping[str, Any]) -> None:
-    """Have librdkafka read certificates and keys; that it cannot ends the process, where it looks
-    for tokens of a server, too.
+    """Have librdkafka read certificates and keys before a token server is asked. Where it asks one
+    itself, that it cannot ends the process.
 
     Raises:
         KafkaException: It cannot.
     """
-    if settings.get(f"{_BEARER}method") == "oidc":
+    by_us = isinstance(settings.get("oauth_cb"), OidcLogin)
+    if by_us or settings.get(f"{_BEARER}method") == "oidc":
         tls = {name: value for name, value in settings.items() if name.startswith("ssl.")}
         confluent_kafka.Producer(
             # That it has no brokers is no news.

@@ -50,6 +50,19 @@ TRIM_HORIZON, LATEST, AT_TIMESTAMP = "TRIM_HORIZON", "LATEST", "AT_TIMESTAMP"
 _NO_OFFSET = -1001  # what librdkafka reports for a group without a committed offset
 _INTERNAL = "__"
 _NOT_YET = NO_COORDINATOR | {ErrorCode.UNSTABLE_OFFSET_COMMIT}
+# While a partition gets a leader, its first one or another. Unlike a consumer, a client that asks
+# does not wait for that.
+_MOVES = frozenset(
+    {
+        ErrorCode.LEADER_NOT_AVAILABLE,
+        ErrorCode.NOT_LEADER_FOR_PARTITION,
+        ErrorCode.REPLICA_NOT_AVAILABLE,
+        ErrorCode.KAFKA_STORAGE_ERROR,
+        ErrorCode.FENCED_LEADER_EPOCH,
+        ErrorCode.UNKNOWN_LEADER_EPOCH,
+        ErrorCode.OFFSET_NOT_AVAILABLE,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +152,13 @@ def choose_start(
     return Start(committed, resolved=False), None
 
 
+def _code(error: KafkaException | TimeoutError) -> int | None:
+    return error.args[0].code() if isinstance(error, KafkaException) else None
+
+
 def _is_unknown(error: KafkaException | TimeoutError) -> bool:
     """Whether the client knows no such partition, or no leader of any, by itself."""
-    code = error.args[0].code() if isinstance(error, KafkaException) else None
-    return code in (ErrorCode._UNKNOWN_PARTITION, ErrorCode._NOENT)
+    return _code(error) in (ErrorCode._UNKNOWN_PARTITION, ErrorCode._NOENT)
 
 
 def partly_known(
@@ -442,6 +458,7 @@ class SourceOffsets:
         if not keys:
             return {}
         again = False
+        deadline = monotonic() + timeout_secs
         while True:
             admin = self._get_admin()
             what = "offsets"
@@ -457,6 +474,9 @@ class SourceOffsets:
                     found[each.topic, each.partition] = int(future.result(timeout_secs + 1).offset)
                 return found
             except (KafkaException, TimeoutError) as error:
+                if _code(error) in _MOVES and monotonic() < deadline:
+                    sleep(0.2)
+                    continue
                 if again or not _is_unknown(error):
                     raise self._failed(what, error) from None
                 # The client keeps what it knows of a topic for minutes, and so takes partitions

@@ -1,7 +1,12 @@
+import java.io.IOException;
 import java.nio.charset.StandardCharsets;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.nio.file.StandardOpenOption;
 import java.util.Base64;
 import java.util.List;
 import java.util.Map;
+import java.util.TreeMap;
 import java.util.regex.Matcher;
 import java.util.regex.Pattern;
 import javax.crypto.Mac;
@@ -9,10 +14,15 @@ import javax.crypto.spec.SecretKeySpec;
 import javax.security.auth.callback.Callback;
 import javax.security.auth.login.AppConfigurationEntry;
 import org.apache.kafka.common.security.auth.AuthenticateCallbackHandler;
+import org.apache.kafka.common.security.oauthbearer.OAuthBearerExtensionsValidatorCallback;
 import org.apache.kafka.common.security.oauthbearer.OAuthBearerToken;
 import org.apache.kafka.common.security.oauthbearer.OAuthBearerValidatorCallback;
 
-/** Lets in who has a token of the tests' token server: HS256, with a subject, a scope and an end. */
+/**
+ * Lets in who has a token of the tests' token server: HS256, with a subject, a scope and an end.
+ *
+ * <p>What a client says beside its token is a line in the file {@code jwt.log}, a system property.
+ */
 public class JwtValidator implements AuthenticateCallbackHandler {
     @Override
     public void configure(
@@ -22,8 +32,19 @@ public class JwtValidator implements AuthenticateCallbackHandler {
     public void close() {}
 
     @Override
-    public void handle(Callback[] callbacks) {
+    public void handle(Callback[] callbacks) throws IOException {
         for (Callback callback : callbacks) {
+            if (callback instanceof OAuthBearerExtensionsValidatorCallback) {
+                OAuthBearerExtensionsValidatorCallback told =
+                        (OAuthBearerExtensionsValidatorCallback) callback;
+                Map<String, String> extensions = new TreeMap<>(told.inputExtensions().map());
+                Files.writeString(
+                        Path.of(System.getProperty("jwt.log")),
+                        extensions + "\n",
+                        StandardOpenOption.CREATE,
+                        StandardOpenOption.APPEND);
+                extensions.keySet().forEach(told::valid);
+            }
             if (callback instanceof OAuthBearerValidatorCallback) {
                 OAuthBearerValidatorCallback asked = (OAuthBearerValidatorCallback) callback;
                 try {

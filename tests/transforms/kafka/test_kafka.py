@@ -10,6 +10,7 @@ from confluent_kafka import KafkaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.local.processes import wait_until
 from transforms.errors import UsageError
 from transforms.kafka import client
 from transforms.kafka.client import KafkaConfig, client_settings, make_producer
@@ -164,6 +165,61 @@ def test_a_refused_password_is_looked_for_anew(tmp_path: Path) -> None:
     log(_Refused())
     log(_Refused())
     assert ours.logins == [("u", "new")]
+
+
+class _Login(client.TokenLogin):
+    """Gives a token that is good for so long; the next one says that it is."""
+
+    kind = "test"
+
+    def __init__(self, secs: float) -> None:
+        super().__init__()
+        self.secs, self.made = secs, 0
+
+    def _make(self) -> tuple[Any, ...]:
+        self.made += 1
+        return f"token-{self.made}", client.time() + self.secs
+
+
+def test_clients_that_ask_at_once_get_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials that end soon are fetched anew for each token, which takes its time."""
+    now = [1000.0]
+    for clock in ("time", "monotonic"):
+        monkeypatch.setattr(client, clock, lambda: now[0])
+    login = _Login(20)
+    assert login("") == ("token-1", 1020)
+    now[0] += 1
+    login.check()
+    assert login("") == ("token-1", 1020)
+    now[0] += 1
+    assert login("") == ("token-2", 1022)
+
+
+def test_clients_that_nobody_polls_ask_for_tokens() -> None:
+    """A producer that has nothing to write, a consumer that only commits, who asks now and then."""
+    kinds = (client._Consumer, client._Producer, client._Admin)
+    logins = [_Login(2) for _ in kinds]
+    settings = {
+        "bootstrap.servers": "127.0.0.1:1",
+        "security.protocol": "SASL_SSL",
+        "sasl.mechanism": "OAUTHBEARER",
+        "log_level": 0,
+    }
+    clients = [
+        client._client(
+            kind,
+            {**settings, "oauth_cb": login}
+            | ({"group.id": "g"} if kind is client._Consumer else {}),
+        )
+        for kind, login in zip(kinds, logins)
+    ]
+    begun = [login.made for login in logins]
+    wait_until(
+        lambda: all(login.made >= first + 2 for login, first in zip(logins, begun)),
+        "a client does not ask",
+        60,
+    )
+    clients[0].close()
 
 
 @given(

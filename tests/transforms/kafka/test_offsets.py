@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError as ErrorCode
+from confluent_kafka import KafkaException
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,6 +99,38 @@ def test_a_partition_that_cannot_be_asked_after_is_not_one_without_an_offset(mon
     source = SourceOffsets(config, _Consumer(ErrorCode.GROUP_AUTHORIZATION_FAILED, 1))
     with pytest.raises(KafkaError, match="committed offsets of group g cannot be read"):
         source.committed(keys)
+
+
+class _Admin:
+    """Says of a partition that it has no leader yet, so many times."""
+
+    def __init__(self, code: int, times: float) -> None:
+        self.code, self.times = code, times
+
+    def list_offsets(self, asked: dict[Any, Any], **_: Any) -> dict[Any, Future[Any]]:
+        self.times -= 1
+        answers: dict[Any, Future[Any]] = {each: Future() for each in asked}
+        for future in answers.values():
+            if self.times >= 0:
+                future.set_exception(KafkaException(ErrorCode(self.code)))
+            else:
+                future.set_result(SimpleNamespace(offset=7))
+        return answers
+
+    def poll(self, timeout: float) -> None:
+        pass
+
+
+def test_a_partition_that_gets_a_leader_is_waited_for(monkeypatch) -> None:
+    """Its first one, or another: a run that begins then does not end for it."""
+    monkeypatch.setattr(module, "sleep", lambda secs: None)
+    source = SourceOffsets(SourceConfig(KafkaConfig("broker:9092", "g"), ("t",)), _Consumer(0, 0))
+    source._admin = _Admin(ErrorCode.NOT_LEADER_FOR_PARTITION, 2)
+    assert source.range(("t", 0)) == (7, 7)
+    for code in (ErrorCode.NOT_LEADER_FOR_PARTITION, ErrorCode.TOPIC_AUTHORIZATION_FAILED):
+        source._admin = _Admin(code, float("inf"))
+        with pytest.raises(KafkaError, match="offsets of t-0 cannot be read"):
+            source.ranges([("t", 0)], timeout_secs=0.05)
 
 
 def test_what_a_broker_says_of_partitions(broker: KafkaBroker, names: Names) -> None:
