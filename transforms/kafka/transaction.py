@@ -87,9 +87,6 @@ def transaction_settings(
     defaults: dict[str, Any] = {
         "transaction.timeout.ms": TIMEOUT_MS,
         "batch.size": _BATCH_BYTES,
-        # Begun anew when all brokers are lost, librdkafka 2.16 forgets the call that waits for one,
-        # which then never returns. Here it is the producer that is begun anew.
-        "metadata.recovery.strategy": "none",
     }
     if java_keys:
         defaults["partitioner"] = "murmur2_random"
@@ -98,7 +95,8 @@ def transaction_settings(
 
 def returned(call: Callable[[float], None], secs: float) -> None:
     """Make a call of a producer. One that does not return is left to itself, and its producer with
-    it: the group waits for the thread that is held up, with all its other members.
+    it: the group waits for the thread that is held up, with all its other members. After a broker's
+    restart librdkafka 2.16 forgets the call that adds offsets to a transaction now and then.
 
     Args:
         call: Takes how long it may take.
