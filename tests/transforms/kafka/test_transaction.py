@@ -169,11 +169,13 @@ def test_a_call_that_never_returns_costs_its_producer(
     world: _World, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The member's thread goes on, and the transaction with another producer."""
-    monkeypatch.setattr("transforms.kafka.transaction._STEP_SECS", 1.0)
+    # The first one may wait for the broker, which gets ready for transactions.
+    world.transaction().producer.begin_transaction()
+    monkeypatch.setattr("transforms.kafka.transaction._STEP_SECS", 2.0)
     monkeypatch.setattr("transforms.kafka.transaction._ABORT_SECS", 0.5)
     monkeypatch.setattr("transforms.kafka.transaction._GRACE_SECS", 0.5)
     over = threading.Event()
-    hanging = True
+    hanging = False
 
     class Hangs:
         def __init__(self, producer: Producer) -> None:
@@ -192,6 +194,7 @@ def test_a_call_that_never_returns_costs_its_producer(
         world.write(transaction, value)
         transaction.commit(world.offsets(1), world.member)
 
+    hanging = True
     try:
         if name == "abort_transaction":
             transaction.begin()
