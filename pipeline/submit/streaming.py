@@ -7,11 +7,13 @@ need for this pipeline is set here, unless the user has set it.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -42,9 +44,16 @@ _CHECKPOINT_MS = 10_000
 _BUNDLE_MS = 100
 _ASK_KAFKA_SECS = 120.0
 
+FLINK_CONF = Path(__file__).parent / "flink_conf"
+"""What a job on Flink is made with, for a job server that is given no other settings."""
+
 
 def runner_options(
-    runner: str, arguments: Sequence[str], bounded: bool, group: str = ""
+    runner: str,
+    arguments: Sequence[str],
+    bounded: bool,
+    group: str = "",
+    environ: Mapping[str, str] = os.environ,
 ) -> list[str]:
     """Beam's arguments with those added that the runner needs and the user did not give.
 
@@ -53,6 +62,7 @@ def runner_options(
         arguments: Beam's arguments as the user gave them.
         bounded: Whether the run ends by itself.
         group: The consumer group, which gives a job on Dataflow its name.
+        environ: Environment variables.
     """
     given = {argument.split("=", 1)[0] for argument in arguments}
     wanted = ["--streaming"]
@@ -66,6 +76,10 @@ def runner_options(
             # it, is what a record would wait at each step.
             f"--max_bundle_time_mills={_BUNDLE_MS}",
         ]
+        # Beam starts the job server here, where this folder is.
+        server_is_ours = runner == "FlinkRunner" and "--flink_submit_uber_jar" not in given
+        if server_is_ours and "FLINK_CONF_DIR" not in environ:
+            wanted.append(f"--flink_conf_dir={FLINK_CONF}")
         if runner == "PortableRunner":
             wanted.append("--environment_type=LOOPBACK")
         if bounded:
