@@ -41,7 +41,7 @@ from transforms.records import Finished, PartitionKey, halt_of, read_halt
 _LOGGER = logging.getLogger(__name__)
 
 _CHECKPOINT_MS = 10_000
-_BUNDLE_MS = 50
+_BUNDLE_MS = 60
 _ASK_KAFKA_SECS = 120.0
 
 FLINK_CONF = Path(__file__).parent / "flink_conf"

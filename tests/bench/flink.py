@@ -239,7 +239,11 @@ class FlinkLatency(latency.Bench):
             WrongResult: What is left is not what should be, or it cannot follow.
         """
         load = latency.Load(rate, partitions, 0, 0)
-        run = super().measure(load, NATIVE, url)
+        try:
+            run = super().measure(load, NATIVE, url)
+        finally:
+            # Not before the program has left it alone: it would say that its job has failed.
+            end_jobs(self._cluster)
         if not run.follows:
             raise WrongResult(f"{load}: it cannot follow")
         times = (run.p50, run.p95, run.p99, run.max)
@@ -276,13 +280,12 @@ class FlinkLatency(latency.Bench):
     ) -> bool:
         topic = responses.removesuffix("-out")
         follows = super()._wait_for_all(process, records, rate, responses, url)
-        # The program that submitted leaves at once, and what it began goes on.
+        # Told to end, the program leaves at once, and what it began goes on.
         deadline = time.monotonic() + _RUN_SECS
         while follows and sum(self._broker.committed(topic, topic).values()) <= records:
             if time.monotonic() > deadline:
                 raise WrongResult(f"not all is committed of {topic}")
             time.sleep(0.2)
-        end_jobs(self._cluster)
         return follows
 
 

@@ -144,7 +144,7 @@ def test_flink_gets_what_this_pipeline_needs_unless_the_user_says_otherwise() ->
     assert "--streaming" in added
     assert "--finish_bundle_before_checkpointing" in added
     assert "--checkpointing_interval=10000" in added
-    assert "--max_bundle_time_mills=50" in added
+    assert "--max_bundle_time_mills=60" in added
     said = ["--checkpointing_interval=500"]
     assert "--checkpointing_interval=10000" not in runner_options("FlinkRunner", said, False)
     ends = [name for name in runner_options("FlinkRunner", [], True) if "shutdown_sources" in name]
