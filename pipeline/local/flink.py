@@ -43,6 +43,13 @@ from pipeline.local.processes import (
 
 _ROOT = Path(__file__).parent.parent.parent
 
+_ENVIRONMENTS = {
+    # Workers import what the pipeline was made of: this code, wherever it is.
+    "worker-pool": {"PYTHONPATH": str(_ROOT)},
+    # Jobs are made with what the pipeline asks for on a job server that it starts itself.
+    "job-server": {"FLINK_CONF_DIR": str(_ROOT / "pipeline" / "submit" / "flink_conf")},
+}
+
 _START_SECS = 180.0  # of one process; a second or two unless the machine has other work
 _REST_SECS = 30.0  # of one request
 
@@ -539,9 +546,7 @@ class FlinkCluster(LocalServers):
         _write_classpath_jar(self.job_server_jar, jars, _JOB_SERVER)
         _write_classpath_jar(self.expansion_service_jar, jars, _EXPANSION_SERVICE)
         for name, command in self._commands(folder).items():
-            # Workers import what the pipeline was made of: this code, wherever it is.
-            environment = {"PYTHONPATH": str(_ROOT)} if name == "worker-pool" else None
-            yield ServerProcess(name, command, folder, environment)
+            yield ServerProcess(name, command, folder, _ENVIRONMENTS.get(name))
 
     def _own_config(self) -> dict[str, str]:
         config = {

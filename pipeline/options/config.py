@@ -408,6 +408,7 @@ def _make_config(
                 wait_secs=values["breaker_wait_secs"],
             ),
             trace=_trace(values),
+            drain_wait_secs=values["drain_wait_secs"] if values["until"] == "forever" else None,
         ),
         write=WriteConfig(
             kafka=kafka,

@@ -795,6 +795,17 @@ GROUPS = (
                 high=3600,
             ),
             Option(
+                "drain_wait_secs",
+                "How long a drain of a job on Flink or Dataflow waits for what was read and is not "
+                "finished. What is not finished then is not committed, and the log says where: a "
+                "job that begins at the group's offsets reads it again. By default until all is "
+                "finished, while the function is down without end. Not with --until=caught_up.",
+                kind="float",
+                unit="seconds",
+                low=0,
+                high=86400,
+            ),
+            Option(
                 "preflight",
                 "Check the topics and, with a DryRun invocation, the function before anything is "
                 "read. --preflight=false switches it off.",

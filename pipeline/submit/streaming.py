@@ -7,11 +7,13 @@ need for this pipeline is set here, unless the user has set it.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -40,12 +42,19 @@ from transforms.records import Finished, PartitionKey, halt_of, read_halt
 _LOGGER = logging.getLogger(__name__)
 
 _CHECKPOINT_MS = 10_000
-_BUNDLE_MS = 100
+_BUNDLE_MS = 60
 _ASK_SOURCE_SECS = 120.0
+
+FLINK_CONF = Path(__file__).parent / "flink_conf"
+"""What a job on Flink is made with, for a job server that is given no other settings."""
 
 
 def runner_options(
-    runner: str, arguments: Sequence[str], bounded: bool, group: str = ""
+    runner: str,
+    arguments: Sequence[str],
+    bounded: bool,
+    group: str = "",
+    environ: Mapping[str, str] = os.environ,
 ) -> list[str]:
     """Beam's arguments with those added that the runner needs and the user did not give.
 
@@ -54,6 +63,7 @@ def runner_options(
         arguments: Beam's arguments as the user gave them.
         bounded: Whether the run ends by itself.
         group: The consumer group, which gives a job on Dataflow its name.
+        environ: Environment variables.
     """
     given = {argument.split("=", 1)[0] for argument in arguments}
     wanted = ["--streaming"]
@@ -64,9 +74,14 @@ def runner_options(
             # something else comes to that step, which may be never.
             "--finish_bundle_before_checkpointing",
             # What comes to a step is handed to Python when the bundle ends: a second, as Flink has
-            # it, is what a record would wait at each step.
+            # it, is what a record would wait at each step. Flink looks twice in this time, and ends
+            # a bundle at the third look: a bundle lasts half as long again.
             f"--max_bundle_time_mills={_BUNDLE_MS}",
         ]
+        # Beam starts the job server here, where this folder is.
+        server_is_ours = runner == "FlinkRunner" and "--flink_submit_uber_jar" not in given
+        if server_is_ours and "FLINK_CONF_DIR" not in environ:
+            wanted.append(f"--flink_conf_dir={FLINK_CONF}")
         if runner == "PortableRunner":
             wanted.append("--environment_type=LOOPBACK")
         if bounded:

@@ -540,8 +540,22 @@ def main() -> int:
     parser.add_argument(
         "--only",
         action="append",
-        choices=[*(scenario.name for scenario in SCENARIOS), *COMPETITORS],
+        choices=[
+            *(scenario.name for scenario in SCENARIOS),
+            *COMPETITORS,
+            *("DirectRunner", "Flink, native reader", "Flink, Beam's reader"),
+        ],
         help="a scenario or a competitor; may be given more than once",
+    )
+    parser.add_argument(
+        "--batch", type=int, action="append", help="flink: records per call; 1000, then 100"
+    )
+    parser.add_argument(
+        "--flink_option",
+        action="append",
+        default=[],
+        metavar="--OPTION=VALUE",
+        help="flink: given to the pipeline there; may be given more than once",
     )
     parser.add_argument("--json", help="write the result to this file too")
     parser.add_argument("--bootstrap_servers", help="a running broker, instead of starting one")

@@ -474,9 +474,7 @@ class Bench:
             WrongResult: What is left is not what should be.
         """
         topic, responses = self._make_topics(load.partitions)
-        command = command_of(
-            who, self._servers, topic, responses, url, load.window_secs, self._workers
-        )
+        command = self._command(who, topic, responses, url, load.window_secs)
         http = "127.0.0.1:{}".format(*free_ports(1)) if self._watched and who == PIPELINE else ""
         command += [f"--http={http}"] if http else []
         _reset(url)
@@ -506,17 +504,26 @@ class Bench:
     def idle(self, partitions: int, who: str, url: str, secs: float) -> Idle:
         """What a competitor costs that has answered one record and gets no other."""
         topic, responses = self._make_topics(partitions)
-        command = command_of(who, self._servers, topic, responses, url, 0, self._workers)
+        command = self._command(who, topic, responses, url, 0)
         _reset(url)
         with running(command) as process:
             self._wait_for_first(process, topic, url)
             time.sleep(self._warm_up_secs)
-            begin, before = time.monotonic(), cpu_secs(process.pid)
+            begin, before = time.monotonic(), self._cpu_secs(process)
             time.sleep(secs)
-            used, elapsed = cpu_secs(process.pid) - before, time.monotonic() - begin
+            used, elapsed = self._cpu_secs(process) - before, time.monotonic() - begin
             _raise_if_ended(process)
         self._delete(topic, responses)
         return Idle(who, partitions, round(100 * used / elapsed, 2))
+
+    def _command(
+        self, who: str, topic: str, responses: str, url: str, window_secs: float
+    ) -> list[str]:
+        return command_of(who, self._servers, topic, responses, url, window_secs, self._workers)
+
+    def _cpu_secs(self, process: subprocess.Popen[bytes]) -> float:
+        """The processor's time so far of those who do the work."""
+        return cpu_secs(process.pid)
 
     def _make_topics(self, partitions: int) -> tuple[str, str]:
         topic = f"bench-{uuid.uuid4().hex[:12]}"
@@ -561,9 +568,9 @@ class Bench:
                     raise WrongResult("the generator did not begin")
                 start_ms = float(line)
                 time.sleep(max(0.0, start_ms / 1000 + self._warm_up_secs - time.time()))
-                begin, before = time.monotonic(), cpu_secs(process.pid)
+                begin, before = time.monotonic(), self._cpu_secs(process)
                 time.sleep(self._secs)
-                used, elapsed = cpu_secs(process.pid) - before, time.monotonic() - begin
+                used, elapsed = self._cpu_secs(process) - before, time.monotonic() - begin
                 _raise_if_ended(process)
                 result = generator.stdout.readline()
             except BaseException:

@@ -83,6 +83,7 @@ class Handover:
         self._lock = threading.Lock()
         self._desks: dict[LaneKey, _Desk] = {}
         self._tidied = timer()
+        self._drain_until: float | None = None
         self.invoker = make(self._is_leased)
 
     def agree(self, key: LaneKey, token: str, head: int, tail: int, chunks: int = 0) -> int | None:
@@ -185,6 +186,29 @@ class Handover:
             if desk:
                 desk.renewed = self._timer()
             return bool(desk and not desk.lapsed)
+
+    def forget(self, key: LaneKey) -> None:
+        """Begin no further call of a key; what is running is nobody's any more."""
+        with self._lock:
+            self._forget(key)
+
+    def drains(self, wait_secs: float) -> float:
+        """When a drain is to end that begins now, or has begun before, by the timer.
+
+        Keys are drained one behind the other, and all together may take so long.
+        """
+        with self._lock:
+            if self._drain_until is None:
+                self._drain_until = self._timer() + wait_secs
+            return self._drain_until
+
+    def goes_on(self) -> None:
+        """More has come: whatever a drain was begun for before is no reason to be short now."""
+        self._drain_until = None
+
+    def is_over(self, deadline: float) -> bool:
+        """Whether a time is over, by the timer."""
+        return self._timer() >= deadline
 
     def _collect(self) -> None:
         for finished in self.invoker.collect():

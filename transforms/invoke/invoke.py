@@ -62,6 +62,8 @@ class InvokeConfig:
         client_context: Whether the function is told which call this is; for sync only.
         names: How records' numbers are written to the function.
         trace: What is traced, None for nothing.
+        drain_wait_secs: How long a drain of a streaming run waits for what is pending; None until
+            it is done.
     """
 
     function: FunctionConfig
@@ -73,6 +75,7 @@ class InvokeConfig:
     client_context: bool = True
     names: Names = NUMBERS
     trace: TraceConfig | None = None
+    drain_wait_secs: float | None = None
 
 
 def shared_function(config: FunctionConfig) -> LambdaFunction:

@@ -9,6 +9,8 @@ order.
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 import uuid
 from bisect import bisect_left
@@ -69,6 +71,8 @@ from transforms.records import (
     halt_name,
 )
 
+_LOGGER = logging.getLogger(__name__)
+
 # How often what has finished is looked for. Each look is a bundle of its own.
 _COLLECT_SECS = 0.1
 # How long a bundle may stay for what it has handed over, if calls are mostly over within that time:
@@ -87,8 +91,9 @@ class BatchAndInvoke(beam.PTransform):
     Bounded and unbounded, in the global window. Order: offsets rise within a batch and from batch
     to batch of a lane; a chunk that arrives before its predecessor waits for it, and results come
     out in the order of the batches. A batch is closed when it is full, after `window_secs`, and by
-    a drain, which waits for everything. At least once: what is not finished is kept in state, and
-    invoked again if its process is lost. Records that were batched before are dropped and counted.
+    a drain, which waits for everything or as long as it may. At least once: what is not finished is
+    kept in state, and invoked again if its process is lost. Records that were batched before are
+    dropped and counted.
 
     Args:
         batch: What a batch may hold; `window_secs` is needed.
@@ -212,6 +217,7 @@ class _PendingFn(beam.DoFn):
         self._counters = Counters()
         self._dropped = metrics.counter("invoke", "behind_a_halt")
         self._handed_over_again = metrics.counter("invoke", "handed_over_again")
+        self._left = metrics.counter("invoke", "left_by_a_drain")
         self._iterator_age_ms = metrics.distribution("invoke", "iterator_age_ms")
 
     def process(
@@ -244,6 +250,7 @@ class _PendingFn(beam.DoFn):
             return
         bags = (chunks_0, chunks_1)
         opened = place.open
+        self._share(self._config).goes_on()
         place = self._agree(key, place, bags)
         before = place.tail
         log = _Log(place, bags[place.newer], chunk, data)
@@ -331,12 +338,31 @@ class _PendingFn(beam.DoFn):
         log, pieces = _no_more(place, bags), _Pieces(self._share(self._config).open(key))
         batches = self._batcher.end(key, place.open, pieces, _Early(key, early), log)
         place = self._hand_over(key, place, batches, log, pieces)
-        invoker = self._share(self._config).invoker
-        while not place.halted and place.head < place.tail:
+        handover, wait_secs = self._share(self._config), self._config.drain_wait_secs
+        until = math.inf if wait_secs is None else handover.drains(wait_secs)
+        while True:
             place = yield from self._emit(key, place, bags)
+            if place.halted or place.head == place.tail:
+                break
+            if handover.is_over(until):
+                self._leave(key, place)
+                break
             place = self._renew(key, place, bags)
-            invoker.wait(lambda invoker: invoker.has_finished, 0.1)
+            handover.invoker.wait(lambda invoker: invoker.has_finished, 0.1)
         place_state.write(encode_place(place))
+
+    def _leave(self, key: LaneKey, place: Place) -> None:
+        """Say what a drain has not waited for: it is not committed, and stays in the state."""
+        self._share(self._config).forget(key)
+        self._left.inc(place.tail - place.head)
+        begin = place.done.reached if place.done.reached >= 0 else max(place.open.base, 0)
+        _LOGGER.warning(
+            "%s-%d: the drain ends after --drain_wait_secs=%g with %d batches that are not "
+            "finished, of offsets %d to %d: they are not committed, a job that begins at the "
+            "group's offsets reads them again",
+            *(*key[:2], self._config.drain_wait_secs, place.tail - place.head),
+            *(begin, place.open.next_offset - 1),
+        )
 
     def _hand_over(
         self,

@@ -160,6 +160,7 @@ class NativeReadConfig:
     Attributes:
         source: What to read.
         drain_by_haste: Whether a runner shows that it drains only by not waiting any more (Flink).
+            That one waits by itself between two bundles, so a read need not.
     """
 
     source: StreamSource
@@ -565,7 +566,9 @@ class _ReadFn(beam.DoFn):
                 # Where little comes the pause is long enough for what there is to be fetched.
                 lately = now - pace.gave <= _LATELY_SECS
                 lost, errors = reader.offsets_lost, reader.errors
-                records, next_offset = reader.read(_POLL_SECS if lately or element.bounded else 0)
+                # What came while Flink waited is there; to wait for more would keep it here.
+                waits = element.bounded or (lately and not self._config.drain_by_haste)
+                records, next_offset = reader.read(_POLL_SECS if waits else 0)
                 now = monotonic()
                 self._lost.inc(reader.offsets_lost - lost)
                 self._errors.inc(reader.errors - errors)

@@ -323,6 +323,7 @@ ALL = {
     "kafka_access": "TLS",
     "commit_refresh_secs": "1800",
     "commit_interval_secs": "0.5",
+    "drain_wait_secs": "300",
     "starting_position": "AT_TIMESTAMP",
     "starting_timestamp": "2026-01-01T00:00:00Z",
     "kafka_reader": "native",

@@ -372,6 +372,31 @@ def test_a_drain_ends_open_batches_and_loses_nothing(
     flink.check()
 
 
+def test_a_drain_waits_for_a_function_that_is_down_as_long_as_it_may(
+    flink: Flink, server: LambdaServer
+) -> None:
+    flink.create()
+    flink.produce(4, 70)
+    server.add_fault(unavailable(times=None, when=sink.of_partition(2)))
+    others = dict.fromkeys((0, 1, 3), 70)
+    with flink.start(server, drain_wait_secs=5) as run:
+        run.until(
+            lambda: {p: o for p, o in flink.committed().items() if p != 2} == others,
+            "the others are not done",
+            WAIT_SECS,
+        )
+        (job,) = flink.rest.running_jobs()
+        flink.rest.stop(job.id, drain=True)
+        run.wait()
+    assert flink.rest.status(job.id) == "FINISHED"
+    assert flink.committed().get(2, 0) == 0
+    assert flink.logged(f"{flink.source}-2: the drain ends after --drain_wait_secs=5")
+    server.clear_faults()
+    with flink.start(server) as run:
+        flink.wait_committed(run, others | {2: 70})
+    flink.check()
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_a_savepoint_goes_on_with_another_parallelism(
     flink: Flink, server: LambdaServer, reader: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import uuid
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
@@ -172,12 +173,26 @@ def test_flink_gets_what_this_pipeline_needs_unless_the_user_says_otherwise() ->
     assert "--streaming" in added
     assert "--finish_bundle_before_checkpointing" in added
     assert "--checkpointing_interval=10000" in added
-    assert "--max_bundle_time_mills=100" in added
+    assert "--max_bundle_time_mills=60" in added
     said = ["--checkpointing_interval=500"]
     assert "--checkpointing_interval=10000" not in runner_options("FlinkRunner", said, False)
     ends = [name for name in runner_options("FlinkRunner", [], True) if "shutdown_sources" in name]
     assert ends
     assert not any("shutdown_sources" in name for name in added)
+
+
+def test_a_job_server_that_is_started_here_is_told_what_flink_has_no_option_for() -> None:
+    def added(*arguments: str, runner: str = "FlinkRunner", **environ: str) -> list[str]:
+        found = runner_options(runner, arguments, bounded=False, environ=environ)
+        return [each for each in found if each.startswith("--flink_conf_dir")]
+
+    (option,) = added("--flink_master=h:1")
+    folder = Path(option.split("=")[1])
+    assert "execution.buffer-timeout.interval: 5 ms" in (folder / "config.yaml").read_text()
+    assert added("--flink_conf_dir=/etc/flink") == ["--flink_conf_dir=/etc/flink"]
+    assert added(FLINK_CONF_DIR="/etc/flink") == []
+    # Where it is not on this machine there is no such folder.
+    assert added(runner="PortableRunner") == added("--flink_submit_uber_jar") == []
 
 
 def test_options_of_flink_s_java_half_are_known() -> None:

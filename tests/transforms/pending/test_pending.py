@@ -91,6 +91,7 @@ class Worker:
         self.bags = (Bag(), Bag())
         self.timer, self.due, self.end = Timer(), Timer(), Timer()
         self.now, self.clock = 0.0, 10.0
+        self.drain_wait_secs: float | None = None
         self.calls: list[int] = []
         self.start_process()
 
@@ -114,7 +115,9 @@ class Worker:
             )
 
         self.handover = handover = Handover(make, lambda: self.now)
-        config = InvokeConfig(FunctionConfig("f"), streaming=True)
+        config = InvokeConfig(
+            FunctionConfig("f"), streaming=True, drain_wait_secs=self.drain_wait_secs
+        )
         self.step = _PendingFn(
             self.config, config, share=lambda _: handover, clock=lambda: self.clock
         )
@@ -404,6 +407,43 @@ def test_a_drain_waits_for_everything_and_leaves_no_timer() -> None:
     _tile(out, 0, 40)
     assert (worker.timer.due, worker.due.due) == (None, None)
     assert (worker.at.head, worker.held) == (40, 0)
+
+
+def test_a_drain_leaves_what_takes_too_long_uncommitted_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate = threading.Event()
+
+    def answer(batch: Batch) -> Outcome:
+        return (
+            Outcome(Kind.SUCCESS) if batch.start < 2 or gate.wait(60) else Outcome(Kind.TRANSIENT)
+        )
+
+    worker = Worker(answer)
+    worker.drain_wait_secs = 5.0
+    worker.start_process()
+    out = [finished for number in range(5) for finished in worker.process(number, number + 1)]
+    worker.handover.drains(5.0)  # another lane's, which has taken it all
+    worker.now = 5.0
+    worker.handover.invoker.wait(lambda _: 2 in worker.calls, 60)
+    out += worker.drain()
+    _tile(out, 0, 2)
+    assert "t-0: the drain ends after --drain_wait_secs=5 with 3 batches" in caplog.text
+    assert "offsets 2 to 4: they are not committed" in caplog.text
+    assert (worker.at.head, worker.at.tail, worker.timer.due) == (2, 5, None)
+    # Where the job goes on after all, nothing is missing.
+    gate.set()
+    worker.start_process()
+    _tile(out + worker.process(5, 6) + worker.drain(), 0, 6)
+
+
+def test_what_comes_after_a_drain_that_failed_has_all_its_time_again() -> None:
+    worker = Worker(_succeed)
+    assert worker.handover.drains(5.0) == 5.0
+    worker.now = 100.0
+    assert worker.handover.drains(5.0) == 5.0
+    worker.process(0, 1)
+    assert worker.handover.drains(5.0) == 105.0
 
 
 def test_a_lost_process_costs_a_second_call_and_no_record() -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import apache_beam as beam
 import pytest
 from apache_beam.io.restriction_trackers import OffsetRange
+from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
-from apache_beam.utils.timestamp import Timestamp
+from apache_beam.utils.timestamp import Duration, Timestamp
 
 from transforms.errors import StateError
 from transforms.read.streaming import (
@@ -27,6 +28,7 @@ from transforms.read.streaming import (
     _FindingCoder,
     _FoundCoder,
     _RangeCoder,
+    _ReadFn,
     _ReadProvider,
     _WatermarkCoder,
 )
@@ -48,6 +50,7 @@ class _ListReader:
 
     def __init__(self) -> None:
         self._position = -1
+        self.waits: list[float] = []
 
     def go_to(self, offset: int) -> bool:
         moved, self._position = offset != self._position, offset
@@ -57,6 +60,7 @@ class _ListReader:
         return True
 
     def read(self, timeout_secs: float) -> tuple[Records, int]:
+        self.waits.append(timeout_secs)
         found = [offset for offset in OFFSETS if offset >= self._position][:AT_ONCE]
         if found:
             self._position = found[-1] + 1
@@ -123,6 +127,40 @@ def test_what_has_no_end_goes_on_behind_any_position() -> None:
     assert split
     assert split[1].start == END + STEP + 1
     assert _ReadProvider().restriction_size(found, split[1]) == 0
+
+
+class _View:
+    """What a runner gives the reader of a restriction."""
+
+    def __init__(self, found: FoundPartition) -> None:
+        restriction = _ReadProvider().initial_restriction(found)
+        self._tracker = _ReadProvider().create_tracker(restriction)
+        self.current_restriction = self._tracker.current_restriction
+        self.try_claim = self._tracker.try_claim
+        self.deferred: list[Duration] = []
+
+    def defer_remainder(self, delay: Duration) -> None:
+        self.deferred.append(delay)
+
+
+@pytest.mark.parametrize(
+    ("on_flink", "bounded", "waits"),
+    [(True, False, False), (False, False, True), (True, True, True)],
+)
+def test_where_the_runner_waits_between_bundles_the_reader_does_not(
+    on_flink: bool, bounded: bool, waits: bool
+) -> None:
+    """Partitions take turns: what one has read would wait for the next ones."""
+    name = uuid.uuid4().hex
+    config = NativeReadConfig(_List(name, bounded), drain_by_haste=on_flink)
+    found = FoundPartition(name, 0, FIRST, END, bounded)
+    view = _View(found)
+    given = list(_ReadFn(config).process(found, view, ManualWatermarkEstimator(None)))
+    offsets = [offset for each in given for offset in each.value.records.offsets]
+    assert offsets == OFFSETS
+    assert {wait > 0 for wait in _readers[name, 0].waits} == {waits}
+    # It gave records lately, so it is asked again at once.
+    assert view.deferred == ([] if bounded else [Duration.of(0)])
 
 
 @pytest.mark.parametrize(
