@@ -9,6 +9,7 @@ import time
 from base64 import b64decode
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from pipeline.local.kinesis import LocalKinesis
 from pipeline.local.lambda_server import LambdaContext, LambdaServer
 from tests import sink
 from tests.conftest import Names
+from tests.runs.test_hands import TOKEN, Told
 
 STREAM, TABLE = "orders", "orders-to-lambda"
 SIZE_MS = 60_000
@@ -376,3 +378,44 @@ def test_an_error_record_that_is_not_taken_keeps_its_window_back(
     with sink.serve(function) as server:
         topics.run(server, code=3, **topics.log_errors)
     assert broker.committed(topics.group, topics.source)[0] == 20
+
+
+def test_a_halted_partition_begins_its_window_anew(
+    broker: KafkaBroker, names: Names, tmp_path: Path
+) -> None:
+    """And cannot be brought past a record that its window has: what it holds would be lost."""
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    topics = topics_of(broker, names, batch_size=5, http=0, http_token_file=token)
+    first_ms = long_ago()
+    values = [b"order %d" % n for n in range(25)]
+    broker.produce(
+        topics.source,
+        [
+            NewRecord(0, None, value, timestamp=first_ms + n // 20 * SIZE_MS + n)
+            for n, value in enumerate(values)
+        ],
+    )
+    inner, bad = Function(), {"order 12"}
+
+    def function(event: Any, context: LambdaContext) -> Any:
+        if bad & set(texts_of(event)):
+            raise ValueError("cannot process this order")
+        return inner(event, context)
+
+    options = {"until": "forever", "error_topic": topics.errors}
+    with sink.serve(function) as server, topics.start(server, **options) as run:
+        told = Told(run)
+        told.until(lambda each: each["partitions"].get(("halted",)) == 1)
+        place = f"--partition={topics.source}-0"
+        assert "no record can be skipped" in told.ctl("skip", place, code=1)
+        assert broker.committed(topics.group, topics.source)[0] == 0
+        bad.clear()
+        assert "changed" in told.ctl("resume-halted", place)
+        run.until(lambda: len(inner.finals) == 2, "the windows were not closed")
+        run.until(lambda: broker.committed(topics.group, topics.source)[0] == 25, "not committed")
+        run.send(signal.SIGTERM)
+        run.wait()
+    assert [seen for _, _, seen in inner.finals] == [
+        [value.decode() for value in own] for own in (values[:20], values[20:])
+    ]
