@@ -9,6 +9,7 @@ itself where it comes from. Both have keys and values as base64 and header bytes
 
 from __future__ import annotations
 
+import time
 from binascii import b2a_base64
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +25,28 @@ CONFLUENT, KAFKA_EVENT, PIPES, KINESIS_EVENT = ENVELOPES = (
     "pipes",
     "kinesis_event",
 )
-
+WINDOWED = (KAFKA_EVENT, KINESIS_EVENT)
 
 _RECORDS = Frame(b'{"Records":[', b"]}")
+
+
+@dataclass(frozen=True, slots=True)
+class WindowFacts:
+    """What a function is told of the tumbling window that its records are in.
+
+    Attributes:
+        start_ms: Where it begins, in milliseconds since the epoch.
+        end_ms: Where it ends.
+        state: What the function has returned last in this window, as JSON text.
+        final: Whether nothing more comes of it.
+        early: Whether it ends early: the same window may go on with an empty state.
+    """
+
+    start_ms: int
+    end_ms: int
+    state: bytes
+    final: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +54,7 @@ class Envelope:
     """What stands around the records.
 
     Attributes:
-        name: One of `ENVELOPES`.
+        name: One of `ENVELOPES`; `WINDOWED` ones can have windows.
         bootstrap_servers: As the event shows them, a comma separated list.
         event_source_arn: ARN of the MSK cluster, or None for any other Kafka.
         source_format: Whether what has a schema is sent as the bytes it is, without the schema's
@@ -58,8 +78,10 @@ class Envelope:
             source["eventSourceArn"] = self.event_source_arn
         return source | {"bootstrapServers": self.bootstrap_servers}
 
-    def frame(self, topic: str, partition: int) -> Frame:
-        """Head and tail of a payload with records of one partition."""
+    def frame(self, topic: str, partition: int, window: WindowFacts | None = None) -> Frame:
+        """Head and tail of a payload with records of one partition, and maybe of one window."""
+        if window:
+            return self._window_frame(topic, partition, window)
         if self.name == KINESIS_EVENT:
             return _RECORDS
         if self.name != KAFKA_EVENT:
@@ -67,6 +89,35 @@ class Envelope:
         key = orjson.dumps(f"{topic}-{partition}")
         head = orjson.dumps(self.source)[:-1] + b',"records":{' + key + b":["
         return Frame(head, b"]}}")
+
+    def _window_frame(self, topic: str, partition: int, window: WindowFacts) -> Frame:
+        """What AWS has beside the records of a stream; for a topic the same, with another place."""
+        frame = self.frame(topic, partition)
+        place = {"topicPartition": f"{topic}-{partition}"}
+        if self.name == KINESIS_EVENT:
+            place = {"shardId": _shard_id(partition), "eventSourceARN": self._arn(topic)}
+        times = {"start": _iso(window.start_ms), "end": _iso(window.end_ms)}
+        flags = {
+            "isFinalInvokeForWindow": window.final,
+            "isWindowTerminatedEarly": window.early,
+        }
+        tail = b',"window":%b,"state":%b,%b' % (
+            orjson.dumps(times),
+            window.state,
+            orjson.dumps(place | flags)[1:],
+        )
+        return Frame(frame.head, frame.tail[:-1] + tail)
+
+    def _arn(self, stream: str) -> str:
+        return dict(self.stream_arns).get(stream, stream)
+
+
+def _shard_id(shard: int) -> str:
+    return f"shardId-{shard:012d}"
+
+
+def _iso(ms: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ms // 1000))
 
 
 def encode_event_records(
@@ -106,8 +157,7 @@ def encode_event_records(
 
 
 def _stream_records(stream: str, shard: int, records: Records, envelope: Envelope) -> list[bytes]:
-    arn = dict(envelope.stream_arns).get(stream, stream)
-    shard_id = f"shardId-{shard:012d}"
+    arn, shard_id = envelope._arn(stream), _shard_id(shard)
     rest = {
         "eventSource": "aws:kinesis",
         "eventVersion": "1.0",

@@ -205,6 +205,8 @@ class Frame:
 ARRAY = Frame()
 """A plain JSON array."""
 
+FINAL, EARLY = "final", "early"
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -220,6 +222,8 @@ class Batch:
         rejection: Set if the batch is a single record that must not be sent.
         frame: What stands around the entries in a payload, be it of all of them or of some.
         lane: The partition's lane; 0 if it has only one.
+        closes: If it is one without records that ends the lane's tumbling window: whether it is
+            over (`FINAL`), or may go on with an empty state (`EARLY`). Else empty.
     """
 
     topic: str
@@ -231,6 +235,7 @@ class Batch:
     rejection: Rejection | None = None
     frame: Frame = ARRAY
     lane: int = 0
+    closes: str = ""
 
     @property
     def key(self) -> PartitionKey:
@@ -369,6 +374,8 @@ class Finished:
         stats: What it took.
         halted: Set if this failure stops the partition.
         lane: The partition's lane.
+        reach: The range that is done with it, where that is another one than its own: a window
+            that is open holds its records back, and when it ends they are done together.
     """
 
     topic: str
@@ -379,6 +386,7 @@ class Finished:
     stats: CallStats = field(default_factory=CallStats)
     halted: Failure | None = None
     lane: int = 0
+    reach: tuple[int, int] | None = None
 
     @property
     def key(self) -> PartitionKey:

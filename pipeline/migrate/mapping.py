@@ -272,7 +272,7 @@ ROWS = (
     ),
     unneeded("ProvisionedPollerConfig.*", "nothing has to be kept ready"),
     Row(("State", "Enabled"), "disable the mapping before the pipeline runs", _state),
-    refused("TumblingWindowInSeconds", "windows with a state are not known here", harmless=("0",)),
+    becomes("TumblingWindowInSeconds", "tumbling_window_secs", "0"),
     refused(
         "Queues DocumentDBEventSourceConfig.*",
         "only mappings of Kafka and of Kinesis are known here",

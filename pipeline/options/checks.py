@@ -158,9 +158,37 @@ def check_together(
     if workers and most and workers > most:
         problems.append(f"--workers={workers} is above --max_workers={most}")
     _check_start(values, now, problems)
+    if values["tumbling_window_secs"]:
+        _check_window(values, problems)
     if values["delivery"] == EXACTLY_ONCE:
         _check_exactly_once(values, settings, problems)
     _check_watching(values, given, problems)
+
+
+def _check_window(values: dict[str, Any], problems: list[str]) -> None:
+    what = f"--tumbling_window_secs={values['tumbling_window_secs']}"
+    if values["envelope"] not in envelope.WINDOWED:
+        problems.append(
+            f"{what} goes with --envelope={' or '.join(envelope.WINDOWED)}, not with "
+            f"{values['envelope']}, which has no place for a window"
+        )
+    if values["invocation_type"] == "async":
+        problems.append(f"{what} needs --invocation_type=sync: the state is in the replies")
+    if values["parallelization_factor"] not in (None, 1):
+        problems.append(
+            f"{what} does not go with --parallelization_factor={values['parallelization_factor']}: "
+            f"a partition has one state, which is handed on from call to call; give 1"
+        )
+    if values["reply"] in (reply.CONFLUENT, reply.ANY) or values["response_topic"]:
+        problems.append(
+            f"{what} goes with --reply={reply.BATCH_ITEM_FAILURES} or {reply.NONE}, and without "
+            f"--response_topic: replies are states, and are not written"
+        )
+    if values["delivery"] == EXACTLY_ONCE:
+        problems.append(
+            f"{what} does not go with --delivery={EXACTLY_ONCE}: a window that a crash has cut off "
+            f"is begun anew"
+        )
 
 
 def has_otel() -> bool:

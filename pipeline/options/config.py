@@ -51,6 +51,7 @@ from transforms.invoke import reply
 from transforms.invoke.breaker import BreakerPolicy
 from transforms.invoke.invoke import InvokeConfig
 from transforms.invoke.retry import RetryPolicy
+from transforms.invoke.window import MAX_WINDOW_BYTES, WindowConfig
 from transforms.kafka.beam_reader import BeamReadConfig
 from transforms.kafka.client import KafkaConfig
 from transforms.kafka.login import put_over
@@ -211,6 +212,11 @@ class Config:
                 )
         except UsageError as error:
             problems += error.problems
+        if runner in STREAM_RUNNERS and values["tumbling_window_secs"]:
+            problems.append(
+                f"--tumbling_window_secs goes with the DirectRunner only: on {runner} nothing "
+                f"keeps the state of a window over a restart"
+            )
         if runner in STREAM_RUNNERS and values["start_paused"]:
             problems.append("--start_paused goes with the DirectRunner only")
         if problems:
@@ -307,6 +313,11 @@ def _make_config(
         tuple((stream_name(each), each) for each in values["stream"] or ()),
         values["invoke_identity_arn"] or "",
     )
+    window = None
+    if values["tumbling_window_secs"]:
+        window = WindowConfig(values["tumbling_window_secs"], wrapping)
+        # What is beside the records in a payload needs its place, too.
+        batch_bytes = min(batch_bytes, MAX_SYNC_BYTES - MAX_WINDOW_BYTES)
     url = values["schema_registry_url"]
     registry = None
     if url:
@@ -409,6 +420,7 @@ def _make_config(
             ),
             trace=_trace(values),
             drain_wait_secs=values["drain_wait_secs"] if values["until"] == "forever" else None,
+            window=window,
         ),
         write=WriteConfig(
             kafka=kafka,

@@ -439,6 +439,17 @@ GROUPS = (
                 high=300,
             ),
             Option(
+                "tumbling_window_secs",
+                "How long a tumbling window lasts, whose state the function is handed with each "
+                "call and returns, as an event source mapping of a stream has it. 0 for none. With "
+                "--envelope=kinesis_event or kafka_event, on the DirectRunner.",
+                kind="int",
+                default=0,
+                unit="seconds",
+                low=0,
+                high=900,
+            ),
+            Option(
                 "parallelization_factor",
                 "Invocations at once inside a partition. Above 1 order is kept per record key, no "
                 "longer over the whole partition; records without a key are spread.",

@@ -34,4 +34,7 @@ def with_arns(config: Config, ask: Callable[[AwsConfig, str], str] = arn_of) -> 
     if write.destination:
         write = replace(write, destination=replace(write.destination, stream_arns=arns))
     batch = replace(config.batch, format=replace(format, envelope=envelope))
-    return replace(config, batch=batch, write=write)
+    invoke = config.invoke
+    if invoke.window:
+        invoke = replace(invoke, window=replace(invoke.window, envelope=envelope))
+    return replace(config, batch=batch, invoke=invoke, write=write)

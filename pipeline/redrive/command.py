@@ -173,6 +173,11 @@ def main(arguments: Sequence[str], started: float) -> int:
             f"--delivery=exactly_once: {COMMAND} writes at least once; give "
             f"--delivery=at_least_once"
         )
+    if resolved.config and resolved.config.invoke.window:
+        problems.append(
+            f"--tumbling_window_secs={resolved.config.invoke.window.secs}: {COMMAND} has no "
+            f"windows; give --tumbling_window_secs=0"
+        )
     if resolved.explain:
         logs.show(explain(resolved))
     if problems or resolved.config is None:

@@ -41,8 +41,9 @@ from transforms.errors import SinkError, Stopped, WriteError
 from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import InvokeConfig, shared_invoker, why_broken
 from transforms.invoke.invoker import Invoker
+from transforms.invoke.window import is_over
 from transforms.read.rounds import Room, Round, shared_reader
-from transforms.records import Finished, PartitionKey
+from transforms.records import EARLY, FINAL, Finished, PartitionKey
 from transforms.schemas.registry import shared_registry
 from transforms.source import Found, Members, held_up, startable
 from transforms.tally import BOOKS, HELD, POLLED, PULSE, TALLY, Series, Tallied
@@ -352,6 +353,7 @@ class Rounds:
             self._look()
         self._meet()
         self._revive()
+        self._close_windows()
         if self._passed_at - self._discovered > (
             _SETTLE_SECS if self._unsettled else _DISCOVER_SECS
         ):
@@ -385,6 +387,30 @@ class Rounds:
         if self._invoker.has_finished:
             secs = min(secs, max(0.0, self._patience_secs(due) - self._invoker.finished_age_secs))
         self._pass_at = self._timer() + max(secs, _SLICE_SECS[0])
+
+    @property
+    def _open_windows(self) -> dict[PartitionKey, int]:
+        """Partitions of this process with an open window that nothing keeps from being closed once
+        it is over, and when it ends, in milliseconds since the epoch."""
+        if not self._config.invoke.window:
+            return {}
+        lost, here = self._reader.lost, set(self._here) - self._paused
+        opened = self._invoker.open_windows()
+        return {key: end for key, end in opened.items() if key in here and key not in lost}
+
+    def _close_windows(self) -> None:
+        """End windows of which nothing more comes: their shard has ended, they are over and nothing
+        has come for long enough, or the run ends with what it has read of them."""
+        window, now_ms = self._config.invoke.window, time() * 1000
+        for key, end_ms in self._open_windows.items():
+            assert window
+            if self._reader.waiting(key)[0]:
+                continue
+            over = is_over(end_ms, window.ms, now_ms) and self._reader.is_at_end(key)
+            if over or self._reader.has_ended(key):
+                self._invoker.close_window(key, FINAL)
+            elif self._at_target(key):
+                self._invoker.close_window(key, FINAL if now_ms >= end_ms else EARLY)
 
     def _take_note(self, keys: Collection[PartitionKey]) -> None:
         """Count the batches that have ended as looked at, if the round has seen to all there is."""
@@ -526,7 +552,12 @@ class Rounds:
     def _begin_skip(self, command: Command, keys: list[PartitionKey], answer: Answer) -> None:
         """Have a record skipped once nothing of its partition is under way any more."""
         why = ""
-        if not self._config.write.error_topic:
+        if self._config.invoke.window:
+            why = (
+                "with --tumbling_window_secs no record can be skipped: what its window holds is "
+                "not done before that is closed"
+            )
+        elif not self._config.write.error_topic:
             why = "there is no --error_topic, where a record is written to before it is skipped"
         elif len(keys) != 1 or command.partition is None:
             why = "give the topic and the partition of one record; this run has no such partition"
@@ -868,7 +899,7 @@ class Rounds:
         invoker = self._invoker
         if invoker.has_work or invoker.has_finished or self._revived:
             return Standing()
-        if to_write_again(self._config.write):
+        if to_write_again(self._config.write) or (self._flush and self._open_windows):
             return Standing()
         halted = {finished.key for finished in invoker.halted}
         lost = self._reader.lost.keys()

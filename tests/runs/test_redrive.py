@@ -254,6 +254,9 @@ def test_one_process_redrives(broker: KafkaBroker, names: Names) -> None:
     topics = Failing(broker, names)
     ended = topics.redrive(None, 2, workers=4)
     assert ended.errors == ["error: --workers=4: redrive runs in one process; give --workers=1"]
+    windows = {"envelope": "kafka_event", "response_topic": None, "tumbling_window_secs": 60}
+    (error,) = topics.redrive(None, 2, **windows).errors
+    assert error.startswith("error: --tumbling_window_secs=60: redrive has no windows")
     ended = topics.redrive(None, 2, delivery="exactly_once")
     (error,) = ended.errors
     assert error.startswith("error: --delivery=exactly_once: redrive writes at least once")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transforms.batch.payload import PayloadFormat, encode_records
-from transforms.envelope import ENVELOPES, KINESIS_EVENT, Envelope
+from transforms.envelope import ENVELOPES, KAFKA_EVENT, KINESIS_EVENT, Envelope, WindowFacts
 from transforms.records import NO_TIMESTAMP, Decoded, Records
 
 MSK = "arn:aws:kafka:us-east-1:123456789012:cluster/orders/5a7c-2"
@@ -322,3 +322,21 @@ def test_the_event_of_a_stream() -> None:
     assert second["eventID"] == "shardId-000000000006:" + "9" * 129
     assert second["kinesis"]["partitionKey"] == '"%d"'
     assert second["kinesis"]["data"] == ""
+
+
+def test_a_window_stands_beside_the_records() -> None:
+    facts = WindowFacts(1_607_497_440_000, 1_607_497_500_000, b'{"n":12345678901234567890}', True)
+    stream = Envelope(KINESIS_EVENT, stream_arns=(("s", "arn:aws:kinesis:eu-west-1:1:stream/s"),))
+    assert stream.frame("s", 7, facts).join([b"1", b"2"]) == (
+        b'{"Records":[1,2],"window":{"start":"2020-12-09T07:04:00Z","end":"2020-12-09T07:05:00Z"},'
+        b'"state":{"n":12345678901234567890},"shardId":"shardId-000000000007",'
+        b'"eventSourceARN":"arn:aws:kinesis:eu-west-1:1:stream/s",'
+        b'"isFinalInvokeForWindow":true,"isWindowTerminatedEarly":false}'
+    )
+    topic = Envelope(KAFKA_EVENT, "b:1").frame("o", 3, replace(facts, final=False, early=True))
+    assert topic.join([]) == (
+        b'{"eventSource":"SelfManagedKafka","bootstrapServers":"b:1","records":{"o-3":[]},'
+        b'"window":{"start":"2020-12-09T07:04:00Z","end":"2020-12-09T07:05:00Z"},'
+        b'"state":{"n":12345678901234567890},"topicPartition":"o-3",'
+        b'"isFinalInvokeForWindow":false,"isWindowTerminatedEarly":true}'
+    )

@@ -34,12 +34,11 @@ def client_context(
         names: How records' numbers are written.
         trace: The trace that the call is part of, as headers of W3C; None if it is not traced.
     """
-    offsets = batch.records.offsets
-    last = offsets[call.high - 1]
+    first, last = call.span(batch.records.offsets)
     custom = {
         "topic": batch.topic,
         "partition": str(batch.partition),
-        "first_offset": str(offsets[call.low]),
+        "first_offset": str(first),
         # A source without dense numbers knows of no next one.
         **({"last_offset": str(last)} if names.texts else {"next_offset": str(last + 1)}),
         "attempt": str(call.attempt),

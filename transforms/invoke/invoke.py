@@ -29,8 +29,9 @@ from transforms.invoke.client_context import client_context
 from transforms.invoke.handover import Handover
 from transforms.invoke.invoker import Invoker, always
 from transforms.invoke.outcome import Outcome, classify_fault, classify_reply
-from transforms.invoke.reply import CONFLUENT, NONE, Answer, read_reply
+from transforms.invoke.reply import CONFLUENT, NONE, Answer, parse_state, read_reply
 from transforms.invoke.retry import Call, RetryPolicy
+from transforms.invoke.window import WindowConfig
 from transforms.names import NUMBERS, Names
 from transforms.per_process import forget, per_process
 from transforms.records import Batch, Failure, Finished, LaneKey
@@ -64,6 +65,7 @@ class InvokeConfig:
         trace: What is traced, None for nothing.
         drain_wait_secs: How long a drain of a streaming run waits for what is pending; None until
             it is done.
+        window: The tumbling windows, None for none; in rounds only.
     """
 
     function: FunctionConfig
@@ -76,6 +78,7 @@ class InvokeConfig:
     names: Names = NUMBERS
     trace: TraceConfig | None = None
     drain_wait_secs: float | None = None
+    window: WindowConfig | None = None
 
 
 def shared_function(config: FunctionConfig) -> LambdaFunction:
@@ -85,19 +88,22 @@ def shared_function(config: FunctionConfig) -> LambdaFunction:
 
 def make_invoker(config: InvokeConfig, may_begin: Callable[[LaneKey], bool] = always) -> Invoker:
     """An invoker over boto3; made once per process through `shared_invoker`."""
-    function = shared_function(config.function)
+    function, window = shared_function(config.function), config.window
 
     def outcome(batch: Batch, step: Call, result: Reply | Fault) -> Outcome:
         if isinstance(result, Fault):
             return classify_fault(result)
-        if config.reply == NONE:
+        # The state behind the last call of a window is nobody's, and functions leave it out.
+        if step.turn.closes if step.turn else config.reply == NONE:
             return classify_reply(result, None)
         offsets = config.names.numbers(step.pick(batch.records.offsets))
 
         def read(body: bytes) -> Answer:
-            return read_reply(
+            state = parse_state(body) if step.turn else None
+            answer = read_reply(
                 config.reply, body, batch.topic, batch.partition, offsets, config.names.alone
             )
+            return replace(answer, state=state)
 
         return classify_reply(result, read)
 
@@ -106,13 +112,17 @@ def make_invoker(config: InvokeConfig, may_begin: Callable[[LaneKey], bool] = al
     ) -> Request | Fault:
         names = config.names
         context = client_context(batch, step, names, trace) if config.client_context else None
-        payload = batch.frame.join(step.pick(batch.entries))
+        frame = batch.frame
+        if window and step.turn:
+            frame = window.envelope.frame(batch.topic, batch.partition, step.turn.facts)
+        payload = frame.join(step.pick(batch.entries))
         trace_id = x_amzn_trace_id(trace["traceparent"]) if trace else None
         return function.prepare(payload, context, trace_id)
 
     def prepare_ahead(batch: Batch, step: Call) -> Request | None:
-        if tracer:
-            # A span begins with its call, and the request names it.
+        if tracer or window:
+            # A span begins with its call, and the request names it; and a window's state is what
+            # the call before it has returned.
             return None
         request = prepare(batch, step)
         # What is wrong is found out, and counts, when the call is made.
@@ -160,6 +170,7 @@ def make_invoker(config: InvokeConfig, may_begin: Callable[[LaneKey], bool] = al
         min_concurrency=config.min_concurrency,
         breaker=config.breaker,
         ended=ended if tracer else None,
+        window_ms=window.ms if window else 0,
     )
 
 

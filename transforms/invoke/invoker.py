@@ -46,6 +46,7 @@ from transforms.invoke.failures import (
 )
 from transforms.invoke.outcome import Kind, Outcome
 from transforms.invoke.retry import Call, Delivery, RetryPolicy, Step, Wait
+from transforms.invoke.window import LaneWindow
 from transforms.records import (
     NO_TIMESTAMP,
     Batch,
@@ -53,6 +54,7 @@ from transforms.records import (
     Finished,
     LaneKey,
     PartitionKey,
+    Records,
     Responses,
 )
 from transforms.tally import (
@@ -142,6 +144,7 @@ class _Queue:
     called: int = 0
     failed: Failed | None = None
     counted: CallStats = field(default_factory=CallStats)
+    window: LaneWindow | None = None
 
     def drop(self) -> None:
         """Forget the batches that have not begun."""
@@ -199,6 +202,7 @@ class Invoker:
         max_finished_bytes: No call begins while more than that has finished and was not
             collected.
         ended: Told of each batch that nothing more is done for, and what became of it.
+        window_ms: How long tumbling windows last; 0 for none.
     """
 
     def __init__(
@@ -215,7 +219,9 @@ class Invoker:
         may_begin: Callable[[LaneKey], bool] = always,
         max_finished_bytes: int = 64 * 2**20,
         ended: Callable[[Batch, Finished], None] | None = None,
+        window_ms: int = 0,
     ) -> None:
+        self._window_ms = window_ms
         self._tell_ended = ended
         self._call = call
         self._prepare = prepare
@@ -270,7 +276,10 @@ class Invoker:
                 if partition.stopped or self._stopping:
                     BOOKS.count(RELEASED, len(batch), batch.topic)
                     continue
-                queue = partition.lanes.setdefault(batch.lane, _Queue(batch.lane_key, partition))
+                queue = partition.lanes.get(batch.lane)
+                if queue is None:
+                    queue = _Queue(batch.lane_key, partition, window=self._no_window())
+                    partition.lanes[batch.lane] = queue
                 queue.batches.append(batch)
                 queue.since.append(self._timer())
                 records, size = _size(batch)
@@ -379,7 +388,12 @@ class Invoker:
             queue.scheduled = True
             self._ready.append(queue)
         queue.prepared = queue.failed = None
+        # What is running goes on with the old one, and counts for nothing.
+        queue.window = self._no_window()
         self._failures.left(queue.key[:2], queue.key[2])
+
+    def _no_window(self) -> LaneWindow | None:
+        return LaneWindow(self._window_ms) if self._window_ms else None
 
     def wait(self, done: Callable[[Invoker], bool], timeout_secs: float) -> bool:
         """Block until `done`, asked after every change, or the time is over; says which."""
@@ -441,6 +455,34 @@ class Invoker:
                 self._finish(queue, delivery)
                 return delivery.finished
             return None
+
+    # -- windows --------------------------------------------------------------------------
+
+    def open_windows(self) -> dict[PartitionKey, int]:
+        """Partitions with a tumbling window that is open, and no batches; and when it ends, in
+        milliseconds since the epoch."""
+        with self._changed:
+            return {
+                key: queue.window.end_ms
+                for key, partition in self._partitions.items()
+                if not partition.stopped
+                for queue in partition.lanes.values()
+                if queue.window
+                and queue.window.end_ms is not None
+                and not (queue.batches or queue.delivery)
+            }
+
+    def close_window(self, key: PartitionKey, closes: str) -> None:
+        """End a partition's window that is open.
+
+        Args:
+            key: One of `open_windows`.
+            closes: As a batch has it.
+        """
+        with self._changed:
+            windows = [queue.window for queue in self._partitions[key].lanes.values()]
+            at = windows[0].position if windows and windows[0] else 0
+            self.submit([Batch(*key, at, at, Records(), (), closes=closes)])
 
     # -- what can be seen -----------------------------------------------------------------
 
@@ -696,7 +738,8 @@ class Invoker:
         """Begin with a queue's next batch. Holds the lock."""
         batch = queue.batches.popleft()
         queue.waited_since = queue.since.popleft()
-        queue.delivery = Delivery(batch, self._policy, self._clock, self._random)
+        window = queue.window
+        queue.delivery = Delivery(batch, self._policy, self._clock, self._random, window)
         queue.counted = CallStats()
         queue.steps = queue.delivery.steps()
 
@@ -808,6 +851,8 @@ class Invoker:
         if queue.waited_since is not None:
             TALLY.observe(BATCH_WAIT, self._timer() - queue.waited_since)
             queue.waited_since = None
+            if not len(batch):
+                return
             stamp = batch.records.timestamps[-1]
             if stamp != NO_TIMESTAMP:
                 TALLY.observe(ITERATOR_AGE, max(0.0, self._clock() - stamp / 1000))
@@ -854,7 +899,7 @@ class Invoker:
         """A call has ended. Its outcome, with what the breaker makes of it."""
         limit, breaker = begun
         # Lanes of one partition may have batches over the same range, but not with the same record.
-        which = (batch.key, batch.records.offsets[0])
+        which = (batch.key, call.span(batch.records.offsets)[0])
         kind = outcome.of_function(len(call))
         with self._changed:
             now = self._timer()
@@ -914,7 +959,7 @@ class Invoker:
             return
         if outcome.kind is Kind.CONFIG:
             return  # it ends the run, which says so
-        offsets = call.pick(batch.records.offsets)
+        offsets = call.span(batch.records.offsets)
         failure = failed(batch.key, offsets, outcome, call.attempt, self._clock())
         with self._changed:
             queue.failed = self._last_error = failure
@@ -985,6 +1030,8 @@ class Invoker:
             self._pass_on(queue)
             self._changed.notify_all()
             return
+        if delivery.window:
+            finished.reach = delivery.window.reach(finished)
         self._finished.append(finished)
         self._finished_records += sum(map(len, finished.parts))
         size = finished.held_bytes

@@ -69,6 +69,7 @@ class Outcome:
         failed: With PARTIAL, the failed ones among the records that were sent, by index, rising.
         spared: Whether no record may be given up because of it (`transforms.invoke.breaker`).
         trace: The invocation's `traceparent`, if it was traced.
+        state: The window's state that the function has returned, if there are windows.
     """
 
     kind: Kind
@@ -86,6 +87,7 @@ class Outcome:
     failed: Sequence[int] = ()
     spared: bool = False
     trace: str | None = None
+    state: bytes | None = None
 
     @property
     def name(self) -> str:
@@ -200,7 +202,7 @@ def classify_reply(reply: Reply, read: Callable[[bytes], Answer] | None) -> Outc
     if answer.failed:
         message = "the function returned the record's offset in batchItemFailures"
         outcome = _failed(Kind.PARTIAL, reply, BATCH_ITEM_FAILURE, message)
-        return replace(outcome, failed=answer.failed)
+        return replace(outcome, failed=answer.failed, state=answer.state)
     return Outcome(
         Kind.SUCCESS,
         status_code=reply.status_code,
@@ -208,6 +210,7 @@ def classify_reply(reply: Reply, read: Callable[[bytes], Answer] | None) -> Outc
         request_id=reply.request_id,
         results=answer.results,
         body=answer.body,
+        state=answer.state,
     )
 
 

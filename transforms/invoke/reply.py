@@ -25,6 +25,8 @@ CONFLUENT, BATCH_ITEM_FAILURES, ANY, NONE = REPLIES = (
     "none",
 )
 
+MOST_STATE_BYTES = 5 * 2**20
+
 _WHITE_SPACE = b" \t\r\n"
 _OPENING, _BETWEEN, _END = b'[{"payload":', b'},{"payload":', b"}]"
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -44,11 +46,14 @@ class Answer:
         results: Per record its result as JSON text; None if the reply has none.
         body: The reply as it came, where it is kept as a whole.
         failed: Of the records that were sent, by index and rising, those that failed.
+        state: What the function wants to be handed with the next call of the same window, as JSON
+            text; None without windows.
     """
 
     results: Sequence[bytes] | None = None
     body: bytes | None = None
     failed: Sequence[int] = ()
+    state: bytes | None = None
 
 
 def read_reply(
@@ -72,6 +77,31 @@ def read_reply(
     if mode == BATCH_ITEM_FAILURES:
         return Answer(failed=parse_failures(body, topic, partition, offsets))
     return Answer(body=body if mode == ANY else None)
+
+
+def parse_state(body: bytes) -> bytes:
+    """The state in a reply to a call of a window: JSON text, each digit as the function wrote it.
+
+    Raises:
+        InvalidReplyError: There is none, or one that could not be handed over again.
+    """
+    reply = _loads(body)
+    state = reply.get("state") if type(reply) is dict else None
+    if type(state) is not dict:
+        raise InvalidReplyError(
+            'the reply has no object as "state"; with --tumbling_window_secs it has to have one'
+        )
+    try:
+        text = _members(body.decode())["state"]
+    except RecursionError:
+        raise InvalidReplyError("the reply is nested too deep") from None
+    raw = text.encode()
+    if len(raw) > MOST_STATE_BYTES:
+        raise InvalidReplyError(
+            f"the reply's state has {len(raw)} bytes; above {MOST_STATE_BYTES} it would fit into "
+            f"no further invocation"
+        )
+    return raw
 
 
 def parse_failures(
@@ -211,6 +241,20 @@ def _raw_payloads(body: bytes) -> list[bytes]:
         return _cut_out(body.decode())
     except RecursionError:
         raise InvalidReplyError("the reply is nested too deep") from None
+
+
+def _members(text: str) -> dict[str, str]:
+    """The members of an object that was checked, each value as it is written."""
+    members: dict[str, str] = {}
+    at = _skip(text, 0) + 1
+    while text[at := _skip(text, at)] != "}":
+        name, at = _DECODER.raw_decode(text, at)
+        start = _skip(text, _skip(text, at) + 1)
+        _, at = _DECODER.raw_decode(text, start)
+        members[name] = text[start:at]
+        at = _skip(text, at)
+        at += text[at] == ","
+    return members
 
 
 def _cut_out(text: str) -> list[bytes]:

@@ -25,13 +25,17 @@ Before each call, records older than `max_record_age_secs` are taken out as fail
 goes on to the error output, or, with `halt`, stops its partition there. Where an outcome is marked
 `spared` (`transforms.invoke.breaker`), a batch is split as above, but no record fails: back off and
 call again, which counts in no limit.
+
+With windows (`transforms.invoke.window`) a batch is divided where another one begins. The one
+before is closed first, by a call without records that is repeated until it succeeds.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TypeVar
 
 from transforms.conditions import (
@@ -43,7 +47,8 @@ from transforms.conditions import (
     SKIPPED,
 )
 from transforms.invoke.outcome import Kind, Outcome
-from transforms.records import NO_TIMESTAMP, Batch, Failure, Finished, Responses
+from transforms.invoke.window import LaneWindow, Turn
+from transforms.records import EARLY, NO_TIMESTAMP, Batch, Failure, Finished, Responses
 
 T = TypeVar("T")
 
@@ -96,6 +101,7 @@ class Call:
             throttled calls do not count.
         reason: Error type of the last call that held these records, empty if there was none.
         only: The records' indexes, if they are not all from `low` to `high`.
+        turn: What it says of its window, None without windows. One that ends it has no records.
     """
 
     low: int
@@ -103,6 +109,7 @@ class Call:
     attempt: int
     reason: str
     only: tuple[int, ...] = ()
+    turn: Turn | None = None
 
     def __len__(self) -> int:
         return len(self.only) or self.high - self.low
@@ -110,6 +117,13 @@ class Call:
     def pick(self, column: Sequence[T]) -> Sequence[T]:
         """What a column of the batch has for the call's records."""
         return [column[index] for index in self.only] or column[self.low : self.high]
+
+    def span(self, offsets: Sequence[int]) -> tuple[int, int]:
+        """The first and the last of a batch's numbers that are the call's; if it has no records,
+        those of its window."""
+        if self.turn and self.turn.closes:
+            return self.turn.first, self.turn.last
+        return offsets[self.low], offsets[self.high - 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +145,7 @@ class Delivery:
         policy: When to repeat, split, and give up.
         clock: Seconds since the epoch, for the records' age.
         random: Uniform in [0, 1), for the jitter.
+        window: The lane's windows; None without. It goes from one delivery to the next.
         finished: What became of the records so far; complete once `steps` has ended.
         config_error: Set if the function cannot be invoked as configured.
     """
@@ -139,9 +154,11 @@ class Delivery:
     policy: RetryPolicy
     clock: Callable[[], float]
     random: Callable[[], float]
+    window: LaneWindow | None = None
     finished: Finished = field(init=False)
     config_error: Outcome | None = None
     _at: int = field(init=False, default=0)
+    _windows: Sequence[int] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         batch = self.batch
@@ -161,7 +178,17 @@ class Delivery:
         if batch.rejection:
             self._fail(range(len(batch)), 0, batch.rejection.condition, _rejected(batch))
             return
-        parts: list[tuple[Sequence[int], str]] = [(range(len(batch)), "")]
+        if batch.closes:
+            yield from self._close_window(batch.closes == EARLY)
+            return
+        parts: list[tuple[Sequence[int], str]] = []
+        if self.window:
+            self._windows = self._divide(self.window)
+            runs = groupby(range(len(batch)), key=lambda index: self._windows[index])
+            parts += [(tuple(indexes), "") for _, indexes in runs]
+            parts.reverse()
+        else:
+            parts.append((range(len(batch)), ""))
         while parts:
             ended = yield from self._part(*parts.pop(), parts)
             if not ended:
@@ -169,6 +196,8 @@ class Delivery:
         self._answer(len(batch))
         # An empty batch, or a range that ends in offsets without a record.
         self.finished.next_offset = batch.next_offset
+        if self.window and self.window.is_full:
+            yield from self._close_window(early=True)
 
     @property
     def head_offset(self) -> int:
@@ -221,9 +250,18 @@ class Delivery:
                         failures[indexes[0]] = max(failures[indexes[0]], failures[old[0]])
                 continue
 
-            outcome = yield _call(indexes, attempts + 1, reason)
+            call = _call(indexes, attempts + 1, reason)
+            if self.window:
+                start_ms = self._windows[indexes[0]]
+                if not (yield from self._leave_window(self.window, start_ms)):
+                    return False
+                call = replace(call, turn=self._turn(self.window, start_ms, call))
+            outcome = yield call
             if outcome is None:
                 continue
+            if self.window and self._is_ahead(outcome):
+                assert outcome.state is not None
+                self.window.keep(outcome.state)
             stats.invocations += 1
             attempts += outcome.kind is not Kind.THROTTLED
             reason = outcome.error_type
@@ -307,6 +345,66 @@ class Delivery:
             parts.append((indexes[middle:], reason))
             parts.append((indexes[:middle], reason))
             return True
+        return True
+
+    def _divide(self, window: LaneWindow) -> list[int]:
+        """By record, where its window begins."""
+        clock_ms, least_ms, windows = round(self.clock() * 1000), -1, []
+        for timestamp_ms in self.batch.records.timestamps:
+            least_ms = window.of(timestamp_ms, least_ms, clock_ms)
+            windows.append(least_ms)
+        return windows
+
+    def _is_ahead(self, outcome: Outcome) -> bool:
+        """Whether the state that a reply has is one behind records that it has answered: else they
+        would be in it again when they are repeated."""
+        if outcome.kind is Kind.PARTIAL:
+            return outcome.failed[0] > 0 or self.policy.named
+        return outcome.kind is Kind.SUCCESS
+
+    def _leave_window(
+        self, window: LaneWindow, start_ms: int
+    ) -> Generator[Step, Outcome | None, bool]:
+        """Close the open window if the next records are in another one, or its state is too large;
+        False if the batch ends here."""
+        if not window.is_done_before(start_ms):
+            return True
+        return (yield from self._close_window(early=window.is_in(start_ms)))
+
+    def _turn(self, window: LaneWindow, start_ms: int, call: Call) -> Turn:
+        numbers = call.span(self.batch.records.offsets)
+        clock_ms = round(self.clock() * 1000)
+        return window.sends(start_ms, *numbers, self.finished.next_offset, clock_ms)
+
+    def _close_window(self, early: bool) -> Generator[Step, Outcome | None, bool]:
+        """Call until the open window has ended; False if the batch ends here."""
+        window, stats, policy = self.window, self.finished.stats, self.policy
+        assert window
+        attempts = repeats = throttles = 0
+        reason = ""
+        while window.is_open:
+            turn = window.closing(early)
+            outcome = yield Call(self._at, self._at, attempts + 1, reason, turn=turn)
+            if outcome is None:
+                continue
+            stats.invocations += 1
+            attempts += outcome.kind is not Kind.THROTTLED
+            reason = outcome.error_type
+            if outcome.kind is Kind.SUCCESS:
+                break
+            if outcome.kind is Kind.CONFIG:
+                self.config_error = outcome
+                return False
+            if outcome.kind is Kind.THROTTLED:
+                stats.throttles += 1
+                secs = policy.backoff_secs(throttles, policy.wait_throttled_secs, self.random)
+                throttles += 1
+            else:
+                stats.retries += 1
+                secs = self._back_off(repeats).secs
+                repeats += 1
+            yield Wait(max(secs, outcome.retry_after_secs or 0.0))
+        window.close(early)
         return True
 
     def _back_off(self, repeats: int) -> Wait:

@@ -229,6 +229,11 @@ class RoundReader:
         partition = self._partitions[key]
         return partition.ended and partition.start == partition.next_offset
 
+    def is_at_end(self, key: PartitionKey) -> bool:
+        """Whether all that the last fetch saw of a partition was handed out."""
+        partition = self._partitions[key]
+        return partition.at_end and not partition.waiting and not partition.lost
+
     def ready(self, key: PartitionKey, flush: bool, busy: frozenset[int] = frozenset()) -> bool:
         """Whether a round would get something of this partition now.
 

@@ -224,6 +224,7 @@ class Written:
     lane: int
     halted: str
     refused: list[tuple[Sequence[int], Any]] = field(default_factory=list)
+    reach: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +263,7 @@ class ProduceFn(beam.DoFn):
             finished.next_offset,
             finished.lane,
             halt_name(finished),
+            reach=finished.reach,
         )
         self._all_written.append(written)
         with self._fresh_after_failure():
@@ -282,10 +284,9 @@ class ProduceFn(beam.DoFn):
 
     def _progress(self) -> Iterator[WindowedValue]:
         for written in self._all_written:
-            if written.start < written.next_offset or written.halted:
-                progress = Progress(
-                    *written.key, written.start, written.next_offset, written.lane, written.halted
-                )
+            start, end = written.reach or (written.start, written.next_offset)
+            if start < end or written.halted:
+                progress = Progress(*written.key, start, end, written.lane, written.halted)
                 yield WindowedValue(progress, _WINDOW_END, (_WINDOW,))
 
     @contextmanager
@@ -359,11 +360,14 @@ class ProduceFn(beam.DoFn):
         self._halt(finished)
         per_process(make_halted, self._config).add(written.key)
         written.next_offset = min(written.next_offset, offset)
+        if written.reach:
+            written.reach = written.reach[0], min(written.reach[1], offset)
         written.halted = written.halted or halt_name(finished)
         behind = False
         for other in self._all_written:
             if behind and (other.key, other.lane) == (written.key, written.lane):
                 other.next_offset = other.start
+                other.reach = other.reach and (other.reach[0], other.reach[0])
             behind = behind or other is written
 
     def _write_responses(self, written: Written, part: Responses) -> None:

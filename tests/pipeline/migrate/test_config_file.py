@@ -702,7 +702,7 @@ def test_the_defaults_of_a_mapping_of_kinesis() -> None:
     more = {
         "FunctionResponseTypes": ["ReportBatchItemFailures"],
         "ParallelizationFactor": "4",
-        "TumblingWindowInSeconds": "0",
+        "TumblingWindowInSeconds": "30",
         "MaximumBatchingWindowInSeconds": "3",
         "DestinationConfig": {"OnFailure": {"Destination": "kafka://orders-errors"}},
     }
@@ -710,6 +710,7 @@ def test_the_defaults_of_a_mapping_of_kinesis() -> None:
         "reply": "batch_item_failures",
         "partial_failure": "checkpoint",
         "parallelization_factor": "4",
+        "tumbling_window_secs": "30",
         "batch_window_secs": "3",
         "error_topic": "orders-errors",
         "error_record": "aws",
@@ -832,7 +833,6 @@ def test_what_a_mapping_s_settings_become(
             None,
         ),
         ({"Queues": ["q"]}, "Queues", "only mappings of Kafka", None),
-        ({"TumblingWindowInSeconds": "30"}, "TumblingWindowInSeconds", "windows", None),
         (
             {"SelfManagedKafkaEventSourceConfig": {"ConsumptionMode": "Queue"}},
             "SelfManagedKafkaEventSourceConfig.ConsumptionMode",

@@ -154,6 +154,12 @@ CASES = {
         (1000, 1000),
     ),
     "batch_window_secs": (lambda c: c.read.batch_window_secs, 0.5, "1.25", 1.25),
+    "tumbling_window_secs": (
+        lambda c: c.invoke.window.secs if c.invoke.window else 0,
+        0,
+        "60",
+        60,
+    ),
     "parallelization_factor": (
         lambda c: (c.lanes.count, c.lanes.run, c.read.lanes, c.commit.lanes),
         (1, 100, Lanes(1, run=100), Lanes(1, run=100)),
@@ -299,6 +305,7 @@ BESIDE = {
     "error_record": {"error_topic": "err"},
     "delivery": {"response_topic": "out"},
     "min_concurrency": {"max_concurrency": "1000"},
+    "tumbling_window_secs": {"envelope": "kafka_event"},
     "aws_web_identity": {"aws_role_arn": ROLE},
     "aws_web_identity_audience": {"aws_role_arn": ROLE, "aws_web_identity": "google"},
 }
@@ -336,6 +343,7 @@ BOUNDS = {
     "batch_size": (1, 10_000, None),
     "batch_bytes": (1, 6_291_455, None),
     "batch_window_secs": (0, 300, None),
+    "tumbling_window_secs": (0, 900, None),
     "parallelization_factor": (1, 10, None),
     "max_concurrency": (1, 1000, None),
     "min_concurrency": (1, 1000, None),

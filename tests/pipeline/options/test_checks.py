@@ -19,15 +19,19 @@ from tests.pipeline.options.given import (
     FLAGS,
     IAM_PROPERTIES,
     MSK,
+    NOW,
     NUMBERS,
     REGISTRY,
+    REQUIRED,
     ROLE,
     TEXTS,
     TOKEN,
     config_of,
     problems_of,
 )
+from transforms.aws.function import MAX_SYNC_BYTES
 from transforms.errors import UsageError
+from transforms.invoke.window import MAX_WINDOW_BYTES
 from transforms.kafka.client import client_settings
 
 
@@ -466,6 +470,38 @@ def test_one_producer_has_the_settings_of_both_topics(tmp_path: Path) -> None:
     assert config.write.transaction
     settings = client_settings(config.write.transaction.kafka, "response.", "error.")
     assert (settings["linger.ms"], settings["compression.type"]) == ("7", "lz4")
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"envelope": "confluent"}, "goes with --envelope=kafka_event or kinesis_event, not with"),
+        ({"envelope": "pipes"}, "not with pipes, which has no place for a window"),
+        ({"invocation_type": "async"}, "needs --invocation_type=sync"),
+        ({"parallelization_factor": "2"}, "does not go with --parallelization_factor=2"),
+        ({"response_topic": "r"}, "without --response_topic"),
+        ({"reply": "any", "response_topic": "r"}, "--reply=batch_item_failures or none"),
+        ({"delivery": "exactly_once", "error_topic": "e"}, "does not go with --delivery="),
+    ],
+)
+def test_what_a_window_does_not_go_with(given: dict[str, str], part: str) -> None:
+    (problem,) = problems_of(**{"envelope": "kafka_event", "tumbling_window_secs": "60", **given})
+    assert problem.startswith("--tumbling_window_secs=60 ") and part in problem
+
+
+def test_a_window_leaves_room_for_its_state() -> None:
+    windowed = {"envelope": "kafka_event", "tumbling_window_secs": "60"}
+    assert config_of(**windowed).batch.max_bytes == MAX_SYNC_BYTES - MAX_WINDOW_BYTES
+    assert config_of(**windowed, batch_bytes="1000").batch.max_bytes == 1000
+
+
+@pytest.mark.parametrize("runner", ["FlinkRunner", "DataflowRunner"])
+def test_windows_are_refused_where_nothing_keeps_them(runner: str) -> None:
+    given = {**REQUIRED, "envelope": "kafka_event", "tumbling_window_secs": "60"}
+    with pytest.raises(UsageError) as raised:
+        Config.from_options(given, NOW, runner)
+    (problem,) = raised.value.problems
+    assert problem.startswith("--tumbling_window_secs goes with the DirectRunner only: on")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from transforms.invoke.outcome import Kind, Outcome
 from transforms.invoke.retry import Call, RetryPolicy
 from transforms.lanes import Lanes
 from transforms.records import (
+    FINAL,
     Batch,
     CallStats,
     Failure,
@@ -1578,3 +1579,57 @@ def test_calls_are_counted_when_they_end_and_each_once() -> None:
         assert invoker.stats == total
         assert not invoker.trouble.stuck
         assert invoker.trouble.last_error
+
+
+# -- windows ------------------------------------------------------------------------------
+
+
+class Windowed(Function):
+    """Has a state, and notes which one it is handed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[tuple[bytes, bool]] = []
+
+    def __call__(
+        self, batch: Batch, call: Call, request: Any, meanwhile: Callable[[], None]
+    ) -> Outcome:
+        assert call.turn
+        facts = call.turn.facts
+        self.states.append((facts.state, facts.final))
+        return Outcome(Kind.SUCCESS, state=b'{"calls":%d}' % len(self.states))
+
+
+def test_a_window_is_closed_from_outside_and_forgotten_with_its_lane() -> None:
+    function = Windowed()
+    with _running(function, ahead=False, window_ms=60_000) as invoker:
+
+        def idle() -> None:
+            assert invoker.wait(lambda each: not each.pending_batches, GUARD_SECS)
+
+        invoker.submit([_batch(A, 0, 2), _batch(A, 2, 2), _batch(B, 0)])
+        idle()
+        assert invoker.open_windows() == {A: 60_000, B: 60_000}
+        assert [each.reach for each in invoker.collect() if each.key == A] == [(0, 0), (0, 0)]
+        # What was under way of it counts for nothing, and it is begun anew where it was.
+        invoker.abandon((*A, 0))
+        assert invoker.open_windows() == {B: 60_000}
+        function.states.clear()
+        invoker.submit([_batch(A, 0, 4)])
+        idle()
+        invoker.close_window(A, FINAL)
+        idle()
+        assert function.states == [(b"{}", False), (b'{"calls":1}', True)]
+        assert [each.reach for each in invoker.collect()] == [(0, 0), (0, 4)]
+        invoker.retire(B)
+        assert invoker.open_windows() == {}
+
+
+def test_a_halted_partition_has_no_window_to_close() -> None:
+    function = Windowed()
+    with _running(function, ahead=False, window_ms=60_000) as invoker:
+        invoker.submit([_batch(A, 0)])
+        assert invoker.wait(lambda each: not each.pending_batches, GUARD_SECS)
+        failure = Failure(_batch(A, 1).records, (), "c", "e", "m", 0, 0, "e")
+        invoker.halt(Finished(*A, 1, 1, halted=failure))
+        assert invoker.open_windows() == {}

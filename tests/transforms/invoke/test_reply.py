@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from transforms.invoke.reply import (
     BATCH_ITEM_FAILURES,
+    MOST_STATE_BYTES,
     Answer,
     InvalidReplyError,
     parse_failures,
     parse_reply,
+    parse_state,
     parse_stream_failures,
     read_reply,
 )
@@ -465,3 +467,31 @@ def test_what_names_no_record_of_the_batch_fails_all_of_it(entry: Any) -> None:
 def test_other_replies_fail_all_of_a_stream_s_batch(body: bytes) -> None:
     with pytest.raises(InvalidReplyError):
         parse_stream_failures(body, _NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("body", "state"),
+    [
+        (b'{"state":{}}', b"{}"),
+        (b' { "state" : {"n": 12345678901234567890.10} , "batchItemFailures":[] } ', None),
+        (b'{"a":{"state":{"no":1}},"state":{"n":1},"b":["}"]}', b'{"n":1}'),
+        (b'{"state":{"n":1},"state":{"n":2}}', b'{"n":2}'),
+        ('{"state":{"ü":"\\"}"}}'.encode(), '{"ü":"\\"}"}'.encode()),
+    ],
+)
+def test_a_state_is_kept_as_it_is_written(body: bytes, state: bytes | None) -> None:
+    assert parse_state(body) == (state or b'{"n": 12345678901234567890.10}')
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"null", b"[]", b'""', b"{}", b'{"state":null}', b'{"state":[]}', b'{"state":"s"}', b"{"],
+)
+def test_a_reply_without_a_state_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidReplyError, match=r"state|not JSON"):
+        parse_state(body)
+
+
+def test_a_state_that_fits_into_no_call_is_refused() -> None:
+    with pytest.raises(InvalidReplyError, match="would fit into no further invocation"):
+        parse_state(b'{"state":{"x":"%b"}}' % (b"x" * MOST_STATE_BYTES))

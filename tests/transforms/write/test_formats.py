@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transforms.batch.payload import PayloadFormat, encode_records
+from transforms.names import TEXTS
 from transforms.original import ORIGINAL_HEADER, decode_original, encode_originals
 from transforms.records import ARRAY, NO_TIMESTAMP, Failure, Records
 from transforms.write.formats import (
     FORMATS,
+    AvroEncoders,
     error_facts,
     error_records,
     error_value,
     least_error_record,
     range_key,
     response_keys,
+    response_schemas,
     response_values,
 )
 
@@ -184,6 +188,37 @@ def test_range_keys(topic: str) -> None:
     }
     expected = f"Struct{{topic={topic},partition=3,startOffset=5,endOffset=9}}"
     assert range_key(topic, 3, 5, 9, "string") == expected.encode()
+
+
+@pytest.mark.parametrize("digits", [1, 20, 56, 129])
+def test_keys_with_numbers_that_are_texts(digits: int) -> None:
+    """A stream's numbers, whatever their length: as texts, and both ends of a range are records."""
+    number = 10**digits - 2
+    one = {"topic": "s", "partition": 3, "offset": str(number)}
+    ends = {"firstOffset": str(number), "lastOffset": str(number + 1)}
+    both = {"topic": "s", "partition": 3, **ends}
+    for format in ("json", "json_schema", "string"):
+        (key,) = response_keys("s", 3, [number], format, TEXTS)
+        keys = key, range_key("s", 3, number, number + 2, format, TEXTS)
+        for written, fields in zip(keys, (one, both)):
+            if format == "string":
+                text = ",".join(f"{name}={value}" for name, value in fields.items())
+                assert written == f"Struct{{{text}}}".encode()
+                continue
+            found = json.loads(written)
+            if format == "json_schema":
+                types = {each["field"]: each["type"] for each in found["schema"]["fields"]}
+                assert types == {
+                    name: "int32" if name == "partition" else "string" for name in fields
+                }
+                found = found["payload"]
+            assert found == fields
+    avro = AvroEncoders(orjson.dumps, orjson.dumps)
+    assert response_keys("s", 3, [number], avro, TEXTS) == [orjson.dumps(one)]
+    assert range_key("s", 3, number, number + 2, avro, TEXTS) == orjson.dumps(both)
+    for schema in (response_schemas(False, TEXTS), response_schemas(True, TEXTS)):
+        types = {each["name"]: each["type"] for each in json.loads(schema[0])["fields"]}
+        assert types.pop("partition") == "int" and set(types.values()) == {"string"}
 
 
 def test_error_values() -> None:
