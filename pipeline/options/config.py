@@ -270,6 +270,9 @@ def _stream_source(values: dict[str, Any], start_ms: int | None) -> KinesisSourc
         start_ms,
         values["stream_poll_secs"],
         values["lease_secs"],
+        deaggregate=values["deaggregate"],
+        consumer_name=values["consumer_name"],
+        consumer_arns=values["consumer_arn"] or (),
     )
 
 

@@ -39,9 +39,9 @@ def client_context(
     custom = {
         "topic": batch.topic,
         "partition": str(batch.partition),
-        "first_offset": str(offsets[call.low]),
+        "first_offset": names.text(offsets[call.low]),
         # A source without dense numbers knows of no next one.
-        **({"last_offset": str(last)} if names.texts else {"next_offset": str(last + 1)}),
+        **({"last_offset": names.text(last)} if names.texts else {"next_offset": str(last + 1)}),
         "attempt": str(call.attempt),
         "reason": call.reason[:_REASON_CHARACTERS].encode(errors="replace").decode(),
     }
