@@ -21,6 +21,7 @@ from transforms.kinesis.client import AwsConfig, Refused, StreamApi
 from transforms.kinesis.fetch import KinesisFetcher, Message, fetch_again
 from transforms.kinesis.reach import Reach
 from transforms.kinesis.shards import SHARD_END
+from transforms.kinesis.stream import KinesisSource
 from transforms.names import joined
 from transforms.records import PartitionKey
 from transforms.source import Fetched
@@ -305,3 +306,26 @@ def test_records_are_read_again(kinesis: LocalKinesis, reader: Reader) -> None:
     assert (records.offsets, records.values) == (wanted, [stored[2].data, stored[5].data])
     kinesis.trim(STREAM, 0, 4)
     assert fetch_again(reader.api, KEY, wanted) is None
+
+
+@pytest.mark.parametrize(
+    ("operation", "code", "said"),
+    [
+        ("ListShards", "AccessDeniedException", "--stream=orders cannot be read: AccessDenied"),
+        ("DescribeStreamSummary", "AccessDeniedException", "--stream=orders cannot be read: Acc"),
+        ("Scan", "AccessDeniedException", "--lease_table=t cannot be used"),
+    ],
+)
+def test_what_nobody_can_wait_out_before_anything_is_read(
+    operation: str, code: str, said: str
+) -> None:
+    with LocalKinesis() as kinesis:
+        kinesis.create_stream(STREAM)
+        kinesis.refuse(operation, code, -1)
+        aws = AwsConfig("us-east-1", kinesis_url=kinesis.url, dynamodb_url=kinesis.url)
+        source = KinesisSource((STREAM,), f"t-{operation}", aws)
+        fetcher = source.fetcher()
+        partitions = source.partitions(fetcher)
+        with pytest.raises(KinesisError, match=said.replace("=t ", f"=t-{operation} ")):
+            partitions.survey([each.key for each in partitions.find()])
+        fetcher.close()
