@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from transforms.names import SUB_BITS
 from transforms.records import ARRAY, NO_TIMESTAMP, PREFIX_BYTES, Decoded, Frame, Header, Records
 
 CONFLUENT, KAFKA_EVENT, PIPES, KINESIS_EVENT = ENVELOPES = (
@@ -169,22 +170,23 @@ def _stream_records(stream: str, shard: int, records: Records, envelope: Envelop
     }
     head, _, tail = orjson.dumps(rest)[1:].replace(b"%", b"%%").partition(f'{shard_id}:"'.encode())
     entry = (
-        b'{"kinesis":{"kinesisSchemaVersion":"1.0","partitionKey":%b,"sequenceNumber":"%d",'
+        b'{"kinesis":{"kinesisSchemaVersion":"1.0","partitionKey":%b,"sequenceNumber":"%b",'
         b'"data":"%b","approximateArrivalTimestamp":%b},'
         + head
         + shard_id.encode()
-        + b':%d"'
+        + b':%b"'
         + tail
     )
-    offsets = records.offsets
+    # Records of an aggregate have its number, as Lambda gives it to them.
+    numbers = [b"%d" % (each >> SUB_BITS) for each in records.offsets]
     return [
         entry % row
         for row in zip(
             [orjson.dumps((key or b"").decode(errors="replace")) for key in records.keys],
-            offsets,
+            numbers,
             [b2a_base64(data or b"", newline=False) for data in records.values],
             [repr(ms / 1000).encode() for ms in records.timestamps],
-            offsets,
+            numbers,
         )
     ]
 

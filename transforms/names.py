@@ -1,12 +1,20 @@
 """Names: how the numbers of a source's records are written outside of the program. Pure.
 
 Inside they are ints of any size. A JSON number, an Avro long and a Connect int64 hold 64 bits.
+
+A record of a stream may hold several that were put into it as one: an aggregate. Then they have its
+number in common, and a sub-number each. Inside, the two are one int, the sub-number in the lowest
+`SUB_BITS`; outside a sub-number stands behind a colon, 0 for none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+SUB_BITS = 24
+"""More than an aggregate's records can be: it has 10 MiB at most, and each takes some bytes."""
+_SUBS = (1 << SUB_BITS) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,7 @@ class Names:
         alone: Whether a reply names a record by its number alone; then what says nothing at all is
             success, too.
         lag_ms: Whether how far one is behind is told in milliseconds, and not in records.
+        subs: Whether numbers have sub-numbers.
     """
 
     texts: bool = False
@@ -30,14 +39,33 @@ class Names:
     first: int = 1
     alone: bool = False
     lag_ms: bool = False
+    subs: bool = False
 
     def number(self, number: int) -> int | str:
         """A record's number."""
-        return str(number) if self.texts else number
+        return self.text(number) if self.texts else number
 
     def numbers(self, numbers: Sequence[int]) -> Sequence[int | str]:
         """Numbers of several records."""
-        return list(map(str, numbers)) if self.texts else numbers
+        return list(map(self.text, numbers)) if self.texts else numbers
+
+    def text(self, number: int) -> str:
+        """A record's number, as a text."""
+        if not self.subs:
+            return str(number)
+        sub = number & _SUBS
+        return f"{number >> SUB_BITS}:{sub}" if sub else str(number >> SUB_BITS)
+
+    def read(self, text: int | str) -> int:
+        """The number that is written so.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if not self.subs:
+            return int(text)
+        number, _, sub = str(text).partition(":")
+        return joined(int(number), int(sub or 0))
 
     def position(self, position: int) -> int | str | None:
         """A position: the number of the last record below it where numbers are texts; None where
@@ -46,11 +74,33 @@ class Names:
             return position
         if position == self.ended:
             return "ended"
-        return str(position - 1) if position >= self.first else None
+        return self.text(position - 1) if position >= self.first else None
+
+
+def spoken(number: int) -> str:
+    """A record's number in a line of the log, where its source is not known: Kafka's have 64 bits,
+    and those of streams have more."""
+    return str(number) if number < 2**63 else TEXTS.text(number)
+
+
+def joined(number: int, sub: int = 0) -> int:
+    """A number and a sub-number as one.
+
+    Raises:
+        ValueError: The sub-number is too large.
+    """
+    if not 0 <= sub < _SUBS:
+        raise ValueError(f"{sub} is no sub-number")
+    return number << SUB_BITS | sub
+
+
+def parted(number: int) -> tuple[int, int]:
+    """The number and the sub-number in one."""
+    return number >> SUB_BITS, number & _SUBS
 
 
 NUMBERS = Names()
 """As JSON numbers."""
 
-TEXTS = Names(texts=True)
-"""As texts."""
+TEXTS = Names(texts=True, subs=True)
+"""As texts, with sub-numbers."""

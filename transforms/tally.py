@@ -47,6 +47,7 @@ RETRIES = "retries"
 POLLING_ERRORS = "polling_errors"
 READ_CALLS = "read_calls"
 READ_THROTTLES = "read_throttles"
+FOREIGN_HASH = "foreign_hash"
 COMMIT_ERRORS = "commit_errors"
 DELIVERY_ERRORS = "error_topic_delivery_errors"
 

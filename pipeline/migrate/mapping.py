@@ -90,12 +90,13 @@ def _event_source(carried: Carried, name: str, value: Any) -> None:
     if service == "kafka":
         carried.take("event_source_arn", arn, name)
     elif service == "kinesis":
-        # With a consumer's name behind it the mapping has the stream pushed to it.
+        # With a consumer behind it the mapping has the stream pushed to it, and then takes what
+        # the Kinesis Producer Library has put into one record apart.
         stream, _, consumer = arn.partition("/consumer/")
         carried.take("stream", stream, name)
         if consumer:
-            why = f"the stream is polled, and not pushed to the consumer {consumer.split(':')[0]}"
-            carried.note(name, why)
+            carried.take("consumer_arn", arn, name)
+            carried.take("deaggregate", "true", name)
     else:
         what = {"dynamodb": "a DynamoDB stream"}.get(service, service or "something else")
         carried.refuse(name, f"this is a mapping of {what}, and not of Kafka or Kinesis")
@@ -202,7 +203,8 @@ ROWS = (
     ),
     Row(
         ("EventSourceArn",),
-        "of MSK --event_source_arn, of Kinesis --stream; any other is refused",
+        "of MSK --event_source_arn, of Kinesis --stream, with a consumer --consumer_arn and "
+        "--deaggregate too; any other is refused",
         _event_source,
     ),
     becomes("FunctionArn", "function"),

@@ -14,6 +14,9 @@ _STREAMS_ONLY = (
     "lease_secs",
     "stream_poll_secs",
     "stream_role_arn",
+    "consumer_name",
+    "consumer_arn",
+    "deaggregate",
     "kinesis_endpoint_url",
     "dynamodb_endpoint_url",
     "invoke_identity_arn",
@@ -41,6 +44,7 @@ def check_stream(values: dict[str, Any], given: dict[str, str | None], problems:
             problems.append(f"--stream: {each} is no name of a stream, nor its ARN")
         elif names.count(stream_name(each)) > 1:
             problems.append(f"--stream: {each} has the name of another; read them in two runs")
+    _check_consumers(values, names, problems)
     table = values["lease_table"]
     if not table:
         example = OPTIONS["lease_table"].example
@@ -76,3 +80,16 @@ def check_stream_job(values: dict[str, Any], problems: list[str]) -> None:
         )
     if values["kafka_reader"] == "beam":
         problems.append("--kafka_reader=beam does not go with --stream: it reads topics")
+
+
+def _check_consumers(values: dict[str, Any], names: list[str], problems: list[str]) -> None:
+    name, arns = values["consumer_name"], values["consumer_arn"] or ()
+    if name and arns:
+        problems.append("give --consumer_name or --consumer_arn, and not both")
+    if name and not OPTIONS["consumer_name"].fits(name):
+        problems.append(f"--consumer_name={name} is no name of a consumer")
+    for arn in arns:
+        if not OPTIONS["consumer_arn"].fits(arn):
+            problems.append(f"--consumer_arn: {arn} is not the ARN of a stream's consumer")
+        elif arn.partition("/consumer/")[0].rpartition("/")[2] not in names:
+            problems.append(f"--consumer_arn: {arn} is the consumer of none of --stream")

@@ -284,6 +284,9 @@ def _stream_source(values: dict[str, Any], start_ms: int | None, streaming: bool
         values["stream_poll_secs"],
         values["lease_secs"],
         job=job,
+        deaggregate=values["deaggregate"],
+        consumer_name=values["consumer_name"],
+        consumer_arns=values["consumer_arn"] or (),
     )
 
 

@@ -285,6 +285,30 @@ GROUPS = (
                 high=60,
             ),
             Option(
+                "consumer_name",
+                "Name of a registered consumer of the stream: its shards then send by themselves "
+                "(enhanced fan-out), and take nothing from what other readers may read. Where that "
+                "fails they are polled, and the log says why. Costs money at AWS.",
+                example="orders-to-lambda",
+                pattern="[a-zA-Z0-9_.-]{1,128}",
+            ),
+            Option(
+                "consumer_arn",
+                "The same as an ARN, comma separated for several streams; in place of "
+                "--consumer_name.",
+                kind="list",
+                example="arn:aws:kinesis:eu-central-1:123456789012:stream/orders/consumer/"
+                "orders-to-lambda:1700000000",
+                pattern=rf"{STREAM_ARN}/consumer/{STREAM_NAME.pattern}:[0-9]+",
+            ),
+            Option(
+                "deaggregate",
+                "Take apart what the Kinesis Producer Library has put into one record; else it is "
+                "handed on as it is, as Lambda does it when it polls.",
+                kind="flag",
+                default=False,
+            ),
+            Option(
                 "stream_role_arn",
                 "Role to assume for the streams and the lease table, with the credentials of AWS's "
                 "default chain, or as --aws_web_identity says. --aws_role_arn is the function's "

@@ -38,7 +38,7 @@ class Command:
     action: str
     topic: str | None = None
     partition: int | None = None
-    offset: int | None = None
+    offset: int | str | None = None
     whole: bool = False
     level: str = ""
 

@@ -42,6 +42,7 @@ from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import InvokeConfig, shared_invoker, why_broken
 from transforms.invoke.invoker import Invoker
 from transforms.invoke.window import is_over
+from transforms.names import spoken
 from transforms.read.rounds import Room, Round, shared_reader
 from transforms.records import EARLY, FINAL, Finished, PartitionKey
 from transforms.schemas.registry import shared_registry
@@ -567,9 +568,16 @@ class Rounds:
             self._say(answer, Told(False, why))
             return
         (key,) = keys
-        halt = self._halt_of(key) or self._invoker.stop_at(key, command.offset)
-        if halt is None or command.offset not in (None, self._halted_at(halt)):
-            where = f" at offset {self._halted_at(halt)}" if halt else ""
+        offset = None
+        if command.offset is not None:
+            try:
+                offset = self._config.read.source.names.read(command.offset)
+            except ValueError:
+                self._say(answer, Told(False, f"{command.offset} is no record's number"))
+                return
+        halt = self._halt_of(key) or self._invoker.stop_at(key, offset)
+        if halt is None or offset not in (None, self._halted_at(halt)):
+            where = f" at offset {spoken(self._halted_at(halt))}" if halt else ""
             waits = "it is halted" if halt else "it is neither halted nor backing off just now"
             said = f"{key[0]}-{key[1]} does not stand in front of that record: {waits}{where}"
             self._say(answer, Told(False, said))
@@ -640,8 +648,12 @@ class Rounds:
         write_at_once(self._config.write, outcome, commit)
         self._totals.counters["write.errors"] += count
         self._committer.begin(key, marks)
-        _LOGGER.warning("%s-%d: skipped as told: offsets %d to %d", *key, first, last)
-        return f"offsets {first} to {last} are written to the error topic and skipped"
+        _LOGGER.warning(
+            "%s-%d: skipped as told: offsets %s to %s", *key, spoken(first), spoken(last)
+        )
+        return (
+            f"offsets {spoken(first)} to {spoken(last)} are written to the error topic and skipped"
+        )
 
     def _go_on(self, key: PartitionKey) -> None:
         """Read a halted partition on from where it stands."""

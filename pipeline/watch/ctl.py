@@ -52,11 +52,17 @@ def _parser() -> argparse.ArgumentParser:
                 "--partition", required=action == "skip", help="this partition only, as orders-3"
             )
         if action == "skip":
-            one.add_argument("--offset", type=int, help="only if that is the record in the way")
+            one.add_argument("--offset", type=_offset, help="only if that is the record in the way")
             one.add_argument(
                 "--whole", action="store_true", help="with all records that failed together"
             )
     return parser
+
+
+def _offset(text: str) -> int | str:
+    """A record's number; a stream's are too large for JSON, and have a colon where it is a part."""
+    number = int(text.partition(":")[0])
+    return number if text.isdecimal() and number < 2**63 else text
 
 
 def options() -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,7 +16,14 @@ from pipeline.watch.server import Answer, Request, Route, Server, as_json
 
 _LOGGER = logging.getLogger(__name__)
 
-_NAMES = {"topic": str, "partition": int, "offset": int, "whole": bool, "level": str}
+_NAMES: Mapping[str, tuple[type, ...]] = {
+    "topic": (str,),
+    "partition": (int,),
+    # A stream's numbers are texts.
+    "offset": (int, str),
+    "whole": (bool,),
+    "level": (str,),
+}
 
 
 def serve_hands(server: Server, tell: Callable[[Command], Told], token: str) -> None:
@@ -91,10 +98,10 @@ def parse(action: str, body: bytes) -> Command:
     if not isinstance(given, dict):
         raise ValueError("the body is no JSON object")
     for name, value in given.items():
-        kind = _NAMES.get(name)
-        if kind is None:
+        kinds = _NAMES.get(name)
+        if kinds is None:
             raise ValueError(f"give {', '.join(_NAMES)}, and nothing else")
-        if value is not None and type(value) is not kind:
+        if value is not None and type(value) not in kinds:
             raise ValueError(f"{name} is of another type")
     command = Command(action, **{name: value for name, value in given.items() if value is not None})
     if command.partition is not None and command.topic is None:

@@ -146,8 +146,12 @@ def _calls(status: Status, topics: Sequence[str]) -> Iterator[Metric]:
         found = tallied.by(name.removesuffix("_records"))
         yield _counter(name, text, by_topic | found, ("topic",))
     for name, text in (
-        (tally.READ_CALLS, "Calls of GetRecords; for streams only."),
+        (tally.READ_CALLS, "Calls of GetRecords and SubscribeToShard; for streams only."),
         (tally.READ_THROTTLES, "Reads of a stream that were refused as too many."),
+        (
+            tally.FOREIGN_HASH,
+            "Records of aggregates whose partition key is another shard's by now.",
+        ),
     ):
         yield _counter(name, text, tallied.by(name), ("topic",))
     outcomes: dict[Labels, float] = {(name,): 0.0 for name in OUTCOMES}

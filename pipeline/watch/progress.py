@@ -17,7 +17,7 @@ from rich.text import Text
 from pipeline.run.status import Status
 from pipeline.watch.logs import say, show
 from transforms.invoke.failures import Failed, Stuck, halt_facts, halt_line
-from transforms.names import Names
+from transforms.names import Names, spoken
 from transforms.records import Finished, PartitionKey
 
 _LOGGER = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def trouble_text(status: Status) -> str:
     if error := trouble.last_error:
         said = f": {error.message}" if error.message else ""
         parts.append(
-            f"last error: {error.topic}-{error.partition} at offset {error.first}, "
+            f"last error: {error.topic}-{error.partition} at offset {spoken(error.first)}, "
             f"{_clock(error.at)}: {error.error_type}{said}"
         )
     return "".join(f", {part}" for part in parts)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.local.lambda_server import LambdaContext
-from pipeline.local.processes import free_ports
+from pipeline.local.processes import free_ports, wait_until
 from tests import sink
 from tests.servers.moto_server import moto_server
 from tests.servers.node_kinesis import NEEDS, PACKAGES, NodeKinesis
@@ -106,3 +106,43 @@ def test_reshards_and_a_crash(kinesis: NodeKinesis, dynamodb: str) -> None:
             again = run.wait(0)
     assert {key: list(own) for key, own in function.came.items()} == put
     assert again.summary["records"] == 0
+
+
+def test_fan_out(kinesis: NodeKinesis, dynamodb: str) -> None:
+    """Where the server knows it; the other one does not, and is polled."""
+    arn = kinesis.create_stream("subscribed", 2)
+    knows = kinesis.name == "kinesis-mock"
+    if knows:
+        names = {"StreamARN": arn, "ConsumerName": "fast"}
+        kinesis.client.register_stream_consumer(**names)
+
+        def active() -> bool:
+            consumer = kinesis.client.describe_stream_consumer(**names)["ConsumerDescription"]
+            return bool(consumer["ConsumerStatus"] == "ACTIVE")
+
+        wait_until(active, "the consumer is not active", 30)
+    texts = [f"record {index}" for index in range(100)]
+    kinesis.put("subscribed", [(f"key-{i % 7}", text.encode()) for i, text in enumerate(texts)])
+    function = Function()
+    with sink.serve(function) as server:
+        arguments = [
+            f"--stream={'subscribed' if kinesis.name == 'kinesalite' else arn}",
+            "--consumer_name=fast",
+            f"--lease_table=subscribed-{kinesis.name}",
+            "--lease_secs=3",
+            "--stream_poll_secs=0.2",
+            f"--kinesis_endpoint_url={kinesis.url}",
+            f"--dynamodb_endpoint_url={dynamodb}",
+            f"--function={sink.FUNCTION}",
+            f"--lambda_endpoint_url={server.url}",
+            "--envelope=kinesis_event",
+            "--max_retries=-1",
+            "--until=caught_up",
+        ]
+        with sink.Sink(arguments, sink.environment()) as run:
+            ended = run.wait(0)
+    expected: dict[str, list[str]] = {}
+    for index, text in enumerate(texts):
+        expected.setdefault(f"key-{index % 7}", []).append(text)
+    assert {key: list(own) for key, own in function.came.items()} == expected
+    assert ("is polled, and not subscribed to" in ended.stderr) != knows

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from transforms.batch.payload import PayloadFormat, encode_records
 from transforms.envelope import ENVELOPES, KAFKA_EVENT, KINESIS_EVENT, Envelope, WindowFacts
+from transforms.names import joined
 from transforms.records import NO_TIMESTAMP, Decoded, Records
 
 MSK = "arn:aws:kafka:us-east-1:123456789012:cluster/orders/5a7c-2"
@@ -295,7 +296,8 @@ def test_the_event_of_a_stream() -> None:
     arn = "arn:aws:kinesis:us-east-2:123456789012:stream/lambda-stream"
     number = 49590338271490256608559692538361571095921575989136588898
     records = Records(
-        [number, 10**129 - 1],
+        # The second one is within an aggregate.
+        [joined(number), joined(10**129 - 1, 3)],
         [1545084650987, 1545084651000],
         [b"1", b'"%d"'],
         [b"Hello, this is a test.", b""],

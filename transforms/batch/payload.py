@@ -182,18 +182,19 @@ def encode_records(
         + b',"topic":'
         + orjson.dumps(topic).replace(b"%", b"%%")
         + b',"partition":%d' % partition
-        + (b',"offset":"%d"' if format.names.texts else b',"offset":%d')
+        + (b',"offset":"%b"' if format.names.texts else b',"offset":%d')
         + b',"key":%b,"value":%b'
     )
+    offsets: Sequence[int | bytes] = records.offsets
+    if format.names.texts:
+        offsets = [format.names.text(each).encode() for each in records.offsets]
     if format.headers:
         header_columns = [_encode_headers(headers, auto) for headers in records.headers]
         entry = head + b',"headers":%b}}'
-        entries = [
-            entry % row for row in zip(timestamps, records.offsets, keys, values, header_columns)
-        ]
+        entries = [entry % row for row in zip(timestamps, offsets, keys, values, header_columns)]
     else:
         entry = head + b"}}"
-        entries = [entry % row for row in zip(timestamps, records.offsets, keys, values)]
+        entries = [entry % row for row in zip(timestamps, offsets, keys, values)]
     return EncodedRecords(
         entries,
         rejections,

@@ -38,9 +38,9 @@ def client_context(
     custom = {
         "topic": batch.topic,
         "partition": str(batch.partition),
-        "first_offset": str(first),
+        "first_offset": names.text(first),
         # A source without dense numbers knows of no next one.
-        **({"last_offset": str(last)} if names.texts else {"next_offset": str(last + 1)}),
+        **({"last_offset": names.text(last)} if names.texts else {"next_offset": str(last + 1)}),
         "attempt": str(call.attempt),
         "reason": call.reason[:_REASON_CHARACTERS].encode(errors="replace").decode(),
     }

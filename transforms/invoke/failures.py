@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transforms.invoke.outcome import Outcome
+from transforms.names import spoken
 from transforms.records import Failure, Finished, PartitionKey
 
 WINDOW_SECS = 30.0
@@ -127,9 +128,9 @@ def failure_line(failure: Failed, then: str, held_back: int) -> str:
         then: What comes next.
         held_back: How many like it were not said since the last line.
     """
-    offsets = f"offset {failure.first}"
+    offsets = f"offset {spoken(failure.first)}"
     if failure.last > failure.first:
-        offsets = f"offsets {failure.first} to {failure.last}"
+        offsets = f"offsets {spoken(failure.first)} to {spoken(failure.last)}"
     parts = [
         f"failed: {failure.topic}-{failure.partition} {offsets}: {failure.kind}, "
         f"{_cause(failure.error_type, failure.message)}"
@@ -169,7 +170,7 @@ def halt_line(finished: Finished) -> str:
     """The same for people: the one wording of a halt."""
     facts = halt_facts(finished)
     return (
-        f"halted: {facts['topic']}-{facts['partition']} at offset {facts['offset']}: "
+        f"halted: {facts['topic']}-{facts['partition']} at offset {spoken(facts['offset'])}: "
         f"{facts['condition']}, {_cause(facts['error_type'], facts['message'])}"
     )
 

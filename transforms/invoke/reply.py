@@ -161,7 +161,11 @@ def parse_stream_failures(body: bytes, numbers: Sequence[int | str]) -> list[int
     failures = [] if reply in ("", []) else _failures(reply)
     if not failures:
         return []
-    places = {number: index for index, number in enumerate(numbers)}
+    # Records of an aggregate have their number in common: it means the first of them.
+    places: dict[int | str, int] = {}
+    for index, number in enumerate(numbers):
+        places[number] = index
+        places.setdefault(str(number).partition(":")[0], index)
     failed = set()
     for number, failure in enumerate(failures):
         identifier = failure.get("itemIdentifier") if type(failure) is dict else None

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import boto3
 import botocore.exceptions as aws_errors
 import orjson
+import urllib3
 import urllib3.exceptions as http_errors
 from botocore.config import Config
+from urllib3.util import parse_url
 
 from transforms.aws.answers import Fault, is_throttled, read_refusal
 from transforms.aws.credentials import Identity, session_of
@@ -31,10 +36,15 @@ from transforms.aws.signed import (
     tls_of,
 )
 from transforms.errors import KinesisError
+from transforms.kinesis.frames import Frame, Frames
 from transforms.kinesis.shards import STREAM_ARN
 
 _CONNECTIONS = 128
 _CONNECT_SECS, _SEND_SECS, _READ_SECS = 5, 30, 30
+# An idle shard's subscription is heard of every few seconds.
+_SILENT_SECS = 35
+_PIECE_BYTES = 64 * 1024
+_AWAITED_MS, _ON_ITS_WAY_MS = 50, 1000
 CUT = "AnswerTooLarge"
 """Code of an answer that is larger than what is read of one."""
 
@@ -176,6 +186,89 @@ def _line(what: str, code: str, why: str) -> str:
     return f"{what}: {said}{todo}"
 
 
+class Heard(NamedTuple):
+    """An event of a subscription.
+
+    Attributes:
+        event: What it says.
+        asked_ms: It was not sent before about this time.
+    """
+
+    event: dict[str, Any]
+    asked_ms: int
+
+
+class Subscription:
+    """What a shard sends by itself, until it ends: a context, and an iterator of events.
+
+    Args:
+        response: Whose body it is.
+        url: Where it comes from.
+        proxy: The proxy that it comes through, or None.
+    """
+
+    def __init__(self, response: urllib3.BaseHTTPResponse, url: str, proxy: str | None) -> None:
+        self._response = response
+        self._url = url
+        self._proxy = proxy
+        self._asked_ms = _now_ms()
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        # The connection with it: there is more to come on it.
+        self._response.close()
+
+    def __iter__(self) -> Iterator[Heard]:
+        """Each event. It ends where the subscription does, whatever has ended it in order.
+
+        Raises:
+            Refused: It says an error, is silent for too long, or is cut off.
+        """
+        frames = Frames()
+        try:
+            for piece in self._pieces():
+                for frame in frames.feed(piece):
+                    if event := self._read(frame):
+                        yield Heard(event, self._asked_ms)
+        except http_errors.HTTPError as error:
+            raise Refused(no_reply(error, self._url, self._proxy)) from None
+        except ValueError as error:
+            raise Refused(Fault(200, "NotKinesis", f"{self._url}: {error}")) from None
+
+    def _pieces(self) -> Iterator[bytes]:
+        pieces = (
+            self._response.read_chunked()
+            if self._response.chunked
+            else iter(lambda: self._response.read1(_PIECE_BYTES), b"")
+        )
+        while True:
+            waiting_ms = _now_ms()
+            piece = next(pieces, b"")
+            if not piece:
+                return
+            if _now_ms() - waiting_ms > _AWAITED_MS:
+                # It was not there yet; what is was sent who knows when.
+                self._asked_ms = max(self._asked_ms, waiting_ms - _ON_ITS_WAY_MS)
+            yield piece
+
+    def _read(self, frame: Frame) -> dict[str, Any] | None:
+        kind = frame.headers.get(":message-type")
+        if kind == "event":
+            if frame.headers.get(":event-type") == "SubscribeToShardEvent":
+                event = orjson.loads(frame.payload)
+                if isinstance(event, dict):
+                    return event
+            return None
+        code = frame.headers.get(":exception-type") or frame.headers.get(":error-code") or "Unknown"
+        said = frame.headers.get(":error-message", "")
+        if frame.payload:
+            answer = orjson.loads(frame.payload)
+            said = str(answer.get("message", said)) if isinstance(answer, dict) else said
+        raise Refused(Fault(200, code[:1].upper() + code[1:], said))
+
+
 class StreamApi:
     """Calls for one stream. Thread-safe.
 
@@ -190,6 +283,7 @@ class StreamApi:
         self._by_arn = STREAM_ARN.fullmatch(stream) is not None
         self._lock = threading.Lock()
         self._templates: dict[str, tuple[Template, Endpoint, str | None]] = {}
+        self._pool: urllib3.PoolManager | None = None
 
     @property
     def named(self) -> dict[str, str]:
@@ -254,6 +348,70 @@ class StreamApi:
             )
             return self._templates.setdefault(operation, (made, endpoint, proxy))
 
+    def subscribe(self, arguments: dict[str, Any]) -> Subscription:
+        """Have a shard send its records by itself.
+
+        Raises:
+            Refused: It does not.
+        """
+        body = orjson.dumps(arguments)
+        try:
+            made, _, proxy = self._template("SubscribeToShard", arguments)
+            headers = signed_headers(made, {}, body)
+        except (aws_errors.BotoCoreError, aws_errors.ClientError) as error:
+            raise Refused(_fault_of(error)) from None
+        except (http_errors.HTTPError, OSError, ValueError) as error:
+            raise Refused(Fault(0, type(error).__name__, str(error))) from None
+        try:
+            response = self._streaming(made.url, proxy).urlopen(
+                "POST",
+                made.url,
+                body=body,
+                headers=headers,
+                preload_content=False,
+                decode_content=False,
+                retries=urllib3.Retry(False),
+                redirect=False,
+            )
+            if response.status >= 400:
+                fault = read_refusal(response.status, response.headers, response.read())
+                raise Refused(fault)
+        except http_errors.HTTPError as error:
+            raise Refused(no_reply(error, made.url, proxy)) from None
+        kind = response.headers.get("content-type", "")
+        if "vnd.amazon.eventstream" not in kind:
+            response.close()
+            what = f"{made.url} answers with {kind[:60] or 'nothing'} and not with events"
+            raise Refused(Fault(response.status, "NotKinesis", what))
+        return Subscription(response, made.url, proxy)
+
+    def _streaming(self, url: str, proxy: str | None) -> urllib3.PoolManager:
+        with self._lock:
+            if self._pool is None:
+                settings: dict[str, Any] = {
+                    "maxsize": _CONNECTIONS,
+                    "timeout": urllib3.Timeout(connect=_CONNECT_SECS, read=_SILENT_SECS),
+                    "ssl_context": tls_of(url),
+                }
+                self._pool = (
+                    urllib3.ProxyManager(proxy, proxy_headers=_login(proxy), **settings)
+                    if proxy
+                    else urllib3.PoolManager(**settings)
+                )
+            return self._pool
+
+    def consumer(self, name: str) -> dict[str, Any]:
+        """What Kinesis says of a consumer of the stream.
+
+        Raises:
+            Refused: It knows none of that name, or says nothing.
+        """
+        arn = self.stream if self._by_arn else self.summary().get("StreamARN", "")
+        arguments = {"StreamARN": arn, "ConsumerName": name}
+        answer = self.call("DescribeStreamConsumer", arguments, named=False)
+        found: dict[str, Any] = answer.get("ConsumerDescription", {})
+        return found
+
     def list_shards(self) -> list[dict[str, Any]]:
         """All shards that there are, as they are listed.
 
@@ -280,6 +438,15 @@ class StreamApi:
         answer = self.call("DescribeStreamSummary", {})
         summary: dict[str, Any] = answer.get("StreamDescriptionSummary", {})
         return summary
+
+
+def _login(proxy: str) -> dict[str, str] | None:
+    login = parse_url(proxy).auth
+    return urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else None
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _fault_of(error: Exception) -> Fault:

@@ -14,9 +14,10 @@ from base64 import b64decode
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from transforms.errors import KinesisError
+from transforms.kinesis.aggregates import MAGIC, foreign, take_apart
 from transforms.kinesis.client import CUT, Refused, StreamApi, final_error
 from transforms.kinesis.reach import Reach
 from transforms.kinesis.shards import (
@@ -27,10 +28,12 @@ from transforms.kinesis.shards import (
     limit_of,
     pause_secs,
     shard_id,
+    starting_position,
 )
+from transforms.names import SUB_BITS
 from transforms.records import PartitionKey, Records
 from transforms.source import Fetched
-from transforms.tally import READ_CALLS, READ_THROTTLES, TALLY
+from transforms.tally import FOREIGN_HASH, READ_CALLS, READ_THROTTLES, TALLY
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -41,6 +44,21 @@ _THROTTLED_SECS = 0.5, 5.0
 _AGAIN_SECS = 1.0, 5.0
 _GONE_SECS = 5.0
 _SAY_SECS = 30.0
+# A shard takes one subscription in a second, and none within five of the one before.
+_SUBSCRIBE_SECS, _IN_USE_SECS = 1.0, (1.0, 5.0)
+_TAKEN_OVER, _TRIES = 3, 5
+# Of these a reader that polls hears, too.
+_BOTH = frozenset(
+    {
+        "KMSAccessDeniedException",
+        "KMSDisabledException",
+        "KMSInvalidStateException",
+        "KMSNotFoundException",
+        "KMSOptInRequired",
+        "KMSOptInRequiredException",
+        "InternalFailureException",
+    }
+)
 # For an answer of ten thousand small records, whose names are larger than what is in them.
 _LEAST_LIMIT = 100
 
@@ -68,16 +86,58 @@ def read_messages(listed: Iterable[Mapping[str, Any]]) -> list[Message]:
     """
     messages = [
         Message(
-            int(each["SequenceNumber"]),
+            int(each["SequenceNumber"]) << SUB_BITS,
             each.get("PartitionKey", "").encode(),
             b64decode(each["Data"]),
             round(each.get("ApproximateArrivalTimestamp", 0) * 1000),
         )
         for each in listed
     ]
-    if messages and messages[0].number < FIRST:
-        raise ValueError(f"sequence number {messages[0].number} is too small to be one of Kinesis")
+    if messages and messages[0].number < FIRST << SUB_BITS:
+        number = messages[0].number >> SUB_BITS
+        raise ValueError(f"sequence number {number} is too small to be one of Kinesis")
     return messages
+
+
+class Aggregates:
+    """Takes aggregates apart.
+
+    Args:
+        range: Of a shard: the first and the last hash key that belongs into it; None if that is
+            not known.
+    """
+
+    def __init__(self, range: Callable[[PartitionKey], tuple[int, int] | None]) -> None:
+        self._range = range
+
+    def take_apart(self, key: PartitionKey, messages: list[Message]) -> list[Message]:
+        """The records of a shard, those of aggregates each for itself."""
+        if not any(each.data.startswith(MAGIC) for each in messages):
+            return messages
+        found: list[Message] = []
+        for each in messages:
+            parts = take_apart(each.data)
+            if parts is None:
+                found.append(each)
+                continue
+            number, ms = each.number, each.ms
+            found += [
+                Message(number + sub, name, data, ms) for sub, (name, data, _) in enumerate(parts)
+            ]
+            if (belongs := self._range(key)) and (count := foreign(parts, *belongs)):
+                TALLY.count(FOREIGN_HASH, count, key[0])
+        return found
+
+
+class Consumer(Protocol):
+    """With what shards are subscribed to."""
+
+    def arn(self) -> str:
+        """Its ARN.
+
+        Raises:
+            Refused: That is not known.
+        """
 
 
 @dataclass(eq=False)
@@ -87,7 +147,6 @@ class _Shard:
     key: PartitionKey
     api: StreamApi
     position: int
-    inclusive: bool
     reach: Reach
     paused: bool = False
     closed: bool = False
@@ -100,6 +159,10 @@ class _Shard:
     failures: int = 0
     said_at: float = float("-inf")
     told: int | None = None
+    polled: bool = False
+    after: str = ""
+    subscribed_at: float = float("-inf")
+    taken_over: int = 0
 
     @property
     def name(self) -> str:
@@ -113,7 +176,9 @@ class KinesisFetcher:
         api: Makes the calls for a stream, by its name.
         reach: Where to note, by shard, what is seen.
         poll_secs: How often to look for more in a shard that has nothing more.
-        inclusive: Whether a position that a shard begins at is that of a record to come again.
+        aggregates: Takes aggregates apart; None if they are handed on as they are.
+        consumer: By a stream's name, the consumer that its shards are subscribed to with; None
+            where they are polled.
     """
 
     most = _MOST_RECORDS
@@ -123,12 +188,15 @@ class KinesisFetcher:
         api: Callable[[str], StreamApi],
         reach: dict[PartitionKey, Reach],
         poll_secs: float,
-        inclusive: Callable[[PartitionKey, int], bool] = lambda key, position: False,
+        aggregates: Aggregates | None = None,
+        consumer: Callable[[str], Consumer | None] = lambda name: None,
     ) -> None:
         self._api = api
         self._reach = reach
         self._poll_secs = poll_secs
-        self._inclusive = inclusive
+        self._aggregates = aggregates
+        self._consumer = consumer
+        self._told_polled: set[tuple[str, str]] = set()
         self._shards: dict[PartitionKey, _Shard] = {}
         self._changed = threading.Condition()
         self._problem: KinesisError | None = None
@@ -143,7 +211,7 @@ class KinesisFetcher:
 
     def _begin(self, key: PartitionKey, position: int) -> None:
         reach = self._reach[key] = Reach()
-        shard = _Shard(key, self._api(key[0]), position, self._inclusive(key, position), reach)
+        shard = _Shard(key, self._api(key[0]), position, reach)
         if position == SHARD_END:
             reach.note((), SHARD_END, 0, _now_ms())
             shard.items.append(Fetched(key, end=SHARD_END, ended=True))
@@ -238,10 +306,13 @@ class KinesisFetcher:
             if shard.closed:
                 return
             try:
+                consumer = None if shard.polled else self._consumer(shard.key[0])
                 try:
-                    secs = self._read(shard)
+                    secs = self._listen(shard, consumer) if consumer else self._read(shard)
                 except Refused as refused:
-                    secs = self._see_to(shard, refused)
+                    if not consumer or (late := self._listen_again(shard, refused)) is None:
+                        late = self._see_to(shard, refused)
+                    secs = late
             except KinesisError as error:
                 self._give_up(error)
                 return
@@ -261,7 +332,7 @@ class KinesisFetcher:
         now = time.monotonic()
         if not shard.iterator or now - shard.iterator_at > _ITERATOR_SECS:
             arguments = {"ShardId": shard_id(shard.key[1])}
-            arguments |= begin_at(shard.position, shard.inclusive)
+            arguments |= begin_at(shard.position, self._aggregates is not None)
             answer = shard.api.call("GetShardIterator", arguments)
             shard.iterator = answer["ShardIterator"]
             shard.iterator_at = now
@@ -275,22 +346,103 @@ class KinesisFetcher:
         behind_ms = answer.get("MillisBehindLatest") or 0
         after = answer.get("NextShardIterator")
         size = self.bytes(messages)
+        if messages:
+            shard.limit = limit_of(len(messages), size)
+        shard.iterator, shard.iterator_at = after or "", time.monotonic()
+        self._hand_on(shard, messages, behind_ms, not after, asked_ms)
+        return pause_secs(size, behind_ms == 0, self._poll_secs) if after else -1
+
+    def _hand_on(
+        self, shard: _Shard, messages: list[Message], behind_ms: int, ended: bool, asked_ms: int
+    ) -> None:
+        """Bring what was read."""
+        messages = self._to_come(shard, messages)
         items = []
         if messages:
-            shard.position, shard.inclusive = messages[-1].number + 1, False
-            shard.limit = limit_of(len(messages), size)
+            shard.position = messages[-1].number + 1
             items.append(Fetched(shard.key, messages))
         position = shard.position
-        if not after:
+        if ended:
             position = SHARD_END
             items.append(Fetched(shard.key, end=SHARD_END, ended=True))
         elif behind_ms == 0 and (messages or shard.told != position):
             items.append(Fetched(shard.key, end=position))
         shard.reach.note(messages, position, behind_ms, asked_ms)
-        shard.iterator, shard.iterator_at = after or "", time.monotonic()
         shard.told = position if behind_ms == 0 else None
         self._bring(shard, items)
-        return pause_secs(size, behind_ms == 0, self._poll_secs) if after else -1
+
+    def _listen(self, shard: _Shard, consumer: Consumer) -> float:
+        """Read what a shard sends by itself, until that ends; how long to wait then, below 0 where
+        it is over."""
+        since = time.monotonic() - shard.subscribed_at
+        if since < _SUBSCRIBE_SECS:
+            return _SUBSCRIBE_SECS - since
+        start = starting_position(begin_at(shard.position, self._aggregates is not None))
+        if shard.after:
+            start = {"Type": "AFTER_SEQUENCE_NUMBER", "SequenceNumber": shard.after}
+        TALLY.count(READ_CALLS, 1, shard.key[0])
+        arguments = {
+            "ConsumerARN": consumer.arn(),
+            "ShardId": shard_id(shard.key[1]),
+            "StartingPosition": start,
+        }
+        shard.subscribed_at = time.monotonic()
+        with shard.api.subscribe(arguments) as heard:
+            for event, asked_ms in heard:
+                shard.failures = 0
+                after = event.get("ContinuationSequenceNumber")
+                # Else the end of a subscription would look like it.
+                ended = bool(event.get("ChildShards")) or not after
+                messages = read_messages(event.get("Records") or ())
+                behind_ms = event.get("MillisBehindLatest") or 0
+                self._hand_on(shard, messages, behind_ms, ended, asked_ms)
+                shard.after = after or ""
+                # What was brought is taken before more is read: so the connection holds the rest.
+                shard.go.wait()
+                if ended or shard.closed:
+                    return -1
+        shard.taken_over = 0
+        return 0.0
+
+    def _listen_again(self, shard: _Shard, refused: Refused) -> float | None:
+        """What to do where a shard sends nothing any more; None where that is nothing else than
+        where it is polled."""
+        if shard.closed:
+            return -1
+        status = refused.fault.status_code
+        if refused.code == "ResourceInUseException":
+            if status == 200:
+                # Out of one that was there.
+                shard.taken_over += 1
+            if shard.taken_over >= _TAKEN_OVER:
+                self._poll(shard, f"another reader uses the same consumer: {refused}")
+                return 0.0
+            # Whoever had it before, or it is not ready yet: to ask costs nobody anything.
+            self._say(shard, "is subscribed to again: %s", refused)
+            return random.uniform(*_IN_USE_SECS)
+        if refused.is_throttle or refused.code in _BOTH:
+            return None
+        lost = not status or status >= 500
+        if lost and (shard.after or shard.failures + 1 < _TRIES):
+            return None
+        self._poll(shard, str(refused))
+        return 0.0
+
+    def _poll(self, shard: _Shard, why: str) -> None:
+        """Poll a shard from here on, though it should send by itself."""
+        shard.polled, shard.failures = True, 0
+        if (shard.key[0], why) not in self._told_polled:
+            self._told_polled.add((shard.key[0], why))
+            _LOGGER.warning("%s is polled, and not subscribed to: %s", shard.name, why)
+
+    def _to_come(self, shard: _Shard, messages: list[Message]) -> list[Message]:
+        """What is to be handed on of what was read."""
+        if self._aggregates and messages:
+            messages = self._aggregates.take_apart(shard.key, messages)
+            if messages[0].number < shard.position:
+                # The beginning of an aggregate, which is done.
+                messages = [each for each in messages if each.number >= shard.position]
+        return messages
 
     def _bring(self, shard: _Shard, items: list[Fetched]) -> None:
         if not items:
@@ -388,18 +540,22 @@ def to_records(messages: Sequence[Message]) -> Records:
 
 
 def fetch_again(
-    api: StreamApi, key: PartitionKey, offsets: Sequence[int], within_secs: float = 30.0
+    api: StreamApi,
+    key: PartitionKey,
+    offsets: Sequence[int],
+    aggregates: Aggregates | None = None,
+    within_secs: float = 30.0,
 ) -> Records | None:
     """Records as the shard has them, read again; None if they are not all there any more."""
     wanted, found = set(offsets), []
     deadline = time.monotonic() + within_secs
-    arguments = {"ShardId": shard_id(key[1])} | begin_at(offsets[0], inclusive=True)
+    arguments = {"ShardId": shard_id(key[1])} | begin_at(offsets[0], parts=True)
     iterator: str | None = None
     while time.monotonic() < deadline:
         try:
             if iterator is None:
                 iterator = api.call("GetShardIterator", arguments)["ShardIterator"]
-            limit = min(_MOST_RECORDS, len(offsets) + 100)
+            limit = min(_MOST_RECORDS, len(wanted) + 100)
             answer = api.call("GetRecords", {"ShardIterator": iterator, "Limit": limit})
         except Refused as refused:
             if not refused.is_throttle and refused.fault.status_code:
@@ -408,6 +564,8 @@ def fetch_again(
             time.sleep(0.5)
             continue
         messages = read_messages(answer.get("Records", ()))
+        if aggregates:
+            messages = aggregates.take_apart(key, messages)
         found += [each for each in messages if each.number in wanted]
         iterator = answer.get("NextShardIterator")
         past = messages and messages[-1].number >= offsets[-1]

@@ -27,7 +27,7 @@ from transforms.kinesis.client import AwsConfig, make_client
 from transforms.kinesis.dealing import JOBS, OWNERS, plan, plan_alone
 from transforms.kinesis.reach import Reach
 from transforms.kinesis.rows import Row, Update, checkpoint, describe, lease_key, read_row
-from transforms.kinesis.shards import SHARD_END, TRIM_HORIZON, Shard, done_shards
+from transforms.kinesis.shards import SHARD_END, TRIM_HORIZON, Shard, done_shards, whole
 from transforms.per_process import per_process
 from transforms.records import PartitionKey
 from transforms.source import Deal
@@ -347,6 +347,12 @@ class LeaseTable:
         kept = {number for number, row in found.items() if row}
         ended = {number for number, row in found.items() if row and row.ended}
         return done_shards(facts.shards.values(), ended, kept)
+
+    def hash_range(self, key: PartitionKey) -> tuple[int, int] | None:
+        """The first and the last hash key of a shard; None if that is not known."""
+        facts = self._streams.get(key[0])
+        shard = facts.shards.get(key[1]) if facts else None
+        return (int(shard.low), int(shard.high)) if shard and shard.low and shard.high else None
 
     def holds(self, stream: str) -> set[int]:
         """Numbers of the shards of a stream that are this copy's."""
@@ -746,8 +752,9 @@ class LeaseTable:
     def _commit_held(self, key: PartitionKey, held: _Held, position: int, note: str) -> str | None:
         set: dict[str, columns.Attribute] = {columns.SWITCHES: {"N": "0"}}
         remove = {*columns.PENDING, columns.TIME, columns.NOTE}
-        if position == held.row.position:
-            # How it is written there may say more, as within an aggregate.
+        before = held.row.position
+        if before is not None and position in (before, whole(before)):
+            # Nothing more is done; and what was done in part is written there.
             remove = {columns.NOTE}
         else:
             set |= checkpoint(position)

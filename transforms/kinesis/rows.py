@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transforms.kinesis.shards import SHARD_END, TRIM_HORIZON, Shard, is_time, shard_id
+from transforms.names import joined, parted
 
 KEY = "leaseKey"
 COUNTER = "leaseCounter"
@@ -45,7 +46,6 @@ class Row:
         owner: Who has it, empty if nobody has.
         note: What was kept beside the position.
         created: When its stream was made, in milliseconds since the epoch, as far as it says.
-        inclusive: Whether the position is the number of a record that is done in part.
         wanted: Who asks for it.
         unfinished: Whether whoever made it was still making those of the other shards.
         arrival_ms: When the last record came that is done.
@@ -58,7 +58,6 @@ class Row:
     owner: str = ""
     note: str = ""
     created: int = 0
-    inclusive: bool = False
     wanted: str = ""
     unfinished: bool = False
     arrival_ms: int = 0
@@ -97,8 +96,8 @@ def read_row(item: Mapping[str, Attribute]) -> Row | None:
     elif text in ("LATEST", "AT_TIMESTAMP"):
         position = None
     elif text.isdecimal():
-        # Within an aggregate the library has done a part of a record.
-        position = int(text) if sub_number else int(text) + 1
+        # The sub-number is that of the last record of an aggregate that is done.
+        position = joined(int(text), sub_number) + 1
     else:
         raise ValueError(f"the checkpoint of {item[KEY].get('S')} is no number: {text[:60]}")
     return Row(
@@ -108,7 +107,6 @@ def read_row(item: Mapping[str, Attribute]) -> Row | None:
         item.get(OWNER, {}).get("S", ""),
         item.get(NOTE, {}).get("S", ""),
         int(item.get(CREATED, {}).get("N", 0)),
-        text.isdecimal() and sub_number > 0,
         item.get(WANTED, {}).get("S", ""),
         item.get(UNFINISHED, {}).get("BOOL", False),
         int(item.get(ARRIVAL, {}).get("N", 0)),
@@ -127,7 +125,8 @@ def checkpoint(position: int) -> dict[str, Attribute]:
         found[CHECKPOINT] = {"S": "AT_TIMESTAMP"}
         found[TIME] = {"N": str(position)}
     else:
-        found[CHECKPOINT] = {"S": str(position - 1)}
+        number, sub = parted(position - 1)
+        found[CHECKPOINT], found[SUB_NUMBER] = {"S": str(number)}, {"N": str(sub)}
     return found
 
 

@@ -1,8 +1,10 @@
 """Shards: what their numbers, positions and kinship mean. Pure.
 
-A position is an int, as everywhere: the last record's sequence number + 1. Sequence numbers are
+A position is an int, as everywhere: the last record's number + 1. Its number is its sequence number
+with a sub-number below it, see `transforms.names`: 0, or its place in an aggregate. Numbers are
 larger than `FIRST`, so what is below it says where to begin with a shard of which no record is
-done: 0 at its oldest record, any other at a time in milliseconds. `SHARD_END` is above all.
+done: 0 at its oldest record, any other at a time in milliseconds. `SHARD_END` is above all. A
+position whose sub-number is 0 is that of a record that is to come: the others have 1 at least.
 
 A position is never sent to Kinesis, which knows no number + 1: what is sent is its number, with the
 word after.
@@ -15,16 +17,16 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transforms.names import Names
+from transforms.names import SUB_BITS, Names, joined, parted
 
-SHARD_END = 10**129
+SHARD_END = 10**129 << SUB_BITS
 """Above any number: the position behind a shard that has ended and is done."""
 FIRST = 10**15
 """Above any time, and below any number that AWS gives."""
 TRIM_HORIZON = 0
 """The position of a shard's oldest record, whichever that is."""
 
-NAMES = Names(texts=True, ended=SHARD_END, first=FIRST, alone=True, lag_ms=True)
+NAMES = Names(texts=True, ended=SHARD_END, first=FIRST, alone=True, lag_ms=True, subs=True)
 
 STREAM_ARN = re.compile(
     r"arn:aws[a-zA-Z-]*:kinesis:(?P<region>[a-z0-9-]+):(?P<account>\d{12}):stream/"
@@ -99,26 +101,42 @@ def is_time(position: int) -> bool:
     return TRIM_HORIZON < position < FIRST
 
 
-def begin_at(position: int, inclusive: bool = False) -> dict[str, Any]:
+def whole(position: int) -> int:
+    """Where to go on where aggregates are not taken apart: in front of one that is done in part."""
+    if position < FIRST or position == SHARD_END:
+        return position
+    number, sub = parted(position)
+    return joined(number) if sub > 1 else position
+
+
+def begin_at(position: int, parts: bool = False) -> dict[str, Any]:
     """What GetShardIterator is asked for.
 
     Args:
         position: Where to go on, below `SHARD_END`.
-        inclusive: Whether the position is the number of a record that is to come again.
+        parts: Whether aggregates are taken apart: then the record that the position lies behind
+            comes again, since more of it may be to come.
     """
     if position == TRIM_HORIZON:
         return {"ShardIteratorType": "TRIM_HORIZON"}
     if is_time(position):
         return {"ShardIteratorType": "AT_TIMESTAMP", "Timestamp": position / 1000}
-    if inclusive:
-        return {
-            "ShardIteratorType": "AT_SEQUENCE_NUMBER",
-            "StartingSequenceNumber": str(position),
-        }
+    number, sub = parted(position)
+    word = "AT" if parts or sub == 0 else "AFTER"
     return {
-        "ShardIteratorType": "AFTER_SEQUENCE_NUMBER",
-        "StartingSequenceNumber": str(position - 1),
+        "ShardIteratorType": f"{word}_SEQUENCE_NUMBER",
+        "StartingSequenceNumber": str(number),
     }
+
+
+def starting_position(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for SubscribeToShard, which has other names for it."""
+    names = {
+        "ShardIteratorType": "Type",
+        "StartingSequenceNumber": "SequenceNumber",
+        "Timestamp": "Timestamp",
+    }
+    return {names[name]: value for name, value in asked.items()}
 
 
 def done_shards(shards: Iterable[Shard], ended: Collection[int], kept: Collection[int]) -> set[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transforms.errors import KinesisError
 from transforms.kinesis.client import AwsConfig, Refused, StreamApi, final_error
-from transforms.kinesis.fetch import KinesisFetcher, fetch_again
+from transforms.kinesis.fetch import Aggregates, KinesisFetcher, fetch_again
 from transforms.kinesis.leases import Later, LeaseTable, StreamFacts, TableConfig, shared_table
 from transforms.kinesis.shards import (
     NAMES,
@@ -19,6 +19,7 @@ from transforms.kinesis.shards import (
     TRIM_HORIZON,
     read_shard,
     shard_id,
+    whole,
 )
 from transforms.names import Names
 from transforms.per_process import per_process
@@ -50,6 +51,10 @@ class KinesisSource:
         expiry_secs: After how long a lease that is not renewed is free.
         member: Which of this machine's processes it is.
         job: Name of the streaming job that reads; see `TableConfig.job`.
+        deaggregate: Whether aggregated records are taken apart.
+        consumer_name: Name of the consumer that each stream's shards are subscribed to with; None
+            where they are polled.
+        consumer_arns: The same as ARNs, of the streams that have one.
     """
 
     streams: tuple[str, ...]
@@ -61,15 +66,13 @@ class KinesisSource:
     expiry_secs: float = 10.0
     member: int = 0
     job: str = ""
+    deaggregate: bool = False
+    consumer_name: str | None = None
+    consumer_arns: tuple[str, ...] = ()
 
     def fetcher(self) -> KinesisFetcher:
-        table = self._table
-
-        def inclusive(key: PartitionKey, position: int) -> bool:
-            row = table.row(key)
-            return row is not None and row.inclusive and row.position == position
-
-        return KinesisFetcher(self.api, table.reach, self.poll_secs, inclusive)
+        reach = self._table.reach
+        return KinesisFetcher(self.api, reach, self.poll_secs, self._aggregates, self._consumer)
 
     def partitions(self, fetcher: Fetcher) -> StreamShards:
         assert isinstance(fetcher, KinesisFetcher)
@@ -88,7 +91,20 @@ class KinesisSource:
         return replace(self, member=number)
 
     def fetch_again(self, key: PartitionKey, offsets: Sequence[int]) -> Records | None:
-        return fetch_again(self.api(key[0]), key, offsets)
+        return fetch_again(self.api(key[0]), key, offsets, self._aggregates)
+
+    def _consumer(self, name: str) -> StreamConsumer | None:
+        for arn in self.consumer_arns:
+            if arn.partition("/consumer/")[0].rpartition("/")[2] == name:
+                return StreamConsumer(None, None, arn)
+        if self.consumer_name is None:
+            return None
+        (stream,) = [each for each in self.streams if stream_name(each) == name]
+        return per_process(_make_consumer, (self.aws, stream, self.consumer_name))
+
+    @property
+    def _aggregates(self) -> Aggregates | None:
+        return Aggregates(self._table.hash_range) if self.deaggregate else None
 
     @property
     def names(self) -> Names:
@@ -142,6 +158,39 @@ def shards_of(source: KinesisSource) -> StreamShards:
     shards.find()
     source.members().list_again = shards.find
     return shards
+
+
+class StreamConsumer:
+    """A registered consumer of a stream; the `Consumer` of its shards.
+
+    Args:
+        api: Calls for the stream.
+        name: Its name.
+        arn: Its ARN, where that is given instead.
+    """
+
+    def __init__(self, api: StreamApi | None, name: str | None, arn: str = "") -> None:
+        self._api = api
+        self._name = name
+        self._arn = arn
+
+    def arn(self) -> str:
+        """See `Consumer.arn`."""
+        if not self._arn and self._api and self._name:
+            try:
+                self._arn = str(self._api.consumer(self._name).get("ConsumerARN", ""))
+            except Refused as refused:
+                if refused.code != "ResourceNotFoundException":
+                    raise
+                fault = refused.fault
+                why = f"consumer {self._name} is not registered: {fault.message}"
+                raise Refused(replace(fault, message=why)) from None
+        return self._arn
+
+
+def _make_consumer(config: tuple[AwsConfig, str, str]) -> StreamConsumer:
+    aws, stream, name = config
+    return StreamConsumer(per_process(_make_api, (aws, stream)), name)
 
 
 def stream_name(stream: str) -> str:
@@ -343,6 +392,8 @@ class StreamShards:
             if position is None:
                 # As the Kinesis Client Library leaves it before its first checkpoint.
                 position = self._starting_position()
+            elif not self._source.deaggregate:
+                position = whole(position)
             found[key] = Start(position, row.position is None, row.note, SHARD_END)
         return found
 

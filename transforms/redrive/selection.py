@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transforms.names import NUMBERS, TEXTS, Names
+from transforms.names import NUMBERS, SUB_BITS, TEXTS, Names
 from transforms.original import (
     HEADER_PREFIX,
     ORIGINAL_HEADER,
@@ -17,7 +17,7 @@ from transforms.records import RecordChunk
 
 _INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
 # Below what a stream has behind its last number.
-_TEXT_MAX = 10**129
+_TEXT_MAX = 10**129 << SUB_BITS
 _HEADERS = (ORIGINAL_HEADER, TEXT_ORIGINAL_HEADER)
 
 Original = Mapping[str, Any]
@@ -92,7 +92,8 @@ def read_originals(record: ErrorRecord) -> list[Original] | None:
     """The originals of an error record; None if it has none that can be read."""
     try:
         originals: list[Original] = [
-            (found := decode_original(data, record.names)) | {"offset": int(found["offset"])}
+            (found := decode_original(data, record.names))
+            | {"offset": record.names.read(found["offset"])}
             for data in record.originals
         ]
     except (ValueError, TypeError, LookupError, EOFError, OverflowError):

@@ -21,7 +21,7 @@ from transforms.conditions import (
     SIZE_EXCEEDED,
 )
 from transforms.envelope import KINESIS_EVENT, Envelope, encode_event_records
-from transforms.names import NUMBERS, TEXTS
+from transforms.names import NUMBERS, TEXTS, parted
 from transforms.records import NO_TIMESTAMP, Failure
 from transforms.write.formats import (
     INPUT_OMITTED,
@@ -106,7 +106,7 @@ def batch_document(
     entries = encode_event_records(topic, partition, records, event)
     payload = event.frame(topic, partition).join(entries)
     document = _facts(failure, function, _BATCH_CONDITIONS, now_ms)
-    first, last = str(records.offsets[0]), str(records.offsets[-1])
+    first, last = (_number(records.offsets[at], event) for at in (0, -1))
     first_time, last_time = (_time(records.timestamps[at]) for at in (0, -1))
     if event.name == KINESIS_EVENT:
         document["KinesisBatchInfo"] = _stream_info(
@@ -152,6 +152,11 @@ def _facts(
     }
 
 
+def _number(number: int, event: Envelope) -> str:
+    # As AWS has it: without a place within an aggregate.
+    return str(parted(number)[0] if event.name == KINESIS_EVENT else number)
+
+
 def _time(ms: int) -> str | None:
     return None if ms == NO_TIMESTAMP else iso(ms)
 
@@ -188,7 +193,7 @@ def _record(
     entries = encode_event_records(topic, partition, records, event)
     payload = event.frame(topic, partition).join(entries)
     facts = _facts(failure, function, _CONDITIONS, now_ms)
-    one = number, time = str(records.offsets[0]), _time(records.timestamps[0])
+    one = number, time = _number(records.offsets[0], event), _time(records.timestamps[0])
     names = NUMBERS
     if event.name == KINESIS_EVENT:
         names = TEXTS

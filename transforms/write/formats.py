@@ -161,18 +161,23 @@ def response_keys(
         place = {"topic": topic, "partition": partition}
         return [format.key({**place, "offset": each}) for each in names.numbers(offsets)]
     name = orjson.dumps(topic).replace(b"%", b"%%")
+    written: Sequence[int | bytes] = offsets
+    number = b"%d"
+    if names.texts:
+        written, number = [names.text(each).encode() for each in offsets], b"%b"
     if format == "string":
-        template = b"Struct{topic=%b,partition=%d,offset=%%d}" % (
+        template = b"Struct{topic=%b,partition=%d,offset=" % (
             topic.encode().replace(b"%", b"%%"),
             partition,
         )
+        template += number + b"}"
     else:
         template = b'{"topic":%b,"partition":%d,"offset":' % (name, partition)
-        template += b'"%d"}' if names.texts else b"%d}"
+        template += (b'"%b"}' if names.texts else b"%b}") % number
     if format == "json_schema":
         schema = _TEXT_RESPONSE_KEY if names.texts else _RESPONSE_KEY
         template = b'{"schema":' + schema + b',"payload":' + template + b"}"
-    return [template % offset for offset in offsets]
+    return [template % each for each in written]
 
 
 def response_values(results: Sequence[bytes], format: OutputFormat) -> Sequence[bytes]:
@@ -197,7 +202,10 @@ def range_key(
     first and the last one, where numbers are texts."""
     fields: dict[str, Any] = {"topic": topic, "partition": partition}
     if names.texts:
-        fields |= {"firstOffset": str(start_offset), "lastOffset": str(end_offset - 1)}
+        fields |= {
+            "firstOffset": names.text(start_offset),
+            "lastOffset": names.text(end_offset - 1),
+        }
     else:
         fields |= {"startOffset": start_offset, "endOffset": end_offset}
     if isinstance(format, AvroEncoders):

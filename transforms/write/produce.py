@@ -29,7 +29,7 @@ from transforms.kafka.client import (
     make_producer,
 )
 from transforms.kafka.transaction import TransactionConfig, shared_transaction
-from transforms.names import NUMBERS, Names
+from transforms.names import NUMBERS, Names, spoken
 from transforms.per_process import forget, per_process
 from transforms.records import (
     NO_TIMESTAMP,
@@ -349,10 +349,10 @@ class ProduceFn(beam.DoFn):
         offset = failure.records.offsets[0]
         finished = Finished(*written.key, offset, offset, halted=failure, lane=written.lane)
         _LOGGER.error(
-            "halted: %s-%d at offset %d: %s, %s: %s; nothing from there on is committed, the other "
+            "halted: %s-%d at offset %s: %s, %s: %s; nothing from there on is committed, the other "
             "partitions go on",
             *written.key,
-            offset,
+            spoken(offset),
             failure.condition,
             failure.error_type,
             failure.message,
@@ -425,7 +425,8 @@ class ProduceFn(beam.DoFn):
         if not config.error_topic:
             offsets = failure.records.offsets
             facts = orjson.dumps(error_facts(failure, config.function)).decode()
-            _LOGGER.error("%s-%d@%d-%d failed: %s", *written.key, offsets[0], offsets[-1], facts)
+            which = spoken(offsets[0]), spoken(offsets[-1])
+            _LOGGER.error("%s-%d@%s-%s failed: %s", *written.key, *which, facts)
             return
         # Without entries it is not known what was sent.
         self._write_error(Owner(written, failure, omitted or (0 if failure.entries else 1)))

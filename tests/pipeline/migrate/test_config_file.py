@@ -717,11 +717,12 @@ def test_the_defaults_of_a_mapping_of_kinesis() -> None:
     }
 
 
-def test_a_consumer_of_a_stream_is_left_out() -> None:
+def test_a_consumer_of_a_stream() -> None:
+    """With it Lambda takes aggregates apart."""
     arn = f"{KINESIS['EventSourceArn']}/consumer/fast:1700000000"
     found = carried(KINESIS, {"EventSourceArn": arn})
     assert texts(found)["stream"] == KINESIS["EventSourceArn"]
-    assert any("not pushed to the consumer fast" in note.why for note in found.notes)
+    assert (texts(found)["consumer_arn"], texts(found)["deaggregate"]) == (arn, "true")
 
 
 MSK = {

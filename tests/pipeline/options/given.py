@@ -34,6 +34,7 @@ MSK = "arn:aws:kafka:us-east-1:123456789012:cluster/orders/5a7c-2"
 
 
 STREAM = "arn:aws:kinesis:us-east-1:123456789012:stream/payments"
+CONSUMER = f"{STREAM}/consumer/fast:1700000000"
 # For what goes with a stream only.
 STREAMED: dict[str, str | None] = {
     **dict.fromkeys(REQUIRED),
@@ -103,6 +104,9 @@ CASES = {
     "lease_table": (lambda c: getattr(c.source, "table", None), None, "t-1", "t-1"),
     "lease_secs": (lambda c: getattr(c.source, "expiry_secs", 10), 10, "2.5", 2.5),
     "stream_poll_secs": (lambda c: getattr(c.source, "poll_secs", 1), 1, "0.25", 0.25),
+    "consumer_name": (lambda c: getattr(c.source, "consumer_name", None), None, "fast", "fast"),
+    "consumer_arn": (lambda c: getattr(c.source, "consumer_arns", ()), (), CONSUMER, (CONSUMER,)),
+    "deaggregate": (lambda c: getattr(c.source, "deaggregate", False), False, "true", True),
     "stream_role_arn": (lambda c: _aws_of(c).role_arn, None, ROLE, ROLE),
     "kinesis_endpoint_url": (
         lambda c: _aws_of(c).kinesis_url,
@@ -286,6 +290,9 @@ BESIDE = {
     "lease_secs": STREAMED,
     "stream_poll_secs": STREAMED,
     "stream_role_arn": STREAMED,
+    "consumer_name": STREAMED,
+    "consumer_arn": {**STREAMED, "stream": STREAM},
+    "deaggregate": STREAMED,
     "kinesis_endpoint_url": STREAMED,
     "dynamodb_endpoint_url": STREAMED,
     "invoke_identity_arn": STREAMED,

@@ -25,9 +25,9 @@ from pipeline.local.flink import FlinkCluster
 from pipeline.local.kinesis import LocalKinesis
 from pipeline.local.lambda_server import LambdaServer
 from pipeline.local.processes import ServerError, wait_until
+from tests import kinesis as streams
 from tests import sink
 from tests.conftest import Names
-from tests.runs import test_kinesis as streams
 from tests.servers.secure_broker import REGION, SecureBroker
 from tests.sink import commit
 
@@ -609,37 +609,36 @@ def test_shards_split_and_merge_around_a_savepoint(flink: Flink, kinesis: LocalK
     Where the savepoint is gone on with a second time, what came behind it is repeated so, too."""
     kinesis.create_stream(streams.STREAM, 2)
     # 0 -> 2, 3; 1 and 3 -> 4; 4 -> 5, 6
-    parents: dict[int, tuple[int, ...]] = {2: (0,), 3: (0,), 4: (1, 3), 5: (4,), 6: (4,)}
-    function, again = (streams.Watched(kinesis, parents) for _ in range(2))
-    texts = streams._put(kinesis, 200, "first")
+    function, again = (streams.Watched(kinesis) for _ in range(2))
+    texts = streams.put(kinesis, 200, "first")
     with sink.serve(function) as server:
         with _read_stream(flink, server, kinesis, batch_size=25) as run:
             run.until(lambda: bool(function.calls), "nothing came", WAIT_SECS)
             kinesis.split(streams.STREAM, 0)
-            texts += streams._put(kinesis, 100, "second")
+            texts += streams.put(kinesis, 100, "second")
             run.until(lambda: len(function.texts()) == 300, "not all came", WAIT_SECS)
             run.until(lambda: _is_done(kinesis), "not all is committed", WAIT_SECS)
             # Another owner is refused while it lives.
-            other = streams._run(kinesis, server, code=1, until="forever")
+            other = streams.run_on(kinesis, server, code=1, until="forever")
             assert "a streaming job shares none; stop it, or give another table" in other.stderr
             (job,) = flink.rest.running_jobs()
             savepoint = flink.rest.stop(job.id)
             run.wait()
-        more = streams._put(kinesis, 50, "third")
+        more = streams.put(kinesis, 50, "third")
         kinesis.merge(streams.STREAM, 1, 3)
         kinesis.split(streams.STREAM, 4)
-        more += streams._put(kinesis, 100, "fourth")
+        more += streams.put(kinesis, 100, "fourth")
         _go_on(flink, server, kinesis, savepoint)
         # Where a job has stopped the DirectRunner goes on.
-        assert streams._run(kinesis, server).summary["records"] == 0
+        assert streams.run_on(kinesis, server).summary["records"] == 0
     assert sorted(text for _, _, data in function.calls for text in data) == sorted(texts + more)
-    by_key = streams._by_key(kinesis, 7)
-    assert streams._came_by_key(function) == by_key
+    by_key = streams.by_key(kinesis, 7)
+    assert streams.came_by_key(function) == by_key
     with sink.serve(again) as server:
         _go_on(flink, server, kinesis, savepoint)
     assert sorted(text for _, _, data in again.calls for text in data) == sorted(more)
     behind = {key: [text for text in own if text in more] for key, own in by_key.items()}
-    assert streams._came_by_key(again) == behind
+    assert streams.came_by_key(again) == behind
     assert function.too_early == again.too_early == []
     assert [_checkpoint_of(kinesis, number) for number in (0, 1, 3, 4)] == ["SHARD_END"] * 4
 
@@ -660,8 +659,8 @@ def test_a_lost_process_costs_repeats_of_a_stream_and_no_record(
     flink: Flink, kinesis: LocalKinesis
 ) -> None:
     kinesis.create_stream(streams.STREAM, 2)
-    function = streams.Watched(kinesis, {2: (0,), 3: (0,)}, secs=0.05)
-    texts = streams._put(kinesis, 600, "first")
+    function = streams.Watched(kinesis, secs=0.05)
+    texts = streams.put(kinesis, 600, "first")
     with (
         sink.serve(function) as server,
         _read_stream(flink, server, kinesis, batch_size=10) as run,
@@ -670,7 +669,7 @@ def test_a_lost_process_costs_repeats_of_a_stream_and_no_record(
         (job,) = flink.rest.running_jobs()
         flink.rest.wait_for_checkpoints(job.id)
         kinesis.split(streams.STREAM, 0)
-        texts += streams._put(kinesis, 200, "second")
+        texts += streams.put(kinesis, 200, "second")
         done = set(function.texts())
         for number in (0, 1):
             # Never past what was not answered.
@@ -682,5 +681,5 @@ def test_a_lost_process_costs_repeats_of_a_stream_and_no_record(
         run.until(lambda: len(function.texts()) == len(texts), "not all came", WAIT_SECS)
         run.until(lambda: _is_done(kinesis), "not all is committed", WAIT_SECS)
     assert sorted(function.texts()) == sorted(texts)
-    assert streams._came_by_key(function) == streams._by_key(kinesis, 4)
+    assert streams.came_by_key(function) == streams.by_key(kinesis, 4)
     assert function.too_early == []

@@ -156,11 +156,13 @@ def test_how_far_a_stream_is_behind() -> None:
     assert found["partition_behind_latest_seconds"] == {("0", "orders"): 2.5, ("1", "orders"): 0}
     assert found["read_calls_total"] == {("orders",): 9}
     assert found["read_throttles_total"] == {("orders",): 2}
+    assert found["foreign_hash_total"] == {("orders",): 3}
     assert "offset_lag_records" not in found
 
 
 def _of_a_stream() -> Status:
-    calls = {("read_calls", ("orders",)): 9.0, ("read_throttles", ("orders",)): 2.0}
+    counts = {"read_calls": 9.0, "read_throttles": 2.0, "foreign_hash": 3.0}
+    calls = {(name, ("orders",)): count for name, count in counts.items()}
     lags = {("orders", 0): 2500, ("orders", 1): 0}
     return replace(NOTHING, lags=lags, names=SHARDS, tallied=Tallied(calls))
 

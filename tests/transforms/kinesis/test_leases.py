@@ -17,8 +17,10 @@ from transforms.errors import KinesisError
 from transforms.kinesis.client import AwsConfig
 from transforms.kinesis.leases import LeaseTable, StreamFacts, TableConfig
 from transforms.kinesis.shards import SHARD_END, Shard, shard_id
+from transforms.names import joined
 
-NUMBER = 49590338271490256608559692538361571095921575989136588898
+SEQUENCE = 49590338271490256608559692538361571095921575989136588898
+NUMBER = joined(SEQUENCE)
 KEYS = [("orders", 0), ("orders", 1)]
 
 # What is about time, and not about what DynamoDB takes; the other one is slow.
@@ -104,7 +106,7 @@ def test_a_commit_is_for_the_counter_that_was_seen(tables: Tables) -> None:
     table.take(KEYS)
     assert table.commit({KEYS[0]: NUMBER + 1, KEYS[1]: SHARD_END}, {KEYS[0]: "note"}, False) is None
     row = tables.row(0)
-    assert (row["checkpoint"], row["sinkLanes"]) == ({"S": str(NUMBER)}, {"S": "note"})
+    assert (row["checkpoint"], row["sinkLanes"]) == ({"S": str(SEQUENCE)}, {"S": "note"})
     assert tables.row(1)["checkpoint"] == {"S": "SHARD_END"}
     assert (table.kept(KEYS[0]), table.kept(KEYS[1])) == (NUMBER + 1, SHARD_END)
     # A note is gone with what it was for.
@@ -131,7 +133,7 @@ def test_leases_are_renewed_and_run_out(tables: Tables) -> None:
     # What it committed then would be lost to the other, and is not kept.
     first.take(KEYS)
     assert first.commit({KEYS[0]: NUMBER + 5}, {}, False) is None
-    assert tables.row(0)["checkpoint"] == {"S": str(NUMBER)}
+    assert tables.row(0)["checkpoint"] == {"S": str(SEQUENCE)}
     assert KEYS[0] not in _given(first)
 
 

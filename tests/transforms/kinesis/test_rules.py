@@ -28,19 +28,25 @@ from transforms.kinesis.shards import (
     shard_id,
     shard_number,
 )
+from transforms.names import joined, spoken
 
-NUMBER = 49590338271490256608559692538361571095921575989136588898
+SEQUENCE = 49590338271490256608559692538361571095921575989136588898
+NUMBER = joined(SEQUENCE)
 
 positions = st.one_of(
     st.just(0),
     st.integers(1, FIRST - 1),
-    st.integers(FIRST + 1, SHARD_END - 1),
+    st.builds(
+        lambda number, sub: joined(number, sub) + 1,
+        st.integers(FIRST, 10**129 - 1),
+        st.integers(0, 10**6),
+    ),
     st.just(SHARD_END),
 )
 
 
 @pytest.mark.parametrize(
-    ("position", "inclusive", "asked"),
+    ("position", "parts", "asked"),
     [
         (0, False, {"ShardIteratorType": "TRIM_HORIZON"}),
         (
@@ -53,19 +59,24 @@ positions = st.one_of(
             False,
             {
                 "ShardIteratorType": "AFTER_SEQUENCE_NUMBER",
-                "StartingSequenceNumber": str(NUMBER),
+                "StartingSequenceNumber": str(SEQUENCE),
             },
         ),
         (
             NUMBER,
+            False,
+            {"ShardIteratorType": "AT_SEQUENCE_NUMBER", "StartingSequenceNumber": str(SEQUENCE)},
+        ),
+        (
+            NUMBER + 4,
             True,
-            {"ShardIteratorType": "AT_SEQUENCE_NUMBER", "StartingSequenceNumber": str(NUMBER)},
+            {"ShardIteratorType": "AT_SEQUENCE_NUMBER", "StartingSequenceNumber": str(SEQUENCE)},
         ),
     ],
 )
-def test_what_a_position_asks_for(position: int, inclusive: bool, asked: dict[str, Any]) -> None:
+def test_what_a_position_asks_for(position: int, parts: bool, asked: dict[str, Any]) -> None:
     """A number that is sent is always a record's, never a position."""
-    assert begin_at(position, inclusive) == asked
+    assert begin_at(position, parts) == asked
 
 
 @given(position=positions)
@@ -79,20 +90,18 @@ def test_a_position_comes_back_from_its_row(position: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "sub_number", "position", "inclusive"),
+    ("text", "sub_number", "position"),
     [
-        ("TRIM_HORIZON", "0", 0, False),
-        ("LATEST", "0", None, False),
-        ("AT_TIMESTAMP", "0", None, False),
-        ("SHARD_END", "0", SHARD_END, False),
-        (str(NUMBER), "0", NUMBER + 1, False),
-        (str(NUMBER), "4", NUMBER, True),
-        ("9" * 129, "0", SHARD_END, False),
+        ("TRIM_HORIZON", "0", 0),
+        ("LATEST", "0", None),
+        ("AT_TIMESTAMP", "0", None),
+        ("SHARD_END", "0", SHARD_END),
+        (str(SEQUENCE), "0", NUMBER + 1),
+        (str(SEQUENCE), "4", NUMBER + 5),
+        ("9" * 129, "0", joined(10**129 - 1) + 1),
     ],
 )
-def test_rows_of_the_client_library(
-    text: str, sub_number: str, position: int | None, inclusive: bool
-) -> None:
+def test_rows_of_the_client_library(text: str, sub_number: str, position: int | None) -> None:
     item = {
         "leaseKey": {"S": "shardId-000000000001"},
         "checkpoint": {"S": text},
@@ -102,12 +111,7 @@ def test_rows_of_the_client_library(
     }
     row = read_row(item)
     assert row is not None
-    assert (row.position, row.inclusive, row.counter, row.owner) == (
-        position,
-        inclusive,
-        12,
-        "worker",
-    )
+    assert (row.position, row.counter, row.owner) == (position, 12, "worker")
 
 
 def test_rows_that_are_none_of_a_shard() -> None:
@@ -205,11 +209,19 @@ def test_when_the_next_call_may_be() -> None:
 
 def test_numbers_outside() -> None:
     """A position is written as the record below it; one that says where to begin is not."""
-    assert NAMES.position(NUMBER + 1) == str(NUMBER)
+    assert NAMES.position(NUMBER + 1) == str(SEQUENCE)
+    assert NAMES.position(NUMBER + 4) == f"{SEQUENCE}:3"
     assert NAMES.position(SHARD_END) == "ended"
     assert NAMES.position(0) is None
     assert NAMES.position(1_700_000_000_000) is None
-    assert NAMES.number(10**128) == "1" + "0" * 128
+    assert NAMES.number(joined(10**128)) == "1" + "0" * 128
+    for number in (NUMBER, NUMBER + 7, joined(10**129 - 1, 2)):
+        assert NAMES.read(NAMES.text(number)) == number
+    assert spoken(17) == "17"
+    assert spoken(NUMBER + 7) == f"{SEQUENCE}:7"
+    for text in ("", "1:x", f"1:{2**24}", "1:-1"):
+        with pytest.raises(ValueError):
+            NAMES.read(text)
 
 
 # Dealing.
@@ -324,7 +336,7 @@ def test_an_idle_shard_is_at_its_end() -> None:
 
 def test_records_of_an_answer() -> None:
     answer = {
-        "SequenceNumber": str(NUMBER),
+        "SequenceNumber": str(SEQUENCE),
         "PartitionKey": "ü",
         "Data": "aGk=",
         "ApproximateArrivalTimestamp": 1.671562498449e9,

@@ -10,7 +10,7 @@ import pytest
 from transforms.batch.payload import PayloadFormat, encode_records
 from transforms.envelope import Envelope
 from transforms.invoke import retry
-from transforms.names import TEXTS
+from transforms.names import TEXTS, joined
 from transforms.original import ORIGINAL_HEADER, TEXT_ORIGINAL_HEADER, decode_original
 from transforms.records import NO_TIMESTAMP, Decoded, Failure, Records
 from transforms.write.destination import batch_document, destination_records
@@ -209,7 +209,7 @@ def test_a_record_too_large_for_the_topic_goes_without_its_event() -> None:
 def test_what_aws_writes_of_a_stream() -> None:
     """Where the record is, in the words of Kinesis; and the original with its number as a text."""
     number = 49590338271490256608559692538361571095921575989136588898
-    records = Records([number], [TIMESTAMP], [b"key"], [b"data"], [None])
+    records = Records([joined(number)], [TIMESTAMP], [b"key"], [b"data"], [None])
     arn = "arn:aws:kinesis:us-east-2:123456789012:stream/my-topic"
     event = Envelope("kinesis_event", stream_arns=(("my-topic", arn),))
     (record,) = _written(_failure(records), event)
@@ -273,7 +273,8 @@ def test_what_aws_sends_to_a_queue() -> None:
 def test_what_aws_sends_to_a_queue_of_a_stream() -> None:
     """A record that was too old has no answer of the function."""
     number = 49590338271490256608559692538361571095921575989136588898
-    records = Records([number, number + 7], [TIMESTAMP] * 2, [b"k"] * 2, [b"d"] * 2, [None] * 2)
+    numbers = [joined(number), joined(number + 7, 2)]
+    records = Records(numbers, [TIMESTAMP] * 2, [b"k"] * 2, [b"d"] * 2, [None] * 2)
     event = Envelope("kinesis_event", stream_arns=(("my-topic", "arn"),))
     failure = _failure(records, condition=retry.AGE_EXCEEDED)
     document, payload = batch_document("my-topic", 6, failure, "my-function", event, NOW_MS)
