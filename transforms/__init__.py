@@ -24,9 +24,9 @@ RecordChunk -> RecordChunk without the records that no filter matches.
 Each step has a folder, and its rules are pure functions beside it: in `decode/` the formats (what a
 schema makes of a record), in `filter/` `rules` (what filters can say), in `batch/` `payload` and
 `envelope` (records to JSON), in `invoke/` `reply` (checking what came back), `outcome` (what an
-invocation means), `retry` (what to do next), `concurrency` and `breaker` (how many invocations at
-once, and when none), in `write/` `formats` (records to write). `invoke/invoker.py` runs those rules
-on threads. `aws/` and `kafka/` hold the clients. The files beside the folders are the ground that
-all of them stand on; `coding`, `columns` and `facts` say how what travels between the steps, and
-what stays in state, becomes bytes.
+invocation means), `retry` (what to do next), `window` (states from call to call), `concurrency` and
+`breaker` (how many invocations at once, and when none), in `write/` `formats` (records to write).
+`invoke/invoker.py` runs those rules on threads. `aws/` and `kafka/` hold the clients. The files
+beside the folders are the ground that all of them stand on; `coding`, `columns` and `facts` say how
+what travels between the steps, and what stays in state, becomes bytes.
 """
