@@ -516,6 +516,25 @@ def said(error: Any) -> str:
     return f"{text}, with IAM the right {right}" if right else text
 
 
+def served(call: Callable[[float], Any], secs: float) -> Any:
+    """What a call of a producer that serves its events comes to.
+
+    In place of the error with which a client ends for good, such as of a producer that another one
+    of its name has replaced, confluent-kafka 2.16 raises what a method of C has raised wrongly.
+
+    Args:
+        call: The producer's `poll` or `flush`.
+        secs: For how long.
+
+    Raises:
+        KafkaException: The client has ended.
+    """
+    try:
+        return call(secs)
+    except SystemError:
+        raise KafkaException(ErrorCode(ErrorCode._FATAL, "the client has ended for good")) from None
+
+
 def describe(config: KafkaConfig) -> str:
     """How to name the cluster in a message."""
     return f"Kafka at {config.bootstrap_servers}"

@@ -28,6 +28,7 @@ from transforms.kafka.client import (
     instance_id,
     make_producer,
     reason,
+    served,
 )
 from transforms.per_process import per_process
 
@@ -109,7 +110,7 @@ def returned(call: Callable[[float], None], secs: float) -> None:
 
     def make() -> None:
         try:
-            call(secs)
+            served(call, secs)
         except BaseException as error:
             outcome.append(error)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from transforms.errors import WriteError
 from transforms.kafka.client import (
     reason,
     said,
+    served,
 )
 from transforms.tally import PULSE
 
@@ -123,7 +125,7 @@ class TopicWriter:
                     self._note(note, error, message["key"], message["value"])
             if messages:
                 PULSE.beat()
-            self._producer.poll(0.1 if messages else 0)
+            self._poll(0.1 if messages else 0)
 
     def write(
         self,
@@ -156,7 +158,7 @@ class TopicWriter:
                 return
             except BufferError:
                 PULSE.beat()
-                self._producer.poll(0.1)
+                self._poll(0.1)
             except KafkaException as error:
                 self._note(note, error.args[0], key, value)
                 return
@@ -212,10 +214,23 @@ class TopicWriter:
             raise WriteError(self._failed(delivered.failures[0]))
 
     def acknowledge(self) -> None:
-        """Wait until it is known of everything what became of it."""
-        while self._producer.flush(_FLUSH_SECS):
+        """Wait until it is known of everything what became of it.
+
+        Raises:
+            WriteError: It never will be.
+        """
+        while self._serve(self._producer.flush, _FLUSH_SECS):
             _LOGGER.warning("waiting for Kafka to acknowledge records of topic %s", self.topic)
             PULSE.beat()
+
+    def _poll(self, secs: float) -> None:
+        self._serve(self._producer.poll, secs)
+
+    def _serve(self, call: Callable[[float], Any], secs: float) -> Any:
+        try:
+            return served(call, secs)
+        except KafkaException as error:
+            raise WriteError(self._failed(reason(error))) from None
 
     def _failed(self, why: str) -> str:
         return (

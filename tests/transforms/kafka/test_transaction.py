@@ -16,7 +16,13 @@ from tests.conftest import Names
 from transforms.errors import KafkaError, WriteError
 from transforms.kafka.client import KafkaConfig, make_consumer, make_producer
 from transforms.kafka.members import member_settings
-from transforms.kafka.transaction import Transaction, TransactionConfig, transaction_settings
+from transforms.kafka.transaction import (
+    Transaction,
+    TransactionConfig,
+    returned,
+    transaction_settings,
+)
+from transforms.write.topic_writer import Delivered, TopicWriter
 
 
 @pytest.mark.parametrize(
@@ -224,3 +230,27 @@ def test_who_may_not_begin_is_told_so(broker: KafkaBroker, names: Names) -> None
     transaction = Transaction(TransactionConfig(kafka), lambda settings: Refused())  # type: ignore[arg-type,return-value]
     with pytest.raises(KafkaError, match="transactional ids that begin with orders-"):
         transaction.begin()
+
+
+def test_who_is_fenced_by_another_of_its_name_says_so(broker: KafkaBroker, names: Names) -> None:
+    """While it waits for its records; the client itself raises what nobody can make sense of."""
+    topic = names.topic()
+    broker.create_topic(topic, 2)
+    settings = transaction_settings(
+        {"bootstrap.servers": broker.bootstrap_servers}, names.group(), 0, False, "one"
+    )
+    fenced = make_producer(settings)
+    fenced.init_transactions(30)
+    fenced.begin_transaction()
+    writer = TopicWriter(topic, fenced)
+    writer.write(0, b"key", b"before", [], Delivered())
+    writer.acknowledge()
+    make_producer(settings).init_transactions(30)
+    for number in range(20):
+        writer.write(number, b"key", b"behind", [], Delivered())
+    with pytest.raises(WriteError, match="the client has ended for good"):
+        writer.acknowledge()
+    with pytest.raises(WriteError, match=f"a record of topic {topic} was not acknowledged"):
+        writer.write(0, b"key", b"value", [], Delivered())
+    with pytest.raises(KafkaException):
+        returned(fenced.commit_transaction, 5)
