@@ -47,14 +47,20 @@ class Names:
 
     def numbers(self, numbers: Sequence[int]) -> Sequence[int | str]:
         """Numbers of several records."""
-        return list(map(self.text, numbers)) if self.texts else numbers
+        return self.as_texts(numbers) if self.texts else numbers
 
     def text(self, number: int) -> str:
         """A record's number, as a text."""
+        return self.as_texts([number])[0]
+
+    def as_texts(self, numbers: Sequence[int]) -> list[str]:
+        """Numbers of several records, as texts."""
         if not self.subs:
-            return str(number)
-        sub = number & _SUBS
-        return f"{number >> SUB_BITS}:{sub}" if sub else str(number >> SUB_BITS)
+            return list(map(str, numbers))
+        return [
+            f"{each >> SUB_BITS}:{sub}" if (sub := each & _SUBS) else str(each >> SUB_BITS)
+            for each in numbers
+        ]
 
     def read(self, text: int | str) -> int:
         """The number that is written so.

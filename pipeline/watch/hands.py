@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from pipeline.watch.server import Answer, Request, Route, Server, as_json
 
 _LOGGER = logging.getLogger(__name__)
 
+_NUMBER = re.compile(r"\d{1,129}(:\d{1,8})?", re.ASCII)
 _NAMES: Mapping[str, tuple[type, ...]] = {
     "topic": (str,),
     "partition": (int,),
@@ -103,6 +105,8 @@ def parse(action: str, body: bytes) -> Command:
             raise ValueError(f"give {', '.join(_NAMES)}, and nothing else")
         if value is not None and type(value) not in kinds:
             raise ValueError(f"{name} is of another type")
+    if type(given.get("offset")) is str and not _NUMBER.fullmatch(given["offset"]):
+        raise ValueError("offset is no record's number")
     command = Command(action, **{name: value for name, value in given.items() if value is not None})
     if command.partition is not None and command.topic is None:
         raise ValueError("a partition needs its topic")

@@ -2,7 +2,7 @@
 
 ``python -m tests.bench [--records 400000] [--partitions 4] [--record_bytes 200] [--repeat 1]``
 With ``--runner=flink``: `tests.bench.flink`. With ``--latency``: `tests.bench.latency`.
-With ``--soak``: `tests.bench.soak`.
+With ``--soak``: `tests.bench.soak`. With ``--streams``: `tests.bench.streams`.
 
 The client, the broker and the stub share the machine's processors: on two of them, with other work
 beside it, six runs of the same code gave 37,000 to 61,000 records/s. For figures to quote use
@@ -569,6 +569,11 @@ def main() -> int:
         action="store_true",
         help="minutes of everything at once; the other options then are those of --soak --help",
     )
+    parser.add_argument(
+        "--streams",
+        action="store_true",
+        help="a stream beside a topic; the other options then are those of --streams --help",
+    )
     # Ends by an exception, so that the processes and topics made here are cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if "--latency" in sys.argv[1:]:
@@ -579,6 +584,10 @@ def main() -> int:
         from tests.bench import soak
 
         return soak.main([word for word in sys.argv[1:] if word != "--soak"])
+    if "--streams" in sys.argv[1:]:
+        from tests.bench import streams
+
+        return streams.main([word for word in sys.argv[1:] if word != "--streams"])
     options = parser.parse_args()
     if options.runner == "flink":
         from tests.bench import flink

@@ -70,7 +70,7 @@ def answer(body: bytes) -> tuple[bytes, int]:
     """Return the function's reply to a request body, and the number of its records."""
     if body.startswith(b"{"):
         # The event of an event source mapping. Its keys and values are base64: no quotes in them.
-        return NOTHING_FAILED, body.count(b'"offset":')
+        return NOTHING_FAILED, body.count(b'"offset":') or body.count(b'"sequenceNumber":')
     found = COORDINATES.findall(body)
     if found:
         return b"[" + ENTRY_OPENING + ENTRY_SEPARATOR.join(found) + ENTRY_END + b"]", len(found)

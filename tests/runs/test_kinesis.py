@@ -150,7 +150,7 @@ def test_what_a_crash_leaves_is_done(kinesis: LocalKinesis, lanes: int) -> None:
                 run.kill()
             assert checkpoints_past_what_came(kinesis, function) == []
         ended = run_on(kinesis, server, **options)
-    assert sorted(function.texts()) == sorted(texts)
+    assert sorted(function.texts()) == sorted(texts), ended.stdout + ended.stderr
     assert came_by_key(function) == by_key(kinesis, 4)
     assert ended.summary["lag_max"] == 0
 

@@ -187,7 +187,7 @@ def encode_records(
     )
     offsets: Sequence[int | bytes] = records.offsets
     if format.names.texts:
-        offsets = [format.names.text(each).encode() for each in records.offsets]
+        offsets = [text.encode() for text in format.names.as_texts(records.offsets)]
     if format.headers:
         header_columns = [_encode_headers(headers, auto) for headers in records.headers]
         entry = head + b',"headers":%b}}'

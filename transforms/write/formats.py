@@ -164,7 +164,7 @@ def response_keys(
     written: Sequence[int | bytes] = offsets
     number = b"%d"
     if names.texts:
-        written, number = [names.text(each).encode() for each in offsets], b"%b"
+        written, number = [text.encode() for text in names.as_texts(offsets)], b"%b"
     if format == "string":
         template = b"Struct{topic=%b,partition=%d,offset=" % (
             topic.encode().replace(b"%", b"%%"),

@@ -113,7 +113,7 @@ def test_a_flag_is_true_or_false(name: str, text: str, value: bool) -> None:
 @pytest.mark.parametrize("text", ["", "yes", "1", "maybe"])
 def test_a_flag_is_nothing_else(name: str, text: str) -> None:
     """What is neither true nor false is refused."""
-    (problem,) = problems_of(**{name: text})
+    (problem,) = problems_of(**{**BESIDE.get(name, {}), name: text})
     assert problem == f"--{name}={text} is not allowed; give true | false"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.options.resolve import parse_arguments
-from tests.pipeline.options.given import BESIDE, CASES, FLAGS, TOKEN, arguments_of
+from tests.pipeline.options.given import BESIDE, CASES, FLAGS, REQUIRED, TOKEN, arguments_of
 from transforms.errors import UsageError
 
 
@@ -20,9 +20,10 @@ from transforms.errors import UsageError
 def test_flags_on_the_command_line(name: str) -> None:
     """A flag alone is true; with a value it is that."""
     find = CASES[name][0]
-    beside = [f"--{other}={value}" for other, value in BESIDE.get(name, {}).items()]
+    given = {**REQUIRED, **BESIDE.get(name, {})}
+    beside = [f"--{other}={value}" for other, value in given.items() if value is not None]
     for argument, value in ((name, True), (f"{name}=true", True), (f"{name}=false", False)):
-        config, _ = parse_arguments(arguments_of(*beside, f"--{argument}"))
+        config, _ = parse_arguments([*beside, f"--{argument}"])
         assert find(config) is value
 
 

@@ -106,6 +106,8 @@ def test_without_a_token_nobody_may() -> None:
         ("log-level", b"{}", "level is one of"),
         ("log-level", b'{"level": "TRACE"}', "level is one of"),
         ("skip", b'{"topic": "a"}', "give topic and partition"),
+        ("skip", b'{"topic": "a", "partition": 0, "offset": "<b>"}', "offset is no record's"),
+        ("skip", b'{"topic": "a", "partition": 0, "offset": "7:"}', "offset is no record's"),
     ],
 )
 def test_what_is_no_command(action: str, body: bytes, problem: str) -> None:
@@ -119,6 +121,10 @@ def test_what_is_a_command() -> None:
     assert parse("skip", b'{"topic": "a", "partition": 0, "whole": true}') == Command(
         "skip", "a", 0, whole=True
     )
+    # A stream's number is too large for JSON, and may have a place within an aggregate.
+    number = f"{10**55}:3"
+    body = json.dumps({"topic": "a", "partition": 0, "offset": number}).encode()
+    assert parse("skip", body) == Command("skip", "a", 0, number)
 
 
 def test_ten_thousand_commands_that_are_none(
