@@ -18,6 +18,7 @@ from transforms.kinesis.client import AwsConfig
 from transforms.kinesis.shards import SHARD_END, TRIM_HORIZON, shard_id
 from transforms.kinesis.stream import AT_LATEST, KinesisSource
 from transforms.kinesis.streaming import KinesisStream, ShardFinder, ShardReader, ShardReaders
+from transforms.names import joined
 from transforms.read.lending import ReadAhead
 from transforms.read.streaming import Asked
 from transforms.records import PartitionKey
@@ -91,7 +92,7 @@ def _put(kinesis: LocalKinesis, count: int, text: str = "order") -> None:
 
 def _behind(number: int) -> int:
     """The position behind a record."""
-    return number + 1
+    return joined(number, 0) + 1
 
 
 def _row(kinesis: LocalKinesis, number: int) -> Mapping[str, Mapping[str, str]]:
