@@ -428,6 +428,7 @@ class Progress:
     """What Write emits once a lane's records of `[start, next_offset)` are acknowledged.
 
     `halted` says where and why the partition stops there, as `halt_name` does; else it is empty.
+    With `asked` nothing was done: it asks how far the partition is, see `END_NOTE`.
     """
 
     topic: str
@@ -436,10 +437,16 @@ class Progress:
     next_offset: int
     lane: int = 0
     halted: str = ""
+    asked: int = 0
 
 
 HALT_NOTE = "halted "
 """Begins what is kept with the committed offset of a partition that a failure has stopped."""
+
+
+END_NOTE = "end "
+"""Begins what is kept with the position of a partition that has ended, once the job's own state has
+said that all of it is done; behind it is the number under which it was asked."""
 
 
 def read_halt(note: str) -> Finished | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pipeline.options.declare import OPTIONS, Option
+from pipeline.options.declare import OF_TOPICS, OPTIONS, Option
 
 LEFT_OUT = {
     "config": "options are given by their names",
@@ -19,8 +19,6 @@ LEFT_OUT = {
 }
 """Options that are not among the chart's, and why."""
 
-# Needed where topics are read.
-_TOPICS = ("kafka_bootstrap_servers", "consumer_group")
 _TYPES = {"int": "integer", "float": "number", "flag": "boolean"}
 
 
@@ -32,10 +30,10 @@ def options_schema() -> dict[str, Any]:
         "description": "Options of the program by their names: docs/options.md.",
         "type": "object",
         "additionalProperties": False,
-        "required": [name for name in needed if name not in _TOPICS],
+        "required": [name for name in needed if name not in OF_TOPICS],
         "oneOf": [
-            {"required": ["topics", *_TOPICS]},
-            {"required": ["topics_regex", *_TOPICS]},
+            {"required": ["topics", *OF_TOPICS]},
+            {"required": ["topics_regex", *OF_TOPICS]},
             {"required": ["stream", "lease_table"]},
         ],
         "properties": {option.name: _schema(option) for option in options},

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.options.checks_login import any_iam, check_login
 from pipeline.options.checks_stream import check_stream
-from pipeline.options.declare import ACCESS, EXACTLY_ONCE, NO_ATTRIBUTE, OPTIONS, Option
+from pipeline.options.declare import ACCESS, EXACTLY_ONCE, NO_ATTRIBUTE, OF_TOPICS, OPTIONS, Option
 from transforms import envelope, java_login
 from transforms.aws.function import MAX_ASYNC_BYTES
 from transforms.invoke import reply
@@ -24,8 +24,6 @@ from transforms.write import destination, formats
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _TOPIC_OF = "kafka://"
-# Of a run that reads a stream they are asked for where topics are written, or not at all.
-_KAFKAS = ("kafka_bootstrap_servers", "consumer_group")
 _NUMBERS: dict[str, Callable[[str], int | float]] = {"int": int, "float": float}
 
 
@@ -89,7 +87,7 @@ def check_together(
     """
     stream = given.get("stream") is not None
     for name, option in OPTIONS.items():
-        if option.required and given.get(name) is None and not (stream and name in _KAFKAS):
+        if option.required and given.get(name) is None and not (stream and name in OF_TOPICS):
             problems.append(f"--{name} is missing; for example --{name}={option.example}")
     servers = values["kafka_bootstrap_servers"]
     if servers and not OPTIONS["kafka_bootstrap_servers"].fits(servers):

@@ -65,3 +65,14 @@ def check_stream(values: dict[str, Any], given: dict[str, str | None], problems:
             f"--delivery={EXACTLY_ONCE} does not go with --stream: how far it is done is not kept "
             f"in Kafka"
         )
+
+
+def check_stream_job(values: dict[str, Any], problems: list[str]) -> None:
+    """Note what a streaming job cannot do with a stream."""
+    if values["until"] == "caught_up":
+        problems.append(
+            "--until=caught_up with --stream goes with the DirectRunner only: a shard does not say "
+            "where it ends"
+        )
+    if values["kafka_reader"] == "beam":
+        problems.append("--kafka_reader=beam does not go with --stream: it reads topics")

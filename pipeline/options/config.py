@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -18,6 +20,7 @@ from pipeline.options.checks import (
     warnings_of,
 )
 from pipeline.options.checks_login import login_of
+from pipeline.options.checks_stream import check_stream_job
 from pipeline.options.declare import (
     EXACTLY_ONCE,
     FLINK_RUNNERS,
@@ -56,6 +59,7 @@ from transforms.kafka.streaming import KafkaStream
 from transforms.kafka.transaction import TransactionConfig
 from transforms.kinesis.client import AwsConfig
 from transforms.kinesis.stream import KinesisSource, stream_name
+from transforms.kinesis.streaming import KinesisStream
 from transforms.lanes import Lanes
 from transforms.names import NUMBERS
 from transforms.properties import load_properties
@@ -178,7 +182,7 @@ class Config:
             if runner in STREAM_RUNNERS and given.get(name) is not None
         ]
         if runner in STREAM_RUNNERS and values["stream"]:
-            problems.append(f"--stream goes with the DirectRunner only, not with {runner}")
+            check_stream_job(values, problems)
         if values["stream"]:
             values |= _stream_defaults(given)
         if runner in STREAM_RUNNERS and values["delivery"] == EXACTLY_ONCE:
@@ -186,7 +190,8 @@ class Config:
                 f"--delivery={EXACTLY_ONCE} goes with the DirectRunner only: on {runner} outputs "
                 f"are written at least once"
             )
-        if runner in STREAM_RUNNERS and values["kafka_reader"] == "beam":
+        beams = values["kafka_reader"] == "beam" and not values["stream"]
+        if runner in STREAM_RUNNERS and beams:
             check_beam_reader(values, settings, problems)
         registry = values["schema_registry_url"]
         # Where it is from AWS, it is read where the client is.
@@ -254,7 +259,9 @@ def _delivery(values: dict[str, Any]) -> DeliveryConfig | None:
     )
 
 
-def _stream_source(values: dict[str, Any], start_ms: int | None) -> KinesisSource:
+def _stream_source(values: dict[str, Any], start_ms: int | None, streaming: bool) -> KinesisSource:
+    # Its own each time it is submitted, so that of two jobs with one table one knows.
+    job = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}" if streaming else ""
     return KinesisSource(
         values["stream"],
         values["lease_table"],
@@ -270,6 +277,7 @@ def _stream_source(values: dict[str, Any], start_ms: int | None) -> KinesisSourc
         start_ms,
         values["stream_poll_secs"],
         values["lease_secs"],
+        job=job,
     )
 
 
@@ -333,8 +341,10 @@ def _make_config(
     names = NUMBERS
     stream: NativeReadConfig | BeamReadConfig | None = None
     if values["stream"]:
-        source = _stream_source(values, start_ms)
+        source = _stream_source(values, start_ms, streaming)
         names = source.names
+        if streaming:
+            stream = NativeReadConfig(KinesisStream(source), runner in FLINK_RUNNERS)
     elif streaming and values["kafka_reader"] == "beam":
         service, in_flink = values["expansion_service"], runner in FLINK_RUNNERS
         stream = BeamReadConfig(kafka, source.topics, service, in_flink)
@@ -421,6 +431,7 @@ def _make_config(
             None if stream and values["until"] == "caught_up" else values["commit_refresh_secs"],
             values["commit_interval_secs"],
             settles=transaction is not None,
+            behind=streaming and bool(values["stream"]),
         ),
         run=RunConfig(
             preflight=values["preflight"],

@@ -218,8 +218,8 @@ GROUPS = (
             ),
             Option(
                 "commit_interval_secs",
-                "Commit offsets at most this often, on the DirectRunner. A run that ends commits "
-                "at once; what was not committed when one crashes is invoked again.",
+                "Commit offsets at most this often, on the DirectRunner or of streams. A run that "
+                "ends commits at once; what was not committed when one crashes is invoked again.",
                 kind="float",
                 default=INTERVAL_SECS,
                 unit="seconds",
@@ -252,8 +252,7 @@ GROUPS = (
                 "Kinesis streams to read in place of topics, names or ARNs, comma separated; with "
                 "--lease_table in place of --consumer_group. --kafka_bootstrap_servers is needed "
                 "only for topics that are written. --starting_position is for a stream of which "
-                "the table has nothing, and --filter_unparsable is drop unless given. On the "
-                "DirectRunner.",
+                "the table has nothing, and --filter_unparsable is drop unless given.",
                 kind="list",
                 example="orders",
                 pattern=rf"{STREAM_ARN}|{STREAM_NAME.pattern}",
@@ -854,6 +853,9 @@ DIRECT_RUNNERS = ("DirectRunner", "direct")
 FLINK_RUNNERS = ("FlinkRunner", "PortableRunner")
 DATAFLOW_RUNNER = "DataflowRunner"
 STREAM_RUNNERS = (*FLINK_RUNNERS, DATAFLOW_RUNNER)
+
+OF_TOPICS = ("kafka_bootstrap_servers", "consumer_group")
+"""Required where topics are read; with a stream for topics that are written, or not at all."""
 
 OPTIONS = {option.name: option for group in GROUPS for option in group.options}
 

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from pipeline.options.declare import GROUPS, OPTIONS, Group, Option
+from pipeline.options.declare import GROUPS, OF_TOPICS, OPTIONS, Group, Option
 
 LEFT_OUT = {
     "config": "what a template is started with are parameters; `--explain` shows which they are",
@@ -24,14 +24,6 @@ LEFT_OUT = {
     "page_show": "there is no http",
     "metrics_partitions": "there is no http",
     "report": "the launcher ends when the job begins, so there is nothing to report",
-    "stream": "streams are read on the DirectRunner",
-    "lease_table": "it goes with --stream",
-    "lease_secs": "it goes with --stream",
-    "stream_poll_secs": "it goes with --stream",
-    "stream_role_arn": "it goes with --stream",
-    "kinesis_endpoint_url": "it goes with --stream",
-    "dynamodb_endpoint_url": "it goes with --stream",
-    "invoke_identity_arn": "it goes with --stream",
     "start_paused": "a job is not told anything from outside",
 }
 """Options that are no parameters of the template, and why."""
@@ -63,6 +55,8 @@ _EXAMPLE_OF = {
     "filter_criteria": "gs://my-bucket/filters.json",
     "kafka_config_file": "secretmanager://projects/my-project/secrets/kafka/versions/latest",
     "lambda_endpoint_url": "https://vpce-0a1b-2c3d.lambda.eu-central-1.vpce.amazonaws.com",
+    "kinesis_endpoint_url": "https://vpce-0a1b-2c3d.kinesis.eu-central-1.vpce.amazonaws.com",
+    "dynamodb_endpoint_url": "https://vpce-0a1b-2c3d.dynamodb.eu-central-1.vpce.amazonaws.com",
 }
 
 _WORDS = {"arn": "ARN", "aws": "AWS", "url": "URL", "secs": "seconds", "kafka": "Kafka"}
@@ -110,7 +104,7 @@ def parameter(option: Option, group: str) -> dict[str, Any]:
         "groupName": group,
         "paramType": _TYPE_OF.get(option.name) or _TYPES.get(option.kind, "TEXT"),
     }
-    if not option.required:
+    if not _is_required(option):
         made["isOptional"] = True
     if pattern := _pattern(option):
         made["regexes"] = [f"^({pattern})$"]
@@ -119,6 +113,11 @@ def parameter(option: Option, group: str) -> dict[str, Any]:
     if option.default is not None:
         made["defaultValue"] = option.default_text
     return made
+
+
+def _is_required(option: Option) -> bool:
+    """Whether every launch needs it, whatever it reads."""
+    return option.required and option.name not in OF_TOPICS
 
 
 def _label(name: str) -> str:
@@ -161,7 +160,7 @@ def required_table() -> str:
         lines += [
             f"| `{option.name}` | {_cell(option)} | `{option.example}` |"
             for option in group.options
-            if option.required
+            if _is_required(option)
         ]
     return "\n".join(lines)
 
@@ -170,7 +169,7 @@ def optional_table() -> str:
     """The others."""
     lines = ["| parameter | default | |", "|---|---|---|"]
     for group in template_groups():
-        optional = [option for option in group.options if not option.required]
+        optional = [option for option in group.options if not _is_required(option)]
         if optional:
             lines.append(f"| **{group.title}** | | |")
         for option in optional:
@@ -187,4 +186,4 @@ def left_out_list() -> str:
 def _cell(option: Option) -> str:
     text = help_text(option).replace("|", "\\|")
     example = _EXAMPLE_OF.get(option.name, option.example)
-    return f"{text} For example `{example}`." if example and not option.required else text
+    return f"{text} For example `{example}`." if example and not _is_required(option) else text

@@ -28,19 +28,20 @@ from pipeline.run.status import Status, Totals
 from pipeline.submit import dataflow
 from pipeline.submit.flink_metrics import IN_FLIGHT, OLDEST_AGE_SECS, get_json, job_counters
 from transforms.commit.committer import shared_committer
-from transforms.errors import KafkaError, from_runner
+from transforms.errors import KafkaError, SinkError, from_runner
 from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import HALTS
 from transforms.kafka.beam_reader import AS_SOURCE, BeamReadConfig
 from transforms.kafka.client import make_consumer
 from transforms.kafka.offsets import LOOK_SECS, SourceConfig, SourceOffsets
+from transforms.kinesis.stream import StreamShards
 from transforms.records import Finished, PartitionKey, halt_of, read_halt
 
 _LOGGER = logging.getLogger(__name__)
 
 _CHECKPOINT_MS = 10_000
 _BUNDLE_MS = 100
-_ASK_KAFKA_SECS = 120.0
+_ASK_SOURCE_SECS = 120.0
 
 
 def runner_options(
@@ -119,9 +120,12 @@ class StreamRun:
         self._stop = stop
         self._started = started
         self._timer = timer
-        assert isinstance(config.source, SourceConfig)
-        self._source = SourceOffsets(config.source, make_consumer(config.kafka))
-        self._ask_kafka_at = float("-inf")
+        self._source: SourceOffsets | StreamShards
+        if isinstance(config.source, SourceConfig):
+            self._source = SourceOffsets(config.source, make_consumer(config.kafka))
+        else:
+            self._source = config.source.partitions(config.source.fetcher())
+        self._ask_at = float("-inf")
         # A job that goes on where a savepoint ends has its halts in it.
         self._is_resumed = any(each.split("=", 1)[0] == "--savepoint_path" for each in arguments)
         self._beam = parse_beam(arguments)[0]
@@ -217,6 +221,7 @@ class StreamRun:
             committed,
             elapsed_secs,
             trouble=trouble,
+            names=self._config.commit.source.names,
         )
 
     def command(self, _: Command) -> Told:
@@ -261,6 +266,7 @@ class StreamRun:
 
     def _resolve(self, config: Config, stream: BeamReadConfig) -> Config:
         """What Beam's reader cannot do: find topics by regex, and begin where it is told to."""
+        assert isinstance(self._source, SourceOffsets)
         keys = self._source.partitions()
         self._source.survey(keys)
         starts = self._source.starts(keys)
@@ -272,7 +278,10 @@ class StreamRun:
         return replace(config, stream=stream)
 
     def _forget_halts(self) -> None:
-        """Take back what an earlier job has said of partitions that it halted."""
+        """Take back what an earlier job has said of partitions that it halted. Of shards it is
+        taken back when they are begun: the lease table is the job's alone."""
+        if not isinstance(self._source, SourceOffsets):
+            return
         try:
             found = self._source.committed(self._source.partitions(LOOK_SECS))
         except KafkaError:
@@ -286,19 +295,25 @@ class StreamRun:
         dict[PartitionKey, int], dict[PartitionKey, int | None], dict[PartitionKey, Finished]
     ]:
         """What the group has committed, what is left of each partition, and what is halted."""
-        if self._timer() < self._ask_kafka_at:
+        if self._timer() < self._ask_at:
             return {}, {}, {}
+        lags: dict[PartitionKey, int | None]
         try:
-            keys = self._source.partitions()
-            found = self._source.committed(keys)
-            committed = {key: offset for key, (offset, _) in found.items()}
-            lags: dict[PartitionKey, int | None] = {
-                key: max(0, self._source.range(key)[1] - offset)
-                for key, offset in committed.items()
-            }
-        except KafkaError:
-            # Where it is the cluster's workers that Kafka is in reach of, each question takes long.
-            self._ask_kafka_at = self._timer() + _ASK_KAFKA_SECS
+            if isinstance(self._source, SourceOffsets):
+                found = self._source.committed(self._source.partitions())
+                committed = {key: offset for key, (offset, _) in found.items()}
+                lags = {
+                    key: max(0, self._source.range(key)[1] - offset)
+                    for key, offset in committed.items()
+                }
+            else:
+                found = self._source.kept()
+                committed = {key: offset for key, (offset, _) in found.items()}
+                # Who reads a shard knows how far behind it is; that is a worker.
+                lags = dict.fromkeys(committed)
+        except SinkError:
+            # Where it is the cluster's workers that it is in reach of, each question takes long.
+            self._ask_at = self._timer() + _ASK_SOURCE_SECS
             return {}, {}, {}
         notes = {key: read_halt(note) for key, (_, note) in found.items()}
         return committed, lags, {key: halt for key, halt in notes.items() if halt}

@@ -186,8 +186,10 @@ def _came_by_key(function: Function) -> dict[str, list[str]]:
 class Watched(Function):
     """Notes shards that were begun before all of their parents were committed."""
 
-    def __init__(self, kinesis: LocalKinesis, parents: dict[int, tuple[int, ...]]) -> None:
-        super().__init__()
+    def __init__(
+        self, kinesis: LocalKinesis, parents: dict[int, tuple[int, ...]], secs: float = 0.0
+    ) -> None:
+        super().__init__(secs=secs)
         self._kinesis, self._parents = kinesis, parents
         self.too_early: list[int] = []
 

@@ -27,7 +27,15 @@ from apache_beam.utils.windowed_value import WindowedValue
 from transforms.commit.committer import CommitConfig, Committer, shared_committer
 from transforms.commit.contiguous import ContiguousOffsets
 from transforms.facts import number, unversioned, versioned
-from transforms.records import EVERY_LANE, HALT_NOTE, LaneKey, PartitionKey, Progress
+from transforms.per_process import forget
+from transforms.records import (
+    END_NOTE,
+    EVERY_LANE,
+    HALT_NOTE,
+    LaneKey,
+    PartitionKey,
+    Progress,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -139,7 +147,8 @@ def pack(progress: Progress) -> tuple[PartitionKey, bytes]:
     """Progress as it crosses to the worker that commits its partition, of which it says no more
     than the key does."""
     count = progress.next_offset - progress.start
-    facts = [number(progress.start), number(count), progress.lane, progress.halted]
+    facts: list[int | str] = [number(progress.start), number(count), progress.lane]
+    facts += [progress.halted, progress.asked]
     while facts and not facts[-1]:
         facts.pop()
     return (progress.topic, progress.partition), versioned(_VERSION, facts)
@@ -152,8 +161,8 @@ def unpack(key: PartitionKey, data: bytes) -> Progress:
         StateError: A later version has written it.
     """
     facts = unversioned(_VERSION, data, "ranges that are done")
-    start, count, lane, halted = (*facts, *(0, 0, 0, "")[len(facts) :])[:4]
-    return Progress(*key, int(start), int(start) + int(count), lane, halted)
+    start, count, lane, halted, asked = (*facts, *(0, 0, 0, "", 0)[len(facts) :])[:5]
+    return Progress(*key, int(start), int(start) + int(count), lane, halted, asked)
 
 
 def merged(every: Iterable[Progress]) -> Iterator[Progress]:
@@ -238,6 +247,25 @@ class _CommitPartitionFn(_CommitBundleFn):
         self._told = told
         self._clock = clock
         self._ask_at: dict[PartitionKey, float] = {}
+        self._waits = False
+
+    def start_bundle(self) -> None:
+        super().start_bundle()
+        self._waits = False
+
+    def _commit(self, committer: Committer) -> None:
+        if not self._config.behind:
+            super()._commit(committer)
+            return
+        try:
+            if self._next_offsets:
+                committer.put({k: (at, self._notes[k]) for k, at in self._next_offsets.items()})
+            if self._waits:
+                committer.flush()
+        except BaseException:
+            # It commits nothing more. A runner may begin the job again in this process.
+            forget(Committer, self._config)
+            raise
 
     def process(
         self,
@@ -250,6 +278,9 @@ class _CommitPartitionFn(_CommitBundleFn):
         key, data = element
         progress = unpack(key, data)
         partition = _read(key, done_state)
+        if progress.asked:
+            self._answer(key, partition, progress.asked)
+            return ()
         if partition is None:
             partition = _Partition(ContiguousOffsets())
             self._set(refresh)
@@ -261,12 +292,13 @@ class _CommitPartitionFn(_CommitBundleFn):
             done.begin(key, [progress.start] * self._config.lanes.count)
         if not begins:
             done.add(progress)
-        if done.waits(key):
+        if done.waits(key) and not self._ends:
             self._skip(key, done)
         stops = bool(progress.halted and not partition.halt_note)
         if stops:
             # Kept with the offset, it can be seen from anywhere, whichever runner this is.
             partition.halt_note = HALT_NOTE + progress.halted
+            self._waits = True
         if stops or min(done.marks(key), default=-1) > before:
             self._commit_again(key, partition)
         done_state.write(partition.encode(key))
@@ -280,7 +312,8 @@ class _CommitPartitionFn(_CommitBundleFn):
         refresh: RuntimeTimer = beam.DoFn.TimerParam(REFRESH),  # type: ignore[assignment]
     ) -> Iterable[Any]:
         self._commit_again(key, _read(key, done_state))
-        self._set(refresh)
+        if not self._ends or self._next_offsets.get(key) != self._config.source.names.ended:
+            self._set(refresh)
         return ()
 
     def _set(self, refresh: RuntimeTimer) -> None:
@@ -297,7 +330,23 @@ class _CommitPartitionFn(_CommitBundleFn):
         # Flink's drain waits for every timer that is set, and fires none of real time any more.
         refresh.clear()
         self._commit_again(key, _read(key, done_state))
+        self._waits = True
         return ()
+
+    @property
+    def _ends(self) -> bool:
+        """Whether partitions end, and others take their place. What is kept of such a one may be
+        from before the job was restored; to skip to it would have the next ones begin beside it."""
+        return self._config.source.names.ended is not None
+
+    def _answer(self, key: PartitionKey, partition: _Partition | None, asked: int) -> None:
+        """Commit where a partition stands, and if that is its end, that it was asked. What is kept
+        may be from before the job was restored: then it is less."""
+        self._commit_again(key, partition)
+        if self._next_offsets.get(key) == self._config.source.names.ended:
+            self._notes[key] = f"{END_NOTE}{asked}"
+        # The state must not be kept with the question in it, and the answer lost.
+        self._waits = True
 
     def _begins_unsaid(self, key: PartitionKey) -> bool:
         return self._told is not None and key not in self._told

@@ -37,6 +37,7 @@ class CommitConfig:
             a streaming run that ends: there each is committed once more at the end, and a timer
             that is set far ahead would keep the run from ending.
         interval_secs: How long, at least, is between two commits of what rounds have finished.
+        behind: Whether a streaming run does not wait for its commits either, but for some.
         settles: Whether positions are kept together with what is written of their records.
     """
 
@@ -45,6 +46,7 @@ class CommitConfig:
     refresh_secs: float | None = REFRESH_SECS
     interval_secs: float = INTERVAL_SECS
     settles: bool = False
+    behind: bool = False
 
 
 class Committer:

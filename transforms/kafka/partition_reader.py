@@ -11,7 +11,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import monotonic
 
 from confluent_kafka import KafkaError as ErrorCode
@@ -21,6 +20,7 @@ from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig, describe, reason
 from transforms.kafka.messages import bytes_of, end_of_partition, to_records
 from transforms.kafka.shared_consumer import SharedConsumer
+from transforms.read.lending import AHEAD, ReadAhead
 from transforms.records import PartitionKey, Records, read_halt
 
 _LOGGER = logging.getLogger(__name__)
@@ -30,21 +30,6 @@ _ASK_COMMITTED_SECS = 0.1
 # How soon a partition that cannot be read is tried again; the others go on meanwhile.
 _TRY_AGAIN_SECS = 10.0
 _GONE = (ErrorCode._AUTO_OFFSET_RESET, ErrorCode.OFFSET_OUT_OF_RANGE)
-
-
-@dataclass(frozen=True, slots=True)
-class ReadAhead:
-    """How far partitions may be read ahead of what is committed of them.
-
-    Attributes:
-        records: Records of a partition.
-        bytes: Bytes of a partition.
-        process_bytes: Bytes of all partitions that a worker process reads.
-    """
-
-    records: int = 100_000
-    bytes: int = 32 * 2**20
-    process_bytes: int = 512 * 2**20
 
 
 class PartitionReader:
@@ -65,14 +50,17 @@ class PartitionReader:
         closed: Whether it can be read no more.
         offsets_lost: Offsets that retention has taken before they were read.
         errors: How often this partition, and no other, could not be read.
+        ended: A partition of Kafka does not.
     """
+
+    ended = False
 
     def __init__(
         self,
         kafka: KafkaConfig,
         consumer: SharedConsumer,
         key: PartitionKey,
-        ahead: ReadAhead = ReadAhead(),
+        ahead: ReadAhead = AHEAD,
         bounded: bool = False,
         sharers: Callable[[], int] = lambda: 1,
         timer: Callable[[], float] = monotonic,

@@ -5,21 +5,23 @@ What a runner asks for when is in `transforms.read.streaming`, which knows no Ka
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from time import monotonic
+from typing import ClassVar
 
 from transforms.commit.committer import CommitConfig, shared_committer
+from transforms.errors import KafkaError
 from transforms.kafka.client import make_consumer
 from transforms.kafka.offsets import SourceConfig, SourceOffsets
-from transforms.kafka.partition_reader import PartitionReader, ReadAhead
+from transforms.kafka.partition_reader import PartitionReader
 from transforms.kafka.shared_consumer import SharedConsumer
 from transforms.per_process import per_process
+from transforms.read.lending import Lending, ReadAhead
 from transforms.records import PartitionKey, read_halt
 
-_UNUSED_SECS = 120.0
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +38,28 @@ class KafkaStream:
     bounded: bool = False
     ahead: ReadAhead = ReadAhead()
 
-    @property
-    def address(self) -> str:
-        """Where it is, for a runner's page of the job."""
-        return self.source.kafka.bootstrap_servers
+    find_secs: ClassVar[int] = 5
 
-    def find(self, known: frozenset[PartitionKey] | None) -> dict[PartitionKey, tuple[int, int]]:
-        """See `PartitionFinder.look`."""
-        return per_process(PartitionFinder, self.source).look(known)
+    @property
+    def label(self) -> dict[str, str]:
+        """See `StreamSource.label`."""
+        return {"bootstrap_servers": self.source.kafka.bootstrap_servers}
+
+    def find(
+        self, known: frozenset[PartitionKey] | None, asked: Mapping[PartitionKey, int]
+    ) -> tuple[dict[PartitionKey, tuple[int, int]], Mapping[PartitionKey, int]]:
+        """See `StreamSource.find`. Nothing is asked: partitions do not end."""
+        try:
+            return per_process(PartitionFinder, self.source).look(known), asked
+        except KafkaError as error:
+            if known is None:
+                raise
+            # Who is to be asked is away for a moment; asked again with the next turn.
+            _LOGGER.warning("new partitions cannot be looked for: %s", error)
+            return {}, asked
 
     def lend(self, key: PartitionKey) -> AbstractContextManager[PartitionReader]:
-        """See `PartitionReaders.lend`."""
+        """See `Lending.lend`."""
         return per_process(PartitionReaders, self).lend(key)
 
 
@@ -85,47 +98,16 @@ class PartitionFinder:
         return {key: (starts[key].offset, ends[key][1]) for key in keys}
 
 
-class PartitionReaders:
-    """The readers of a worker process; one for each partition that it was given lately."""
+class PartitionReaders(Lending[PartitionReader]):
+    """The readers of a worker process, of one consumer."""
 
     def __init__(self, config: KafkaStream) -> None:
         self._config = config
-        self._lock = threading.Lock()
-        self._readers: dict[PartitionKey, PartitionReader] = {}
         self._consumer = SharedConsumer(config.source.kafka)
+        super().__init__(self._reader)
 
-    def __len__(self) -> int:
-        return len(self._readers)
-
-    @contextmanager
-    def lend(self, key: PartitionKey) -> Iterator[PartitionReader]:
-        """A partition's reader, for the caller alone."""
-        while True:
-            reader = self._get(key)
-            with reader.lock:
-                # Not if it was closed while the caller stood still.
-                if not reader.closed:
-                    yield reader
-                    return
-
-    def _get(self, key: PartitionKey) -> PartitionReader:
-        with self._lock:
-            for other, reader in list(self._readers.items()):
-                # Another process reads it now, or nobody does.
-                unused = other != key and monotonic() - reader.used > _UNUSED_SECS
-                if unused and reader.lock.acquire(blocking=False):
-                    del self._readers[other]
-                    reader.close()
-                    reader.lock.release()
-            if key not in self._readers:
-                config = self._config
-                self._readers[key] = PartitionReader(
-                    config.source.kafka,
-                    self._consumer,
-                    key,
-                    config.ahead,
-                    config.bounded,
-                    self.__len__,
-                )
-            self._readers[key].used = monotonic()
-            return self._readers[key]
+    def _reader(self, key: PartitionKey) -> PartitionReader:
+        config = self._config
+        return PartitionReader(
+            config.source.kafka, self._consumer, key, config.ahead, config.bounded, self.__len__
+        )

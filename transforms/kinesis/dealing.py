@@ -15,6 +15,9 @@ from transforms.kinesis.rows import Row
 OWNERS = "beam-lambda-sink/"
 """What the names of our own copies begin with."""
 
+JOBS = "beam-lambda-sink-job/"
+"""What the names of streaming jobs begin with. A job has all shards, and shares none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -27,6 +30,12 @@ class Plan:
 
     take: tuple[str, ...] = ()
     ask: tuple[str, ...] = ()
+
+
+def plan_alone(rows: Mapping[str, Row], stale: Collection[str], me: str) -> Plan:
+    """What a job does, which has all leases or none; see `plan`."""
+    free = (key for key, row in rows.items() if not row.owner or key in stale)
+    return Plan(tuple(sorted(key for key in free if rows[key].owner != me)))
 
 
 def plan(rows: Mapping[str, Row], stale: Collection[str], me: str) -> Plan:

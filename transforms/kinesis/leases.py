@@ -24,7 +24,7 @@ import botocore.exceptions as aws_errors
 from transforms.errors import KinesisError
 from transforms.kinesis import rows as columns
 from transforms.kinesis.client import AwsConfig, make_client
-from transforms.kinesis.dealing import OWNERS, plan
+from transforms.kinesis.dealing import JOBS, OWNERS, plan, plan_alone
 from transforms.kinesis.reach import Reach
 from transforms.kinesis.rows import Row, Update, checkpoint, describe, lease_key, read_row
 from transforms.kinesis.shards import SHARD_END, TRIM_HORIZON, Shard, done_shards
@@ -41,6 +41,7 @@ _LOOK_MOST_SECS = 2.0
 _SILENT_SECS = 60.0
 _KEEP_SECS = 3600.0
 _APPEAR_SECS = 60.0
+_HEAR_SECS = 0.3
 _WRITERS = 8
 _MAYBE = frozenset(
     {
@@ -67,6 +68,8 @@ class TableConfig:
         several: Whether shards of several streams are in it.
         expiry_secs: After how long a lease that is not renewed is free.
         member: Which of this machine's processes it is.
+        job: Name of the streaming job whose process it is. All of a job's processes are one owner,
+            of all shards; empty for a copy of the program, which shares them with others.
     """
 
     name: str
@@ -75,6 +78,7 @@ class TableConfig:
     several: bool = False
     expiry_secs: float = 10.0
     member: int = 0
+    job: str = ""
 
 
 class Later(Exception):
@@ -119,6 +123,7 @@ class LeaseTable:
     Attributes:
         owner: What this copy is called in the table.
         reach: By shard, what its reader has seen.
+        list_again: Lists the streams' shards again; of a job's processes most do not otherwise.
     """
 
     def __init__(self, config: TableConfig, timer: Callable[[], float] = time.monotonic) -> None:
@@ -126,6 +131,9 @@ class LeaseTable:
         self._timer = timer
         self._client = make_client(config.aws, "dynamodb", config.stream)
         self.owner = f"{OWNERS}{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
+        if config.job:
+            self.owner = f"{JOBS}{config.job}"
+        self.list_again: Callable[[], Any] | None = None
         self.reach: dict[PartitionKey, Reach] = {}
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="leases")
         self._changed = threading.Condition()
@@ -223,17 +231,49 @@ class LeaseTable:
             raise KinesisError(
                 f"--lease_table={self._config.name} has a row that is no lease: {error}"
             ) from None
-        now = self._timer()
         with self._changed:
-            for key, row in found.items():
-                before = self._rows.get(key)
-                if before is None:
-                    self._since[key] = now
-                elif before.counter != row.counter:
-                    self._since[key] = now
-                    self._moved.add(key)
+            for row in found.values():
+                self._see(row)
             self._rows = found
+            for key in self._held if self._config.job else ():
+                self._hear(key)
         return found
+
+    def _see(self, row: Row) -> None:
+        """Note how a row stands, and since when; holds the lock."""
+        before = self._rows.get(row.key)
+        if before is None or before.counter != row.counter:
+            self._since[row.key] = self._timer()
+            if before is not None:
+                self._moved.add(row.key)
+        self._rows[row.key] = row
+
+    def _hear(self, key: PartitionKey) -> None:
+        """Take in what another process of this job has written; holds the lock."""
+        held = self._held.get(key)
+        seen = self._rows.get(held.row.key) if held else None
+        if held and seen and seen.owner == self.owner and seen.counter > held.row.counter:
+            held.row, held.written = seen, self._timer()
+
+    def look(self, key: PartitionKey) -> Row | None:
+        """A shard's row as it is now; see `row`.
+
+        Raises:
+            Later: The table does not answer.
+            KinesisError: It refuses.
+        """
+        try:
+            found = self._get(self.lease_key(key))
+        except aws_errors.ClientError as error:
+            raise self._failed(error) from None
+        if found:
+            with self._changed:
+                self._see(found)
+                self._hear(key)
+            if found.ended:
+                # Others may wait for that.
+                self._woken.set()
+        return self.row(key)
 
     def _get(self, key: str) -> Row | None:
         item = self._call(
@@ -446,14 +486,23 @@ class LeaseTable:
     def listen(self) -> None:
         """See `Store.listen`: says what is wrong with the table."""
         if problem := self._problem:
+            if self._config.job:
+                # A runner begins a job again in the same process.
+                self._problem, self._thread = None, None
+                with self._changed:
+                    for known in (self._held, self._rows, self._since, self._moved):
+                        known.clear()
             raise problem
 
     def _work(self) -> None:
-        secs = min(_LOOK_MOST_SECS, self._config.expiry_secs / _LOOKS)
+        expiry = self._config.expiry_secs
+        secs = min(_LOOK_MOST_SECS, expiry / _LOOKS)
+        # A worker's process may stay when its job has ended.
+        silent = expiry if self._config.job else max(_SILENT_SECS, expiry)
         while not self._closed:
             self._woken.clear()
             try:
-                if self._timer() - self._asked < max(_SILENT_SECS, self._config.expiry_secs):
+                if self._timer() - self._asked < silent:
                     self._turn()
                     self._said = ""
             except Later as later:
@@ -483,7 +532,11 @@ class LeaseTable:
         open = self._open()
         self._refuse_foreign(open)
         stale = {key for key in open if self._is_stale(key)}
-        decided = plan({key: row for key, (_, row) in open.items()}, stale, self.owner)
+        rows = {key: row for key, (_, row) in open.items()}
+        if self._config.job:
+            decided = plan_alone(rows, stale, self.owner)
+        else:
+            decided = plan(rows, stale, self.owner)
         for key in decided.take:
             self._take(*open[key])
         for key in decided.ask:
@@ -517,14 +570,20 @@ class LeaseTable:
 
     def _refuse_foreign(self, open: Mapping[str, tuple[PartitionKey, Row]]) -> None:
         for key, (_, row) in open.items():
-            foreign = row.owner and not row.owner.startswith(OWNERS)
+            foreign = row.owner and not self._is_ours(row.owner)
             if foreign and key in self._moved and not self._is_stale(key):
                 raise self._foreign(row)
 
+    def _is_ours(self, owner: str) -> bool:
+        return owner == self.owner if self._config.job else owner.startswith(OWNERS)
+
     def _foreign(self, row: Row) -> KinesisError:
+        why = "is no copy of this program"
+        if row.owner.startswith((OWNERS, JOBS)):
+            why = "a streaming job shares none"
         return KinesisError(
             f"--lease_table={self._config.name} is in use: {row.owner} has the lease {row.key}, "
-            f"and is no copy of this program; stop it, or give another table"
+            f"and {why}; stop it, or give another table"
         )
 
     def _take(self, key: PartitionKey, row: Row) -> None:
@@ -584,8 +643,11 @@ class LeaseTable:
         held: _Held,
         set: Mapping[str, columns.Attribute],
         remove: Collection[str] = (),
-    ) -> None:
+    ) -> bool:
         """Change a row that is ours; if it is not any more, it is lost.
+
+        Returns:
+            Whether it was ours.
 
         Raises:
             Later: The table does not answer.
@@ -606,11 +668,11 @@ class LeaseTable:
                         if self._held.get(key) is held:
                             del self._held[key]
                         self._changed.notify_all()
-                    if found and found.owner and not found.owner.startswith(OWNERS):
+                    if found and found.owner and not self._is_ours(found.owner):
                         raise self._foreign(found)
-                    return
+                    return False
                 held.row, held.written = row, self._timer()
-                return
+                return True
 
     # -- Store -------------------------------------------------------------------------------
 
@@ -637,9 +699,51 @@ class LeaseTable:
         return self._pool.map(lambda each: self._commit_one(*each), wanted)
 
     def _commit_one(self, key: PartitionKey, position: int, note: str) -> str | None:
-        held = self._held.get(key)
-        if held is None or not held.taken:
-            return None
+        try:
+            held = self._held.get(key)
+            if self._config.job:
+                held = held or self._claim(key)
+            elif held is None or not held.taken:
+                return None
+            why = self._commit_held(key, held, position, note)
+        except Later as later:
+            return str(later)
+        except aws_errors.ClientError as error:
+            raise self._failed(error) from None
+        if position == SHARD_END:
+            self._woken.set()
+        return why
+
+    def _claim(self, key: PartitionKey) -> _Held:
+        """The lease of a shard that is this job's, or that is free; waits until that is known.
+
+        Raises:
+            Later: The table does not answer.
+            KinesisError: It is in use.
+        """
+        while True:
+            row = self._get(self.lease_key(key))
+            if row is None:
+                raise Later(f"there is no lease {self.lease_key(key)}")
+            with self._changed:
+                self._see(row)
+            if row.owner in ("", self.owner) or self._is_stale(row.key):
+                break
+            if row.key in self._moved:
+                raise self._foreign(row)
+            # Perhaps of the job that this one goes on for.
+            time.sleep(_HEAR_SECS)
+        if row.owner != self.owner:
+            self._take(key, row)
+        with self._changed:
+            if row.owner == self.owner and key not in self._held:
+                self._numbers += 1
+                self._held[key] = _Held(self._numbers, row, self._timer())
+            if held := self._held.get(key):
+                return held
+        raise Later(f"the lease {row.key} is taken by another just now")
+
+    def _commit_held(self, key: PartitionKey, held: _Held, position: int, note: str) -> str | None:
         set: dict[str, columns.Attribute] = {columns.SWITCHES: {"N": "0"}}
         remove = {*columns.PENDING, columns.TIME, columns.NOTE}
         if position == held.row.position:
@@ -651,20 +755,24 @@ class LeaseTable:
             set[columns.NOTE] = {"S": note}
         created = self._streams[key[0]].created_ms
         set |= self._reached(key, position) | {columns.CREATED: {"N": str(created)}}
+        if self._config.job and key not in self.reach:
+            # Another process reads it. What is not known must not be taken for old.
+            remove |= {columns.ARRIVAL, columns.REACHED}
         if position == SHARD_END:
-            shards = self._streams[key[0]].shards.values()
-            children = [each.number for each in shards if key[1] in each.parents]
+            children = self._children(key)
+            if not children and self.list_again:
+                with suppress(KinesisError):
+                    self.list_again()
+                children = self._children(key)
             if children:
                 set["childShardIds"] = {"SS": [lease_key(each) for each in children]}
-        try:
-            self._write(key, held, set, remove)
-        except Later as later:
-            return str(later)
-        except aws_errors.ClientError as error:
-            raise self._failed(error) from None
-        if position == SHARD_END:
-            self._woken.set()
+        if not self._write(key, held, set, remove) and self._config.job:
+            return f"the lease {held.row.key} was lost"
         return None
+
+    def _children(self, key: PartitionKey) -> list[int]:
+        shards = self._streams[key[0]].shards.values()
+        return [each.number for each in shards if key[1] in each.parents]
 
     def kept(self, key: PartitionKey) -> int | None:
         """See `Store.kept`."""

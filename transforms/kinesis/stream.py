@@ -49,6 +49,7 @@ class KinesisSource:
         poll_secs: How often to look for more in a shard that has nothing more.
         expiry_secs: After how long a lease that is not renewed is free.
         member: Which of this machine's processes it is.
+        job: Name of the streaming job that reads; see `TableConfig.job`.
     """
 
     streams: tuple[str, ...]
@@ -59,6 +60,7 @@ class KinesisSource:
     poll_secs: float = 1.0
     expiry_secs: float = 10.0
     member: int = 0
+    job: str = ""
 
     def fetcher(self) -> KinesisFetcher:
         table = self._table
@@ -74,6 +76,9 @@ class KinesisSource:
         return StreamShards(self, fetcher, self._table)
 
     def store(self) -> LeaseTable:
+        if self.job:
+            # In this process perhaps nobody else asks what there is.
+            per_process(shards_of, self)
         return self._table
 
     def members(self) -> LeaseTable:
@@ -112,13 +117,31 @@ class KinesisSource:
         several = len(self.streams) > 1
         return shared_table(
             TableConfig(
-                self.table, self.aws, self.streams[0], several, self.expiry_secs, self.member
+                self.table,
+                self.aws,
+                self.streams[0],
+                several,
+                self.expiry_secs,
+                self.member,
+                self.job,
             )
         )
 
 
 def _make_api(config: tuple[AwsConfig, str]) -> StreamApi:
     return StreamApi(*config)
+
+
+def shards_of(source: KinesisSource) -> StreamShards:
+    """What knows the streams' shards, asked what there are.
+
+    Raises:
+        KinesisError: Kinesis does not say.
+    """
+    shards = source.partitions(source.fetcher())
+    shards.find()
+    source.members().list_again = shards.find
+    return shards
 
 
 def stream_name(stream: str) -> str:
@@ -323,20 +346,38 @@ class StreamShards:
             found[key] = Start(position, row.position is None, row.note, SHARD_END)
         return found
 
-    def unfinished(self, keys: Collection[PartitionKey]) -> dict[PartitionKey, int]:
-        """See `Partitions.unfinished`: what others have not done that was there when this run
-        began."""
+    def kept(self) -> dict[PartitionKey, tuple[int, str]]:
+        """How far shards are done of which the table has something, and what is kept beside it.
+
+        Raises:
+            KinesisError: The table or Kinesis does not answer.
+        """
+        found = self.find(quick=True)
+        self._scan()
+        rows = {each.key: self._table.row(each.key) for each in found}
+        return {
+            key: (row.position, row.note)
+            for key, row in rows.items()
+            if row and row.position is not None
+        }
+
+    def _scan(self) -> None:
         try:
             self._table.scan()
         except Later as later:
             raise KinesisError(f"{self._source.ledger} does not answer: {later}") from None
+
+    def unfinished(self, keys: Collection[PartitionKey]) -> dict[PartitionKey, int]:
+        """See `Partitions.unfinished`: what others have not done that was there when this run
+        began."""
+        self._scan()
         done = {name: self._table.done(name) for name in self._facts}
         found = {}
         for key in keys:
             row = self._table.row(key)
             if key[1] in done[key[0]] or key[1] not in self._facts[key[0]].shards:
                 continue
-            if row is None or self._is_closed(key) or row.reached_ms < self._started_ms:
+            if row is None or self.is_closed(key) or row.reached_ms < self._started_ms:
                 found[key] = row.counter if row else 0
         return found
 
@@ -354,14 +395,19 @@ class StreamShards:
             for key in positions
         }
 
+    def is_anew(self, key: PartitionKey) -> bool:
+        """Whether the shard's stream was made anew since it was asked last."""
+        self._looked = float("-inf")
+        return key[0] in self.made_anew([key], quick=True)
+
     def caught_up(self, key: PartitionKey, position: int) -> bool:
         """See `Partitions.caught_up`."""
-        if self._is_closed(key):
+        if self.is_closed(key):
             # There is nothing more in it, and what has taken its place counts, too.
             return position == SHARD_END
         target = self._fetcher.target(key)
         return target is not None and position >= target
 
-    def _is_closed(self, key: PartitionKey) -> bool:
+    def is_closed(self, key: PartitionKey) -> bool:
         shard = self._facts[key[0]].shards.get(key[1])
         return shard is None or shard.closed

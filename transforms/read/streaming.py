@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic, time
 from typing import Any, Protocol
 
@@ -27,7 +27,6 @@ from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Duration, Timestamp
 
 from transforms.coding import FactsCoder
-from transforms.errors import SinkError
 from transforms.facts import number
 from transforms.per_process import per_process
 from transforms.records import (
@@ -42,7 +41,7 @@ from transforms.records import (
 _LOGGER = logging.getLogger(__name__)
 
 # Behind every position, also where positions are longer than Kafka's.
-_NO_END = 2**256
+_NO_END = 10**130
 
 # Partitions of one worker take turns, so an idle one must not hold up the others.
 _POLL_SECS = 0.02
@@ -52,7 +51,6 @@ _SLICE_SECS = 0.5
 # lately is asked again at once, a quiet one after this time.
 _QUIET_POLL_SECS = 1
 _LATELY_SECS = 2.0
-_FIND_SECS = 5
 # How often a busy partition is left alone for a moment, to find out whether the job is drained.
 _BREATH_SECS = 60.0
 # So much of a delay may have passed before the runner hears of it.
@@ -66,6 +64,11 @@ _HOLD_SECS = 60
 _ends: dict[PartitionKey, int] = {}
 
 
+Asked = Mapping[PartitionKey, int]
+"""By partition that has ended, the number under which the job's state is asked whether all of it is
+done; 0 once it has said so."""
+
+
 class PartitionReader(Protocol):
     """Reads one partition, for who was lent it.
 
@@ -73,11 +76,14 @@ class PartitionReader(Protocol):
         offsets_lost: Offsets that were gone before they were read; rises only.
         errors: How often this partition, and no other, could not be read; rises only.
         is_halted: Whether a failure has stopped the partition, as far as has been heard.
-        end: The partition's end, as far as has been heard; 0 before that.
+        end: The partition's end, as far as has been heard; 0 before that, and where numbers do not
+            say how much there is.
+        ended: Whether the partition has ended for good behind what was read last.
     """
 
     offsets_lost: int
     errors: int
+    ended: bool
 
     @property
     def is_halted(self) -> bool: ...
@@ -107,26 +113,40 @@ class StreamSource(Protocol):
     what they need in a worker process.
 
     Attributes:
-        address: Where it is, for a runner's page of the job.
+        label: What it is, for a runner's page of the job.
         bounded: Whether the run ends where the partitions ended when they were found.
+        find_secs: How often to look for partitions; whole seconds.
     """
 
     @property
-    def address(self) -> str: ...
+    def label(self) -> dict[str, str]: ...
 
     @property
     def bounded(self) -> bool: ...
 
+    @property
+    def find_secs(self) -> int: ...
+
     def __hash__(self) -> int: ...
 
-    def find(self, known: frozenset[PartitionKey] | None) -> Mapping[PartitionKey, tuple[int, int]]:
+    def find(
+        self, known: frozenset[PartitionKey] | None, asked: Asked
+    ) -> tuple[Mapping[PartitionKey, tuple[int, int]], Asked]:
         """Where partitions that are not known yet begin, and where they end now.
+
+        A partition that takes another's place begins once all of that is done: not only by what is
+        kept in the source's store, which may be from before the job was restored, but by the job's
+        own state, which is asked for it.
 
         Args:
             known: Those that were found before; None at the first look.
+            asked: What was asked about known ones before.
+
+        Returns:
+            Those found now, and what is asked by now. What differs is to be asked.
 
         Raises:
-            SinkError: They cannot be looked for now.
+            SinkError: The run cannot go on.
         """
 
     def lend(self, key: PartitionKey) -> AbstractContextManager[PartitionReader]:
@@ -153,15 +173,17 @@ class Finding:
     Attributes:
         bounded: Whether one look is all.
         known: Partitions that were passed on; None before the first look.
+        asked: What was asked about those that have ended.
     """
 
     bounded: bool
     known: frozenset[PartitionKey] | None = None
+    asked: Asked = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class FoundPartition:
-    """A partition to read.
+    """A partition to read; or one that was read, of which is asked how far it is done.
 
     Attributes:
         topic: Topic name.
@@ -169,6 +191,7 @@ class FoundPartition:
         start: First offset to read.
         end: Its next offset when it was found.
         bounded: Whether to stop there.
+        asked: If not 0, nothing is to be read: see `Asked`.
     """
 
     topic: str
@@ -176,6 +199,7 @@ class FoundPartition:
     start: int
     end: int
     bounded: bool
+    asked: int = 0
 
     @property
     def key(self) -> PartitionKey:
@@ -257,10 +281,10 @@ def delay(secs: int) -> Duration:
 class ReadPartitions(beam.PTransform):
     """Find partitions and read them, for streaming runs.
 
-    Delivery: what a runner's checkpoint holds is read from there on; without one, from the
-    group's committed offsets on. Order: offsets rise per partition, and a chunk that was
-    overtaken can be put in its place. Partitions of topics that appear later are found while it
-    runs. Bounded with `NativeReadConfig.bounded`, unbounded else.
+    Delivery: what a runner's checkpoint holds is read from there on; without one, from what is
+    committed on. Order: offsets rise per partition, and a chunk that was overtaken can be put in
+    its place. Partitions that appear later are found while it runs. Bounded with
+    `NativeReadConfig.bounded`, unbounded else.
     """
 
     def __init__(self, config: NativeReadConfig) -> None:
@@ -288,7 +312,7 @@ class ReadPartitions(beam.PTransform):
         )
 
     def display_data(self) -> dict[str, Any]:
-        return {"bootstrap_servers": self._config.source.address}
+        return self._config.source.label
 
 
 # -- what the runner keeps -------------------------------------------------------------------------
@@ -299,11 +323,12 @@ class _FoundCoder(FactsCoder):
 
     def facts(self, value: FoundPartition) -> Any:
         positions = number(value.start), number(value.end)
-        return [value.topic, value.partition, *positions, value.bounded]
+        more = [value.asked] if value.asked else []
+        return [value.topic, value.partition, *positions, value.bounded, *more]
 
     def value(self, facts: Any) -> FoundPartition:
-        topic, partition, start, end, bounded = facts[:5]
-        return FoundPartition(topic, partition, int(start), int(end), bounded)
+        topic, partition, start, end, bounded, asked = [*facts, 0][:6]
+        return FoundPartition(topic, partition, int(start), int(end), bounded, asked)
 
 
 class _RangeCoder(FactsCoder):
@@ -323,11 +348,17 @@ class _FindingCoder(FactsCoder):
     what = "partitions that are known"
 
     def facts(self, value: Finding) -> Any:
-        return [value.bounded, value.known if value.known is None else sorted(value.known)]
+        known = value.known if value.known is None else sorted(value.known)
+        asked = [[*key, number] for key, number in sorted(value.asked.items())]
+        return [value.bounded, known, *([asked] if asked else [])]
 
     def value(self, facts: Any) -> Finding:
-        bounded, known = facts[:2]
-        return Finding(bounded, None if known is None else frozenset(map(tuple, known)))
+        bounded, known, asked = [*facts, []][:3]
+        return Finding(
+            bounded,
+            None if known is None else frozenset(map(tuple, known)),
+            {(topic, partition): number for topic, partition, number in asked},
+        )
 
 
 class _WatermarkCoder(FactsCoder):
@@ -368,7 +399,7 @@ def _begin(_: bytes, bounded: bool) -> Finding:
 
 
 def _begun(found: FoundPartition) -> Progress:
-    return Progress(*found.key, found.start, found.start, EVERY_LANE)
+    return Progress(*found.key, found.start, found.start, EVERY_LANE, asked=found.asked)
 
 
 class _FindingTracker(RestrictionTracker):
@@ -381,10 +412,10 @@ class _FindingTracker(RestrictionTracker):
     def current_restriction(self) -> Finding:
         return self._finding
 
-    def try_claim(self, known: frozenset[PartitionKey]) -> bool:
+    def try_claim(self, finding: Finding) -> bool:
         if self._stopped:
             return False
-        self._finding = Finding(self._finding.bounded, known)
+        self._finding = finding
         return True
 
     def try_split(self, fraction_of_remainder: float) -> tuple[Finding, Finding] | None:
@@ -432,24 +463,20 @@ class _FindFn(beam.DoFn):
         haste = per_process(_Paces, self._config).finding
         if haste.came(monotonic()) and self._config.drain_by_haste:
             return
-        known = tracker.current_restriction().known
-        try:
-            found = self._config.source.find(known)
-        except SinkError as error:
-            if known is None:
-                raise
-            # Who is to be asked is away for a moment; asked again with the next turn.
-            _LOGGER.warning("new partitions cannot be looked for: %s", error)
-            found = {}
-        passed_on = (known or frozenset()) | found.keys()
-        if not tracker.try_claim(passed_on):
+        source, before = self._config.source, tracker.current_restriction()
+        found, asked = source.find(before.known, before.asked)
+        known = (before.known or frozenset()) | found.keys()
+        if not tracker.try_claim(Finding(element.bounded, known, asked)):
             return
         self._partitions.inc(len(found))
         for key, (start, end) in found.items():
             yield FoundPartition(*key, start, end, element.bounded)
+        for key, now in asked.items():
+            if now and before.asked.get(key) != now:
+                yield FoundPartition(*key, 0, 0, element.bounded, now)
         if not element.bounded:
-            haste.asked(monotonic(), _FIND_SECS)
-            tracker.defer_remainder(delay(_FIND_SECS))
+            haste.asked(monotonic(), source.find_secs)
+            tracker.defer_remainder(delay(source.find_secs))
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -473,6 +500,12 @@ class _ReadProvider(RestrictionProvider):
 
 
 class _OffsetTracker(OffsetRestrictionTracker):
+    def try_split(self, fraction_of_remainder: float) -> Any:
+        # Of what has no end, nobody can say where a part of it would begin.
+        if fraction_of_remainder and not self.is_bounded():
+            return None
+        return super().try_split(fraction_of_remainder)
+
     def is_bounded(self) -> bool:
         return bool(self.current_restriction().stop != _NO_END)
 
@@ -499,6 +532,8 @@ class _ReadFn(beam.DoFn):
         tracker: Any = beam.DoFn.RestrictionParam(_ReadProvider()),
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(_MANUAL),
     ) -> Iterator[TimestampedValue]:
+        if element.asked:
+            return
         restriction = tracker.current_restriction()
         paces = per_process(_Paces, self._config)
         # What ends by itself is read to its end. Flink is in haste with it as in a drain, once all
@@ -535,6 +570,8 @@ class _ReadFn(beam.DoFn):
                 self._lost.inc(reader.offsets_lost - lost)
                 self._errors.inc(reader.errors - errors)
                 if next_offset == position:
+                    if reader.ended:
+                        return
                     self._advance(watermark, self._clock() - _HOLD_SECS)
                     pause_secs = 0 if lately else _QUIET_POLL_SECS
                     break
@@ -545,13 +582,21 @@ class _ReadFn(beam.DoFn):
                     records, next_offset = records.slice(0, count), restriction.stop
                 if not tracker.try_claim(next_offset - 1):
                     return
+                ended = reader.ended
                 chunk = RecordChunk(
-                    *element.key, position, next_offset, records, first=position == element.start
+                    *element.key,
+                    position,
+                    next_offset,
+                    records,
+                    first=position == element.start,
+                    last=ended,
                 )
                 position = next_offset
                 self._records.inc(len(records))
                 self._bytes.inc(sum(map(len, filter(None, records.values))))
                 yield TimestampedValue(chunk, self._timestamp(records, watermark))
+                if ended:
+                    return
                 if now >= until:
                     break
             if position == restriction.stop:

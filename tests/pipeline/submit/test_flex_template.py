@@ -23,10 +23,11 @@ from google.cloud import dataflow
 from google.protobuf.json_format import ParseError
 from packaging.specifiers import SpecifierSet
 
-from pipeline.options.declare import OPTIONS
+from pipeline.options.declare import OF_TOPICS, OPTIONS
 from pipeline.options.resolve import parse_arguments
 from pipeline.submit import flex_template
 from tests.docker_image import Dockerfile
+from tests.pipeline.submit.test_dataflow_job import STEPS
 from tests.servers.dataflow_launcher import (
     Launcher,
     LaunchFailed,
@@ -73,7 +74,8 @@ def test_every_option_is_a_parameter_or_left_out_for_a_reason() -> None:
 def test_a_parameter_is_required_where_its_option_is() -> None:
     required = {name for name, one in PARAMETERS.items() if not one.get("isOptional")}
     options = {name for name, option in OPTIONS.items() if option.required}
-    assert required == options | {"sdk_container_image"}
+    # Where a stream is read there may be no Kafka.
+    assert required == options - set(OF_TOPICS) | {"sdk_container_image"}
 
 
 @pytest.mark.parametrize("name", list(PARAMETERS))
@@ -101,7 +103,6 @@ def test_helps_are_in_words_of_parameters(name: str) -> None:
     for left_out in flex_template.LEFT_OUT.keys() - {
         "config",
         "workers",
-        "stream",
     }:  # also plain words
         assert not re.search(rf"\b{left_out}\b", one["helpText"])
 
@@ -376,12 +377,25 @@ OTHERS = {
 }
 
 
+# For a launch that reads a stream.
+STREAMED = {
+    "stream": "arn:aws:kinesis:eu-central-1:123456789012:stream/orders",
+    "lease_table": "orders-to-lambda",
+    "lease_secs": "20",
+    "stream_poll_secs": "0.5",
+    "stream_role_arn": "arn:aws:iam::123456789012:role/read-orders",
+    "kinesis_endpoint_url": "https://vpce-1.kinesis.eu-central-1.vpce.amazonaws.com",
+    "dynamodb_endpoint_url": "https://vpce-1.dynamodb.eu-central-1.vpce.amazonaws.com",
+    "invoke_identity_arn": "arn:aws:iam::123456789012:role/invoke-orders",
+}
+
+
 # Goes with IAM only, for which AWS would be asked at the launch.
 OF_AWS = {"kafka_role_arn"}
 
 
 def test_a_launch_with_every_parameter(launcher: Launcher) -> None:
-    assert set(ALL) | set(OTHERS) | OF_AWS == set(PARAMETERS)
+    assert set(ALL) | set(OTHERS) | set(STREAMED) | OF_AWS == set(PARAMETERS)
     job = launcher.launch(SPEC, ALL)
     _assert_arrived(job, ALL)
     for name, (instead_of, value) in OTHERS.items():
@@ -389,6 +403,20 @@ def test_a_launch_with_every_parameter(launcher: Launcher) -> None:
         left = {key: text for key, text in ALL.items() if key not in gone}
         other = launcher.launch(SPEC, left | {name: value})
         assert value.encode() in b"".join(step.pickled for step in other.steps.values())
+
+
+def test_a_launch_that_reads_a_stream(launcher: Launcher) -> None:
+    """Without Kafka; with the steps that a job always has, so that it can be updated."""
+    given = {name: text for name, text in GIVEN.items() if name not in ("topics", *OF_TOPICS)}
+    more = {"envelope": "kinesis_event", "aws_web_identity": "google"}
+    job = launcher.launch(SPEC, given | STREAMED | more)
+    assert set(job.labels) < set(STEPS.read_text(encoding="utf-8").splitlines())
+    assert {"Read/FindPartitions", "Read/ReadPartition", "Commit/CommitPartition"} <= set(job.steps)
+    held = b"".join(step.pickled for step in job.steps.values())
+    for name, text in STREAMED.items():
+        assert not name.endswith(("arn", "url", "table")) or text.encode() in held, name
+    for name in ("Read/FindPartitions", "Read/ReadPartition", "Commit/CommitPartition"):
+        assert STREAMED["stream"].encode() in job.steps[name].pickled
 
 
 def _assert_arrived(job: Submitted, given: dict[str, str]) -> None:

@@ -22,10 +22,12 @@ import pytest
 from pipeline.local.broker import KafkaBroker, NewRecord
 from pipeline.local.faults import unavailable
 from pipeline.local.flink import FlinkCluster
+from pipeline.local.kinesis import LocalKinesis
 from pipeline.local.lambda_server import LambdaServer
 from pipeline.local.processes import ServerError, wait_until
 from tests import sink
 from tests.conftest import Names
+from tests.runs import test_kinesis as streams
 from tests.servers.secure_broker import REGION, SecureBroker
 from tests.sink import commit
 
@@ -531,3 +533,117 @@ def test_flink_inside_the_job_server(flink: Flink, server: LambdaServer) -> None
         # Beam's job server is a process of its own.
         wait_until(lambda: not run.left(), "it leaves processes behind")
     flink.check()
+
+
+# -- streams ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kinesis() -> Iterator[LocalKinesis]:
+    with LocalKinesis() as running:
+        yield running
+
+
+def _read_stream(
+    flink: Flink, server: LambdaServer, kinesis: LocalKinesis, **options: Any
+) -> sink.Sink:
+    given = {
+        "kafka_bootstrap_servers": None,
+        "topics": None,
+        "consumer_group": None,
+        "response_topic": None,
+        "kafka_reader": None,
+        "stream": streams.STREAM,
+        "lease_table": streams.TABLE,
+        "lease_secs": 2,
+        "stream_poll_secs": 0.2,
+        "kinesis_endpoint_url": kinesis.url,
+        "dynamodb_endpoint_url": kinesis.url,
+        "envelope": "kinesis_event",
+        **options,
+    }
+    return flink.start(server, **given)
+
+
+def _checkpoint_of(kinesis: LocalKinesis, number: int) -> str:
+    row = kinesis.tables.get(streams.TABLE, {}).get(f"shardId-{number:012d}", {})
+    return str(row.get("checkpoint", {}).get("S", ""))
+
+
+def _is_done(kinesis: LocalKinesis) -> bool:
+    """Whether all there is of the open shards is committed."""
+    return all(
+        _checkpoint_of(kinesis, number) == str(records[-1].number)
+        for number in kinesis.open_shards(streams.STREAM)
+        if (records := kinesis.records(streams.STREAM, number))
+    )
+
+
+def test_shards_split_and_merge_around_a_savepoint(flink: Flink, kinesis: LocalKinesis) -> None:
+    """Each record once, those of a key in order, and no child begun before its parents are done."""
+    kinesis.create_stream(streams.STREAM, 2)
+    # 0 -> 2, 3; 1 and 3 -> 4; 4 -> 5, 6
+    function = streams.Watched(kinesis, {2: (0,), 3: (0,), 4: (1, 3), 5: (4,), 6: (4,)})
+    texts = streams._put(kinesis, 200, "first")
+    with sink.serve(function) as server:
+        with _read_stream(flink, server, kinesis, batch_size=25) as run:
+            run.until(lambda: bool(function.calls), "nothing came", WAIT_SECS)
+            kinesis.split(streams.STREAM, 0)
+            texts += streams._put(kinesis, 100, "second")
+            run.until(lambda: len(function.texts()) == 300, "not all came", WAIT_SECS)
+            run.until(lambda: _is_done(kinesis), "not all is committed", WAIT_SECS)
+            # Another owner is refused while it lives.
+            other = streams._run(kinesis, server, code=1, until="forever")
+            assert "a streaming job shares none; stop it, or give another table" in other.stderr
+            (job,) = flink.rest.running_jobs()
+            savepoint = flink.rest.stop(job.id)
+            run.wait()
+        texts += streams._put(kinesis, 50, "third")
+        kinesis.merge(streams.STREAM, 1, 3)
+        kinesis.split(streams.STREAM, 4)
+        texts += streams._put(kinesis, 100, "fourth")
+        # A shard's end closes its batch, whatever its window; so does a drain.
+        options = {"batch_size": 1000, "batch_window_secs": 300, "savepoint_path": savepoint}
+        with _read_stream(flink, server, kinesis, parallelism=4, **options) as run:
+            job = flink.rest.wait_for_job()
+            run.until(lambda: flink.read(job) == 150, "not all is read", WAIT_SECS)
+            flink.rest.stop(job, drain=True)
+            assert run.wait().summary["records"] == 150
+        assert _is_done(kinesis)
+        # Where a job has stopped the DirectRunner goes on.
+        ended = streams._run(kinesis, server)
+        assert ended.summary["records"] == 0
+    assert sorted(text for _, _, data in function.calls for text in data) == sorted(texts)
+    assert streams._came_by_key(function) == streams._by_key(kinesis, 7)
+    assert function.too_early == []
+    assert [_checkpoint_of(kinesis, number) for number in (0, 1, 3, 4)] == ["SHARD_END"] * 4
+
+
+def test_a_lost_process_costs_repeats_of_a_stream_and_no_record(
+    flink: Flink, kinesis: LocalKinesis
+) -> None:
+    kinesis.create_stream(streams.STREAM, 2)
+    function = streams.Watched(kinesis, {2: (0,), 3: (0,)}, secs=0.05)
+    texts = streams._put(kinesis, 600, "first")
+    with (
+        sink.serve(function) as server,
+        _read_stream(flink, server, kinesis, batch_size=10) as run,
+    ):
+        run.until(lambda: len(function.texts()) > 100, "nothing came", WAIT_SECS)
+        (job,) = flink.rest.running_jobs()
+        flink.rest.wait_for_checkpoints(job.id)
+        kinesis.split(streams.STREAM, 0)
+        texts += streams._put(kinesis, 200, "second")
+        done = set(function.texts())
+        for number in (0, 1):
+            # Never past what was not answered.
+            text = _checkpoint_of(kinesis, number)
+            for each in kinesis.records(streams.STREAM, number):
+                if text.isdecimal() and each.number <= int(text):
+                    assert each.data.decode() in done
+        _LOSE_TASKMANAGER(flink)
+        run.until(lambda: len(function.texts()) == len(texts), "not all came", WAIT_SECS)
+        run.until(lambda: _is_done(kinesis), "not all is committed", WAIT_SECS)
+    assert sorted(function.texts()) == sorted(texts)
+    assert streams._came_by_key(function) == streams._by_key(kinesis, 4)
+    assert function.too_early == []

@@ -32,9 +32,13 @@ from transforms.errors import UsageError
 from transforms.kafka.beam_reader import BeamReadConfig, _service
 from transforms.kafka.client import KafkaConfig, make_consumer
 from transforms.kafka.offsets import SourceConfig, SourceOffsets
-from transforms.kafka.partition_reader import PartitionReader, ReadAhead
+from transforms.kafka.partition_reader import PartitionReader
 from transforms.kafka.streaming import KafkaStream
+from transforms.kinesis.shards import SHARD_END
+from transforms.kinesis.stream import KinesisSource
+from transforms.kinesis.streaming import KinesisStream
 from transforms.lanes import Lanes
+from transforms.read.lending import ReadAhead
 from transforms.read.streaming import (
     Finding,
     Haste,
@@ -84,6 +88,31 @@ def test_a_run_that_ends_reads_what_was_there() -> None:
     config = Config.from_options(GIVEN | {"until": "caught_up"}, runner="FlinkRunner")
     assert isinstance(config.stream, NativeReadConfig)
     assert config.stream.source.bounded
+
+
+STREAMED = {"stream": "orders", "lease_table": "leases", "function": "f"}
+
+
+@pytest.mark.parametrize("runner", ["FlinkRunner", "PortableRunner", "DataflowRunner"])
+def test_a_stream_is_read_by_a_job_that_is_one_owner(runner: str) -> None:
+    config, other = (Config.from_options(STREAMED, runner=runner) for _ in range(2))
+    assert isinstance(config.stream, NativeReadConfig)
+    assert config.stream.source == KinesisStream(config.commit.source)
+    assert config.stream.drain_by_haste == (runner != "DataflowRunner")
+    assert config.commit.behind
+    # Another one each time that it is submitted.
+    names = {each.source.job for each in (config, other) if isinstance(each.source, KinesisSource)}
+    assert len(names) == 2 and all(names)
+
+
+def test_what_a_job_cannot_do_with_a_stream_is_refused() -> None:
+    asked = {"until": "caught_up", "kafka_reader": "beam"}
+    with pytest.raises(UsageError) as raised:
+        Config.from_options(STREAMED | asked, runner="FlinkRunner")
+    assert [problem.split()[0] for problem in raised.value.problems] == [
+        "--until=caught_up",
+        "--kafka_reader=beam",
+    ]
 
 
 def test_beam_s_reader_is_there_to_be_asked_for() -> None:
@@ -207,12 +236,12 @@ def test_a_restart_goes_on_looking_where_the_last_look_ended(looks: list[Any]) -
     for look in looks:
         tracker = _FindingTracker(finding)
         known = tracker.current_restriction().known or frozenset()
-        assert tracker.try_claim(known | look)
+        assert tracker.try_claim(Finding(False, known | look))
         split = tracker.try_split(0)
         assert split
         _, finding = split
         assert finding.known is not None and finding.known >= look
-        assert not tracker.try_claim(frozenset())
+        assert not tracker.try_claim(Finding(False))
 
 
 _chunks: dict[str, list[RecordChunk]] = {}
@@ -322,11 +351,22 @@ class _NotedCommits:
     """In place of a committer: notes what is to be committed."""
 
     def __init__(self, config: CommitConfig) -> None:
-        self._noted = _committed[config.source.kafka.group]
+        self._noted = _committed[config.source.ledger]
 
     def commit(self, offsets: dict[PartitionKey, int], notes: dict[PartitionKey, str]) -> None:
         if offsets:
             self._noted.append((dict(offsets), dict(notes)))
+
+    def put(self, next_offsets: dict[PartitionKey, tuple[int, str]]) -> None:
+        self._noted.append(
+            (
+                {k: at for k, (at, _) in next_offsets.items()},
+                {k: n for k, (_, n) in next_offsets.items()},
+            )
+        )
+
+    def flush(self) -> None:
+        self._noted.append(({}, {}))
 
 
 def _same(element: Any) -> Any:
@@ -345,8 +385,8 @@ def _hour_by_hour() -> float:
 def test_each_partition_is_committed_again_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of which nothing came and one that is halted too; also at the end."""
     group = uuid.uuid4().hex
-    noted = _committed[group] = []
     config = CommitConfig(SourceConfig(KafkaConfig("broker:9092", group), ("t",)), refresh_secs=60)
+    noted = _committed[config.source.ledger] = []
     monkeypatch.setattr("transforms.commit.commit.shared_committer", _NotedCommits)
     quiet, halted = ("t", 0), ("t", 1)
     stream = (
@@ -373,6 +413,44 @@ def test_each_partition_is_committed_again_and_at_the_end(monkeypatch: pytest.Mo
     assert by_partition[quiet] == [(7, "")] * 3
     note = "halted t|1|5|Why|What"
     assert by_partition[halted] == [(3, ""), *[(5, note)] * 3]
+
+
+def test_it_is_said_how_far_a_partition_is_where_that_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of what has ended, under the number asked with, and before the bundle is done."""
+    source = KinesisSource(("s",), uuid.uuid4().hex)
+    noted = _committed[source.ledger] = []
+    config = CommitConfig(source, refresh_secs=None, behind=True)
+    monkeypatch.setattr("transforms.commit.commit.shared_committer", _NotedCommits)
+    key = ("s", 0)
+    stream = (
+        TestStream()
+        .add_elements([pack(Progress(*key, 0, 0, EVERY_LANE, asked=3))])
+        .add_elements([pack(Progress(*key, 0, 0, EVERY_LANE))])
+        .add_elements([pack(Progress(*key, 0, 10**20))])
+        .add_elements([pack(Progress(*key, 0, 0, EVERY_LANE, asked=4))])
+        .add_elements([pack(Progress(*key, 10**20, SHARD_END))])
+        .add_elements([pack(Progress(*key, 0, 0, EVERY_LANE, asked=6))])
+        .advance_watermark_to_infinity()
+    )
+    with TestPipeline(options=PipelineOptions([], streaming=True)) as pipeline:
+        _ = (
+            pipeline
+            | stream
+            | beam.Map(_same).with_output_types(tuple[PartitionKey, bytes])
+            | beam.ParDo(_CommitPartitionFn(config, None))
+        )
+    flushed = (None, None)
+    assert [(offsets.get(key), notes.get(key)) for offsets, notes in noted] == [
+        flushed,  # nothing is known of it
+        (0, ""),
+        (10**20, ""),
+        *[(10**20, ""), flushed],
+        (SHARD_END, ""),
+        *[(SHARD_END, "end 6"), flushed],
+        *[(SHARD_END, ""), flushed],
+    ]
 
 
 def test_the_native_reader_gives_every_record_once_in_ranges_without_a_hole(

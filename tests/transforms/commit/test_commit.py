@@ -368,6 +368,7 @@ KEY = ("orders", 7)
         (Progress(*KEY, 1000, 1100), b"\x01[1000,100]"),
         (Progress(*KEY, 1000, 1000, 2, "t|7|5|a|b"), b'\x01[1000,0,2,"t|7|5|a|b"]'),
         (Progress(*KEY, 2**70, 2**70 + 1), b'\x01["1180591620717411303424",1]'),
+        (Progress(*KEY, 0, 0, EVERY_LANE, asked=17), b'\x01[0,0,-1,"",17]'),
     ],
 )
 def test_progress_crosses_as_little_more_than_its_numbers(progress: Progress, data: bytes) -> None:
@@ -375,7 +376,7 @@ def test_progress_crosses_as_little_more_than_its_numbers(progress: Progress, da
     assert pack(progress) == (KEY, data)
     assert unpack(KEY, data) == progress
     # A fact that was added since then, and is not known.
-    assert unpack(KEY, b'\x01[1000,100,0,"",9]') == Progress(*KEY, 1000, 1100)
+    assert unpack(KEY, b'\x01[1000,100,0,"",0,9]') == Progress(*KEY, 1000, 1100)
 
 
 def test_what_a_bundle_has_done_of_a_lane_is_one_range_if_it_can_be() -> None:

@@ -17,9 +17,10 @@ from transforms.commit.committer import CommitConfig, Committer
 from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig
 from transforms.kafka.offsets import LATEST, SourceConfig
-from transforms.kafka.partition_reader import PartitionReader, ReadAhead
+from transforms.kafka.partition_reader import PartitionReader
 from transforms.kafka.shared_consumer import SharedConsumer
 from transforms.kafka.streaming import KafkaStream, PartitionFinder, PartitionReaders
+from transforms.read.lending import ReadAhead
 from transforms.records import PartitionKey
 
 MakeReader = Callable[..., tuple[PartitionReader, CommitConfig, PartitionKey]]

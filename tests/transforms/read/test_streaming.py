@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from apache_beam.utils.timestamp import Timestamp
 from transforms.errors import StateError
 from transforms.read.streaming import (
     _NO_END,
+    Asked,
     Finding,
     FoundPartition,
     NativeReadConfig,
@@ -41,7 +43,7 @@ class _ListReader:
     """Gives a few records at a time."""
 
     offsets_lost = errors = 0
-    is_halted = False
+    is_halted = ended = False
     end = END
 
     def __init__(self) -> None:
@@ -72,11 +74,17 @@ class _List:
 
     name: str
     bounded: bool = True
-    address: str = "memory"
+    find_secs: int = 5
 
-    def find(self, known: frozenset[PartitionKey] | None) -> Mapping[PartitionKey, tuple[int, int]]:
+    @property
+    def label(self) -> dict[str, str]:
+        return {"list": self.name}
+
+    def find(
+        self, known: frozenset[PartitionKey] | None, asked: Asked
+    ) -> tuple[Mapping[PartitionKey, tuple[int, int]], Asked]:
         key = (self.name, 0)
-        return {} if key in (known or ()) else {key: (FIRST, END)}
+        return {} if key in (known or ()) else {key: (FIRST, END)}, asked
 
     @contextmanager
     def lend(self, key: PartitionKey) -> Iterator[PartitionReader]:
@@ -126,7 +134,17 @@ def test_what_has_no_end_goes_on_behind_any_position() -> None:
             FoundPartition("t", 3, 2**70, 2**70, False),
             b'\x01["t",3,"1180591620717411303424","1180591620717411303424",false]',
         ),
+        (
+            _FoundCoder(),
+            FoundPartition("t", 3, 0, 0, False, 17),
+            b'\x01["t",3,0,0,false,17]',
+        ),
         (_FindingCoder(), Finding(True), b"\x01[true,null]"),
+        (
+            _FindingCoder(),
+            Finding(False, frozenset([("a", 1)]), {("a", 1): 17, ("a", 0): 0}),
+            b'\x01[false,[["a",1]],[["a",0,0],["a",1,17]]]',
+        ),
         (
             _FindingCoder(),
             Finding(False, frozenset([("b", 0), ("a", 1)])),
@@ -145,6 +163,10 @@ def test_what_a_savepoint_has_of_the_reader_is_read_for_ever(
     assert coder.encode(value) == data
     assert coder.decode(data) == value
     if data.endswith(b"]"):
-        assert coder.decode(data[:-1] + b',"more"]') == value
+        # What is as if it were not there is left out at the end.
+        left_out = {_FoundCoder: [0], _FindingCoder: [[]]}.get(type(coder), [])
+        facts = json.loads(data[1:])
+        whole = [*facts, *(left_out if len(facts) in (2, 5) else []), "more"]
+        assert coder.decode(data[:1] + json.dumps(whole).encode()) == value
     with pytest.raises(StateError, match="the version that wrote"):
         coder.decode(b"\x02" + data[1:])
