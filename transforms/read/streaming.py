@@ -41,7 +41,7 @@ from transforms.records import (
 _LOGGER = logging.getLogger(__name__)
 
 # Behind every position, also where positions are longer than Kafka's.
-_NO_END = 10**130
+_NO_END = 10**150
 
 # Partitions of one worker take turns, so an idle one must not hold up the others.
 _POLL_SECS = 0.02

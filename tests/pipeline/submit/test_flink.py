@@ -580,10 +580,12 @@ def _is_done(kinesis: LocalKinesis) -> bool:
 
 
 def test_shards_split_and_merge_around_a_savepoint(flink: Flink, kinesis: LocalKinesis) -> None:
-    """Each record once, those of a key in order, and no child begun before its parents are done."""
+    """Each record once, those of a key in order, and no child begun before its parents are done.
+    Where the savepoint is gone on with a second time, what came behind it is repeated so, too."""
     kinesis.create_stream(streams.STREAM, 2)
     # 0 -> 2, 3; 1 and 3 -> 4; 4 -> 5, 6
-    function = streams.Watched(kinesis, {2: (0,), 3: (0,), 4: (1, 3), 5: (4,), 6: (4,)})
+    parents: dict[int, tuple[int, ...]] = {2: (0,), 3: (0,), 4: (1, 3), 5: (4,), 6: (4,)}
+    function, again = (streams.Watched(kinesis, parents) for _ in range(2))
     texts = streams._put(kinesis, 200, "first")
     with sink.serve(function) as server:
         with _read_stream(flink, server, kinesis, batch_size=25) as run:
@@ -598,25 +600,35 @@ def test_shards_split_and_merge_around_a_savepoint(flink: Flink, kinesis: LocalK
             (job,) = flink.rest.running_jobs()
             savepoint = flink.rest.stop(job.id)
             run.wait()
-        texts += streams._put(kinesis, 50, "third")
+        more = streams._put(kinesis, 50, "third")
         kinesis.merge(streams.STREAM, 1, 3)
         kinesis.split(streams.STREAM, 4)
-        texts += streams._put(kinesis, 100, "fourth")
-        # A shard's end closes its batch, whatever its window; so does a drain.
-        options = {"batch_size": 1000, "batch_window_secs": 300, "savepoint_path": savepoint}
-        with _read_stream(flink, server, kinesis, parallelism=4, **options) as run:
-            job = flink.rest.wait_for_job()
-            run.until(lambda: flink.read(job) == 150, "not all is read", WAIT_SECS)
-            flink.rest.stop(job, drain=True)
-            assert run.wait().summary["records"] == 150
-        assert _is_done(kinesis)
+        more += streams._put(kinesis, 100, "fourth")
+        _go_on(flink, server, kinesis, savepoint)
         # Where a job has stopped the DirectRunner goes on.
-        ended = streams._run(kinesis, server)
-        assert ended.summary["records"] == 0
-    assert sorted(text for _, _, data in function.calls for text in data) == sorted(texts)
-    assert streams._came_by_key(function) == streams._by_key(kinesis, 7)
-    assert function.too_early == []
+        assert streams._run(kinesis, server).summary["records"] == 0
+    assert sorted(text for _, _, data in function.calls for text in data) == sorted(texts + more)
+    by_key = streams._by_key(kinesis, 7)
+    assert streams._came_by_key(function) == by_key
+    with sink.serve(again) as server:
+        _go_on(flink, server, kinesis, savepoint)
+    assert sorted(text for _, _, data in again.calls for text in data) == sorted(more)
+    behind = {key: [text for text in own if text in more] for key, own in by_key.items()}
+    assert streams._came_by_key(again) == behind
+    assert function.too_early == again.too_early == []
     assert [_checkpoint_of(kinesis, number) for number in (0, 1, 3, 4)] == ["SHARD_END"] * 4
+
+
+def _go_on(flink: Flink, server: LambdaServer, kinesis: LocalKinesis, savepoint: str) -> None:
+    """Go on from a savepoint until 150 records are read, and drain: a shard's end closes its batch,
+    whatever its window, and so does the drain."""
+    options = {"batch_size": 1000, "batch_window_secs": 300, "savepoint_path": savepoint}
+    with _read_stream(flink, server, kinesis, parallelism=4, **options) as run:
+        job = flink.rest.wait_for_job()
+        run.until(lambda: flink.read(job) == 150, "not all is read", WAIT_SECS)
+        flink.rest.stop(job, drain=True)
+        assert run.wait().summary["records"] == 150
+    assert _is_done(kinesis)
 
 
 def test_a_lost_process_costs_repeats_of_a_stream_and_no_record(

@@ -89,6 +89,11 @@ def _put(kinesis: LocalKinesis, count: int, text: str = "order") -> None:
     kinesis.put(STREAM, [(f"key-{i % 9}", f"{text} {i}".encode()) for i in range(count)])
 
 
+def _behind(number: int) -> int:
+    """The position behind a record."""
+    return number + 1
+
+
 def _row(kinesis: LocalKinesis, number: int) -> Mapping[str, Mapping[str, str]]:
     return kinesis.tables["leases"][shard_id(number)]
 
@@ -170,7 +175,7 @@ def test_after_a_restore_the_table_is_not_believed(kinesis: LocalKinesis, jobs: 
     _, confirmed = _until_found(finder, known, asked)
     _put(kinesis, 20, "later")
     child = (STREAM, 1)
-    done = kinesis.records(STREAM, 1)[-1].number + 1
+    done = _behind(kinesis.records(STREAM, 1)[-1].number)
     wait_until(lambda: len(finder.look(known, confirmed)[0]) == 2, "not begun")
     committer.commit({child: done})
     for before in ({}, asked):
@@ -178,7 +183,7 @@ def test_after_a_restore_the_table_is_not_believed(kinesis: LocalKinesis, jobs: 
         found, again = _until_found(finder, known, before)
         assert not found and again[PARENT] not in (0, before.get(PARENT))
         # The state was not so far then.
-        position = kinesis.records(STREAM, 0)[4].number + 1
+        position = _behind(kinesis.records(STREAM, 0)[4].number)
         committer.commit({PARENT: position})
         assert finder.look(known, again) == ({}, {})
         committer.commit({PARENT: SHARD_END})
@@ -221,8 +226,8 @@ def test_all_processes_of_a_job_are_one_owner(kinesis: LocalKinesis, jobs: Jobs)
     number = kinesis.put(STREAM, [("key", b"1")])[0][1]
     for process in (1, 2):
         committer = Committer(CommitConfig(jobs.source(process=process)))
-        committer.commit({PARENT: number + process})
-        committer.commit({PARENT: number + 1 + process})
+        committer.commit({PARENT: _behind(number)})
+        committer.commit({PARENT: _behind(number + process)})
         assert _row(kinesis, 0)["checkpoint"] == {"S": str(number + process)}
     counter = int(_row(kinesis, 1)["leaseCounter"]["N"])
 
@@ -231,7 +236,7 @@ def test_all_processes_of_a_job_are_one_owner(kinesis: LocalKinesis, jobs: Jobs)
         return int(_row(kinesis, 1)["leaseCounter"]["N"]) > counter + 1
 
     wait_until(renewed, "the leases are not renewed", 30)
-    committer.commit({OTHER: number + 1})
+    committer.commit({OTHER: _behind(number)})
     assert _row(kinesis, 1)["checkpoint"] == {"S": str(number)}
     assert finder.look(known, {}) == ({}, {})
 
@@ -266,10 +271,10 @@ def test_a_job_waits_for_leases_of_a_dead_one_and_refuses_those_of_a_live_one(
     # In the same process: a runner begins a job again there. And by what commits, where that is
     # restored before what finds.
     number = kinesis.put(STREAM, [("key", b"1")])[0][1]
-    Committer(CommitConfig(jobs.source("second", 1))).commit({PARENT: number + 1})
-    assert ShardFinder(second).look(None, {})[0] == {PARENT: (number + 1, number + 1)}
+    Committer(CommitConfig(jobs.source("second", 1))).commit({PARENT: _behind(number)})
+    assert ShardFinder(second).look(None, {})[0] == {PARENT: (_behind(number), _behind(number))}
     with pytest.raises(KinesisError, match="job/second has the lease"):
-        Committer(CommitConfig(first)).commit({PARENT: number + 1})
+        Committer(CommitConfig(first)).commit({PARENT: _behind(number)})
 
 
 def test_a_starting_position_is_durable_and_an_earlier_halt_is_over(
@@ -316,7 +321,7 @@ def test_what_retention_has_taken_is_passed_over(
     source = jobs.source()
     ShardFinder(source).look(None, {})
     reader = ShardReader(source, PARENT)
-    position = kinesis.records(STREAM, 0)[9].number + 1
+    position = _behind(kinesis.records(STREAM, 0)[9].number)
     kinesis.trim(STREAM, 0, 20)
     reader.go_to(position)
     texts: list[str] = []
