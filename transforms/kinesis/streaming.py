@@ -23,7 +23,7 @@ from transforms.kinesis.stream import KinesisSource, shards_of
 from transforms.per_process import per_process
 from transforms.read.lending import AHEAD, Lending, ReadAhead
 from transforms.records import END_NOTE, PartitionKey, Records, read_halt
-from transforms.source import Found, Start, startable
+from transforms.source import Found, Start, held_up, startable
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -99,13 +99,21 @@ class ShardFinder:
         known = known or frozenset()
         asked = self._ask([each for each in found if each.key in known], asked)
         ended = {key for key, number in asked.items() if not number}
-        standing = [replace(e, ended=e.key in ended) if e.key in known else e for e in found]
-        keys = [key for key in startable(standing) if key in given and key not in known]
-        # What the job's state does not have is begun anew behind what it has, whatever is kept of
-        # it: that is from before the job was restored, and what is repeated before it comes first.
-        behind = {e.key for e in found if not known.isdisjoint(e.parents)}
+        # What descends from what the job's state has, and is not in it, is begun anew, whatever is
+        # kept of it: that is from before the job was restored, and what it was behind is repeated.
+        behind = held_up([replace(each, ended=False) for each in found], known) - known
+        standing = [
+            replace(each, ended=each.key in ended)
+            if each.key in known
+            else replace(each, ended=each.ended and each.key not in behind)
+            for each in found
+        ]
+        again = {each.key for each in found if each.ended} & behind
+        keys = [
+            key for key in startable(standing) if key not in known and key in again | given.keys()
+        ]
         starts = self._shards.starts(keys)
-        starts |= {key: Start(TRIM_HORIZON, False, starts[key].note) for key in behind & set(keys)}
+        starts |= {key: Start(TRIM_HORIZON, True, starts[key].note) for key in behind & set(keys)}
         # As Kafka's: a starting position is durable from now on, and an earlier halt is over.
         shared_committer(CommitConfig(self._source)).commit(
             {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
 import pytest
 
@@ -16,7 +15,7 @@ from transforms.commit.committer import CommitConfig, Committer
 from transforms.errors import KinesisError
 from transforms.kinesis.client import AwsConfig
 from transforms.kinesis.shards import SHARD_END, TRIM_HORIZON, shard_id
-from transforms.kinesis.stream import AT_LATEST, KinesisSource
+from transforms.kinesis.stream import AT_HORIZON, AT_LATEST, KinesisSource
 from transforms.kinesis.streaming import KinesisStream, ShardFinder, ShardReader, ShardReaders
 from transforms.read.lending import ReadAhead
 from transforms.read.streaming import Asked
@@ -46,13 +45,22 @@ class Jobs:
         self._made: list[KinesisSource] = []
         self._alive: list[threading.Event] = []
 
-    def source(self, job: str = "a", process: int = 0, **more: object) -> KinesisSource:
+    def source(
+        self, job: str = "a", process: int = 0, starting_position: str = AT_HORIZON
+    ) -> KinesisSource:
         aws = AwsConfig("us-east-1", kinesis_url=self.kinesis.url, dynamodb_url=self.kinesis.url)
         made = KinesisSource(
-            (STREAM,), "leases", aws, poll_secs=0.2, expiry_secs=1, member=process, job=job
+            (STREAM,),
+            "leases",
+            aws,
+            starting_position,
+            poll_secs=0.2,
+            expiry_secs=2,
+            member=process,
+            job=job,
         )
-        self._made.append(replace(made, **more))  # type: ignore[arg-type]
-        return self._made[-1]
+        self._made.append(made)
+        return made
 
     def live(self, source: KinesisSource) -> threading.Event:
         """Have a job look for shards until it is told to stop."""
@@ -69,7 +77,11 @@ class Jobs:
 
     def stop(self, source: KinesisSource) -> None:
         """As if its processes were killed."""
-        source.members()._closed = True
+        table = source.members()
+        table._closed = True
+        table._woken.set()
+        if table._thread:
+            table._thread.join(30)
 
     def close(self) -> None:
         for ended in self._alive:
@@ -174,10 +186,19 @@ def test_after_a_restore_the_table_is_not_believed(kinesis: LocalKinesis, jobs: 
     committer.commit({PARENT: SHARD_END}, {PARENT: f"end {asked[PARENT]}"})
     _, confirmed = _until_found(finder, known, asked)
     _put(kinesis, 20, "later")
-    child = (STREAM, 1)
+    child, last = (STREAM, 1), (STREAM, 4)
     done = _behind(kinesis.records(STREAM, 1)[-1].number)
     wait_until(lambda: len(finder.look(known, confirmed)[0]) == 2, "not begun")
-    committer.commit({child: done})
+    # One of the children has ended since then, too, and its own were begun.
+    kinesis.split(STREAM, 2)
+    committer.commit({child: done, (STREAM, 2): SHARD_END})
+
+    def is_leased() -> bool:
+        finder.look(known | {child, (STREAM, 2)}, confirmed)
+        return shard_id(last[1]) in kinesis.tables["leases"]
+
+    wait_until(is_leased, "no lease", 30)
+    committer.commit({last: done})
     for before in ({}, asked):
         # As a checkpoint of then has it.
         found, again = _until_found(finder, known, before)
@@ -190,8 +211,19 @@ def test_after_a_restore_the_table_is_not_believed(kinesis: LocalKinesis, jobs: 
     found, again = _until_found(finder, known, {})
     committer.commit({PARENT: SHARD_END}, {PARENT: f"end {again[PARENT]}"})
     _, confirmed = _until_found(finder, known, again)
-    wait_until(lambda: len(finder.look(known, confirmed)[0]) == 2, "not begun")
-    assert finder.look(known, confirmed)[0][child] == (TRIM_HORIZON, TRIM_HORIZON)
+    found = {}
+
+    def begun() -> bool:
+        found.update(finder.look(known, confirmed)[0])
+        return len(found) == 2
+
+    wait_until(begun, "not begun", 30)
+    assert found == dict.fromkeys([child, (STREAM, 2)], (TRIM_HORIZON, TRIM_HORIZON))
+    for number in (1, 2):
+        assert _row(kinesis, number)["checkpoint"] == {"S": "TRIM_HORIZON"}
+    # Nor are the children's children begun beside them.
+    known |= found.keys()
+    assert finder.look(known, confirmed)[0] == {}
     # A new job has nothing of before, and goes on with what is kept.
     committer.commit({child: done})
     jobs.stop(source)
@@ -268,6 +300,7 @@ def test_a_job_waits_for_leases_of_a_dead_one_and_refuses_those_of_a_live_one(
 
     wait_until(refused, "it is not refused", 30)
     alive.set()
+    jobs.stop(first)
     # In the same process: a runner begins a job again there. And by what commits, where that is
     # restored before what finds.
     number = kinesis.put(STREAM, [("key", b"1")])[0][1]
