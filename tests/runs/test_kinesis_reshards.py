@@ -105,4 +105,6 @@ def test_reshards_and_kills(kinesis: LocalKinesis, copies: int, options: dict[st
     assert came_by_key(function) == by_key(kinesis, shards)
     assert function.too_early == []
     assert ended.summary["records"] == 0
-    assert not kinesis.refused.keys() - {"ResourceInUseException"}
+    if copies == 1:
+        # Else who gives a shard away and who gets it may ask for more in one second than it allows.
+        assert not kinesis.refused
