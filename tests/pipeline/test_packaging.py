@@ -64,7 +64,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     files = {
         path.relative_to(ROOT).as_posix()
         for package in ("pipeline", "transforms")
-        for pattern in ("*.py", "*.pom.xml", "py.typed", "page/*")
+        for pattern in ("*.py", "*.pom.xml", "py.typed", "page/*", "flink_conf/*")
         for path in (ROOT / package).rglob(pattern)
     }
     assert names == files
