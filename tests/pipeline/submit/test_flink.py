@@ -28,7 +28,10 @@ from pipeline.local.processes import ServerError, wait_until
 from tests import kinesis as streams
 from tests import sink
 from tests.conftest import Names
-from tests.servers.secure_broker import REGION, SecureBroker
+from tests.runs.test_secrets import assert_none, plant
+from tests.servers.dataflow_service import everything_in
+from tests.servers.secrets_manager import SecretsManager
+from tests.servers.secure_broker import PASSWORD, REGION, USER, SecureBroker
 from tests.sink import commit
 
 pytestmark = [pytest.mark.slow, pytest.mark.flink]
@@ -40,11 +43,11 @@ sink.RUN_SECS = 400.0
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[FlinkCluster]:
+def cluster(manager: SecretsManager) -> Iterator[FlinkCluster]:
     """One for all tests here; each of its processes may be lost and comes back."""
     before = dict(os.environ)
     # The workers' credentials are those of the process that starts the pool.
-    os.environ.update(sink.environment())
+    os.environ.update(manager.env)
     try:
         with FlinkCluster(
             job_server=True, expansion_service=True, high_availability=True
@@ -229,6 +232,120 @@ def test_workers_log_in_with_iam(
     shown += [ended.stderr, *(mended.log(name) for name in mended.names)]
     marks = ("aHR0cHM6Ly9rYWZrYS4", "X-Amz-Signature", sink.SECRET_KEY)
     assert [mark for mark in marks if any(mark in text for text in shown)] == []
+
+
+def _processes(roots: Iterable[int]) -> dict[int, Path]:
+    """Processes, and all that they have started, each with its folder in /proc."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            parents[int(folder.name)] = int(parent)
+    found = set(roots)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {pid: Path(f"/proc/{pid}") for pid in found}
+
+
+_PAGES = (
+    *("/config", "/jobs/overview", "/jobmanager/config", "/jobmanager/environment"),
+    *("/jobmanager/logs", "/taskmanagers"),
+)
+_PAGES_OF_A_JOB = (
+    *("", "/config", "/jobmanager/config", "/jobmanager/environment", "/plan", "/exceptions"),
+    *("/accumulators?includeSerializedValue=true", "/checkpoints", "/checkpoints/config"),
+    "/metrics",
+)
+
+
+def _shown_by(cluster: FlinkCluster, job: str) -> Iterator[tuple[str, bytes]]:
+    """What a cluster shows of a job to who looks: its pages, and all its files, logs among them."""
+    rest = cluster.rest
+    pages = [*_PAGES, *(f"/jobs/{job}{page}" for page in _PAGES_OF_A_JOB)]
+    for task in rest.tasks(job).values():
+        of_task = f"/jobs/{job}/vertices/{task['id']}"
+        pages += [of_task, f"{of_task}/accumulators", f"{of_task}/taskmanagers"]
+    for manager in rest.get("/taskmanagers")["taskmanagers"]:
+        pages.append(f"/taskmanagers/{manager['id']}")
+    for page in pages:
+        yield page, json.dumps(rest.get(page)).encode()
+    for file in cluster.folder.rglob("*"):
+        # A checkpoint may go while it is looked for.
+        with contextlib.suppress(FileNotFoundError):
+            if file.is_file() and file.suffix != ".jar":
+                yield str(file), b"\n".join(everything_in(file.read_bytes()))
+
+
+def test_a_password_is_rotated_and_the_cluster_shows_none(
+    mended: FlinkCluster,
+    secure: SecureBroker,
+    manager: SecretsManager,
+    names: Names,
+    tmp_path: Path,
+) -> None:
+    """Workers fetch the new one when the old one is refused. Neither is in a process's arguments or
+    environment, on a page of the JobManager, or in any file of the cluster, be it a log."""
+    flink = Flink(mended, secure, names)
+    flink.create(2)
+    flink.produce(2, 20)
+    first, second, of_errors = PASSWORD, plant(), plant()
+    secure.set_password("plain", first)
+    arn = manager.keep(username=USER, password=first)
+    trusted = manager.keep(certificate=secure.ca.read_text())
+    file = tmp_path / "kafka.properties"
+    # One that only the file of the workers has.
+    file.write_text(f"error.sasl.oauthbearer.client.secret={of_errors}\n")
+    options: dict[str, Any] = {
+        "kafka_bootstrap_servers": secure.plain,
+        "kafka_access": f"BASIC_AUTH={arn},SERVER_ROOT_CA_CERTIFICATE={trusted}",
+        "kafka_config_file": file,
+        "on_error": "log",
+        "error_topic": flink.errors,
+        "bisect_on_error": True,
+        "log_level": "DEBUG",
+        "default_sdk_harness_log_level": "DEBUG",
+        "env": manager.env,
+    }
+    shown: dict[str, str | bytes] = {}
+    try:
+        with (
+            sink.serve(sink.poison("order 1/7")) as server,
+            flink.start(server, **options) as run,
+        ):
+            flink.wait_committed(run, {0: 20, 1: 20})
+            secure.set_password("plain", second)
+            refused = "Invalid username or password"
+            run.until(lambda: flink.logged(refused) > 0, "nothing is refused", WAIT_SECS)
+            manager.change(arn, username=USER, password=second)
+            flink.produce(2, 20)
+            flink.wait_committed(run, {0: 40, 1: 40})
+            (job,) = flink.rest.running_jobs()
+            pids = [pid for name in mended.names if (pid := mended.pid(name))]
+            found = _processes([run.process.pid, *pids])
+            for pid, folder in found.items():
+                # One may have ended meanwhile.
+                with contextlib.suppress(OSError):
+                    shown[f"arguments of {pid}"] = (folder / "cmdline").read_bytes()
+                    shown[f"environment of {pid}"] = (folder / "environ").read_bytes()
+            shown |= dict(_shown_by(mended, job.id))
+            run.send(signal.SIGTERM)
+            ended = run.wait()
+    finally:
+        mended.rest.cancel_all()
+        secure.set_password("plain", PASSWORD)
+    # Flink starts a job again whose commit or write was refused for long.
+    flink.check(errors=flink.errors, crashed=True)
+    every = b" ".join(text for name, text in shown.items() if name.startswith("arguments"))
+    assert b"pipeline.local.worker" in every, "no worker was looked at"
+    assert f"/jobs/{job.id}/config" in shown
+    assert [name for name in shown if name.endswith("taskmanager-1.log")]
+    shown |= {"stdout": ended.stdout, "stderr": ended.stderr}
+    for topic in (flink.responses, flink.errors):
+        shown[topic] = repr(secure.read_all(topic))
+    assert_none([first, second, of_errors], shown)
+    # Credentials of AWS are where who started a process has put them, and nowhere else.
+    given = {name: text for name, text in shown.items() if not name.startswith("environment of")}
+    assert_none([sink.SECRET_KEY], given)
 
 
 def _kill_broker(flink: Flink) -> None:
