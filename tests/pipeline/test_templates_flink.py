@@ -27,7 +27,7 @@ from pipeline.local import flink
 from pipeline.local.flink import FlinkRest
 from pipeline.local.jars import cache_folder, fetch_with_maven
 from pipeline.options.resolve import Resolved, resolve
-from pipeline.submit.streaming import runner_options
+from pipeline.submit.streaming import FLINK_CONF, runner_options
 from tests import ROOT, dockerfile
 from tests.pipeline.test_docs import blocks, codes, rows
 from tests.pipeline.test_templates import _StrictLoader
@@ -613,8 +613,11 @@ def test_the_rest_calls_are_those_that_the_tests_make() -> None:
 def test_the_page_says_what_is_set_for_the_user() -> None:
     text = PAGE.read_text(encoding="utf-8").partition("| option | value | why |\n")[2]
     listed = dict(re.findall(r"^\| `(--\w+)` \| (\w*)", text.partition("\n\n")[0], re.MULTILINE))
-    added = runner_options("PortableRunner", [], bounded=True)
-    assert listed == {name: value for name, _, value in (option.partition("=") for option in added)}
+    added = runner_options("FlinkRunner", [], bounded=True)
+    values = {name: value for name, _, value in (option.partition("=") for option in added)}
+    assert values.pop("--flink_conf_dir") == str(FLINK_CONF)
+    assert listed.pop("--flink_conf_dir")
+    assert listed == values
 
 
 def test_the_page_has_every_metric() -> None:
