@@ -613,7 +613,11 @@ def test_the_rest_calls_are_those_that_the_tests_make() -> None:
 def test_the_page_says_what_is_set_for_the_user() -> None:
     text = PAGE.read_text(encoding="utf-8").partition("| option | value | why |\n")[2]
     listed = dict(re.findall(r"^\| `(--\w+)` \| (\w*)", text.partition("\n\n")[0], re.MULTILINE))
-    added = runner_options("FlinkRunner", [], bounded=True)
+    added = {
+        option
+        for runner in ("FlinkRunner", "PortableRunner")
+        for option in runner_options(runner, [], bounded=True, environ={})
+    }
     values = {name: value for name, _, value in (option.partition("=") for option in added)}
     assert values.pop("--flink_conf_dir") == str(FLINK_CONF)
     assert listed.pop("--flink_conf_dir")
