@@ -160,7 +160,7 @@ def test_a_streaming_run_logs_in_with_iam(
     )
     stream = KafkaStream(SourceConfig(kafka, (topics.source,)), bounded=True)
     before = secure.accepted()
-    found = stream.find(None)
+    found, _ = stream.find(None, {})
     assert found == {(topics.source, 0): (0, 20), (topics.source, 1): (0, 20)}
     assert secure.committed(topics.group, topics.source) == {0: 0, 1: 0}
     assert secure.accepted() > before
