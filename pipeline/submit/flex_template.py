@@ -14,6 +14,7 @@ LEFT_OUT = {
     "expansion_service": "the image brings its own",
     "summary": "the launcher ends when the job begins, so there is nothing to sum up",
     "delivery": "streaming runners write at least once",
+    "tumbling_window_secs": "windows are the DirectRunner's only",
     "workers": "they are Dataflow's",
     "max_workers": "they are Dataflow's",
     "rebalance_wait_secs": "a job's partitions move to no other member of a group",

@@ -317,7 +317,8 @@ class KinesisFetcher:
                 self._give_up(error)
                 return
             except Exception as error:
-                self._give_up(KinesisError(f"--stream: {shard.name} cannot be read: {error}"))
+                _LOGGER.debug("%s cannot be read", shard.name, exc_info=True)
+                self._give_up(KinesisError(f"--stream: {shard.name} cannot be read: {error!r}"))
                 return
             if secs < 0:
                 return

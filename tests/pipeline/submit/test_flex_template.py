@@ -384,6 +384,8 @@ STREAMED = {
     "lease_table": "orders-to-lambda",
     "lease_secs": "20",
     "stream_poll_secs": "0.5",
+    "consumer_name": "orders-to-lambda",
+    "deaggregate": "true",
     "stream_role_arn": "arn:aws:iam::123456789012:role/read-orders",
     "kinesis_endpoint_url": "https://vpce-1.kinesis.eu-central-1.vpce.amazonaws.com",
     "dynamodb_endpoint_url": "https://vpce-1.dynamodb.eu-central-1.vpce.amazonaws.com",
@@ -391,12 +393,12 @@ STREAMED = {
 }
 
 
-# Goes with IAM only, for which AWS would be asked at the launch.
-OF_AWS = {"kafka_role_arn"}
+# With IAM only, for which AWS would be asked at the launch; and in place of a name.
+LEFT = {"kafka_role_arn", "consumer_arn"}
 
 
 def test_a_launch_with_every_parameter(launcher: Launcher) -> None:
-    assert set(ALL) | set(OTHERS) | set(STREAMED) | OF_AWS == set(PARAMETERS)
+    assert set(ALL) | set(OTHERS) | set(STREAMED) | LEFT == set(PARAMETERS)
     job = launcher.launch(SPEC, ALL)
     _assert_arrived(job, ALL)
     for name, (instead_of, value) in OTHERS.items():
@@ -858,7 +860,7 @@ def test_a_value_that_leaves_no_separator_is_said_so(gcloud: Gcloud) -> None:
 def test_launch_names_every_required_parameter(gcloud: Gcloud) -> None:
     done = gcloud.run("launch.sh", LAUNCH)
     named = [line.split()[1] for line in done.stderr.splitlines()]
-    assert named == ["kafka_bootstrap_servers", "consumer_group", "function"]
+    assert named == ["function"]
     assert all(" is missing; " in line for line in done.stderr.splitlines())
 
 

@@ -110,11 +110,13 @@ def _jwt(secs: float) -> str:
     [
         ({"access_token": "abc", "expires_in": 100}, 100),
         ({"access_token": "abc", "expires_in": "100"}, 100),
-        ({"access_token": _jwt(3600)}, 3600),
+        ({"access_token": _jwt}, 3600),
         ({"access_token": "abc", "expires_in": 1e300}, 24 * 3600),
     ],
 )
 def test_a_token_and_how_long_it_is_used(server: _Server, answer: Any, secs: float) -> None:
+    if callable(answer["access_token"]):
+        answer = {"access_token": answer["access_token"](secs)}
     server.answer = json.dumps(answer).encode()
     request = TokenRequest(server.url, "orders", "s3cret", "kafka all")
     token, until = ask(request)

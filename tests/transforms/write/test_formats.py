@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transforms.batch.payload import PayloadFormat, encode_records
-from transforms.names import TEXTS
+from transforms.names import TEXTS, joined
 from transforms.original import ORIGINAL_HEADER, decode_original, encode_originals
 from transforms.records import ARRAY, NO_TIMESTAMP, Failure, Records
 from transforms.write.formats import (
@@ -194,12 +194,13 @@ def test_range_keys(topic: str) -> None:
 def test_keys_with_numbers_that_are_texts(digits: int) -> None:
     """A stream's numbers, whatever their length: as texts, and both ends of a range are records."""
     number = 10**digits - 2
+    at, behind = joined(number, 0), joined(number + 1, 0) + 1
     one = {"topic": "s", "partition": 3, "offset": str(number)}
     ends = {"firstOffset": str(number), "lastOffset": str(number + 1)}
     both = {"topic": "s", "partition": 3, **ends}
     for format in ("json", "json_schema", "string"):
-        (key,) = response_keys("s", 3, [number], format, TEXTS)
-        keys = key, range_key("s", 3, number, number + 2, format, TEXTS)
+        (key,) = response_keys("s", 3, [at], format, TEXTS)
+        keys = key, range_key("s", 3, at, behind, format, TEXTS)
         for written, fields in zip(keys, (one, both)):
             if format == "string":
                 text = ",".join(f"{name}={value}" for name, value in fields.items())
@@ -214,8 +215,8 @@ def test_keys_with_numbers_that_are_texts(digits: int) -> None:
                 found = found["payload"]
             assert found == fields
     avro = AvroEncoders(orjson.dumps, orjson.dumps)
-    assert response_keys("s", 3, [number], avro, TEXTS) == [orjson.dumps(one)]
-    assert range_key("s", 3, number, number + 2, avro, TEXTS) == orjson.dumps(both)
+    assert response_keys("s", 3, [at], avro, TEXTS) == [orjson.dumps(one)]
+    assert range_key("s", 3, at, behind, avro, TEXTS) == orjson.dumps(both)
     for schema in (response_schemas(False, TEXTS), response_schemas(True, TEXTS)):
         types = {each["name"]: each["type"] for each in json.loads(schema[0])["fields"]}
         assert types.pop("partition") == "int" and set(types.values()) == {"string"}
