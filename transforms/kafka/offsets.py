@@ -478,7 +478,9 @@ class SourceOffsets:
                     sleep(0.2)
                     continue
                 if again or not _is_unknown(error):
-                    raise self._failed(what, error) from None
+                    # No answer in time is none to all of them.
+                    late = _code(error) == ErrorCode._TIMED_OUT and len(keys) > 1
+                    raise self._failed("offsets" if late else what, error) from None
                 # The client keeps what it knows of a topic for minutes, and so takes partitions
                 # that were added meanwhile for none. A new client asks.
                 again, self._admin = True, None
