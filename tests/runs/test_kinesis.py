@@ -212,7 +212,7 @@ def test_a_poison_message_s_batch_is_told_to_a_queue(kinesis: LocalKinesis) -> N
         "batch_size": 200,
         "max_retries": 1,
         "on_error": "log",
-        "on_failure_destination": "arn:aws:sqs:us-east-1:123456789012:failed",
+        "on_failure_destination": "arn:aws:sqs:us-east-1:123456789012:failed-of-stream",
         "preflight": "false",
     }
     function = Function()
@@ -222,7 +222,10 @@ def test_a_poison_message_s_batch_is_told_to_a_queue(kinesis: LocalKinesis) -> N
             env = sink.environment(AWS_ENDPOINT_URL_SQS=url)
             with sink.Sink(arguments, env) as run:
                 (error,) = run.wait(1).errors
-            assert "--on_failure_destination=arn:aws:sqs:us-east-1:123456789012:failed" in error
+            assert (
+                "--on_failure_destination=arn:aws:sqs:us-east-1:123456789012:failed-of-stream"
+                in error
+            )
             row = rows_of(kinesis)["shardId-000000000000"]
             assert row["checkpoint"] == {"S": "TRIM_HORIZON"}
             sqs = boto3.client(
@@ -232,7 +235,7 @@ def test_a_poison_message_s_batch_is_told_to_a_queue(kinesis: LocalKinesis) -> N
                 aws_access_key_id="a",
                 aws_secret_access_key="b",
             )
-            queue = sqs.create_queue(QueueName="failed")["QueueUrl"]
+            queue = sqs.create_queue(QueueName="failed-of-stream")["QueueUrl"]
             with sink.Sink(arguments, env) as run:
                 run.wait(0)
         (message,) = sqs.receive_message(QueueUrl=queue)["Messages"]

@@ -1,4 +1,7 @@
-"""AWS by moto, over HTTP, for processes to ask: queues, topics, buckets, tables."""
+"""AWS by moto, over HTTP, for processes to ask: queues, topics, buckets, tables.
+
+What is made in it stays as long as the process that tests: names are not used twice.
+"""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def _client(service: str) -> Any:
 
 
 def test_a_queue_gets_the_document() -> None:
-    url = _client("sqs").create_queue(QueueName="failed")["QueueUrl"]
-    delivery = Delivery(DeliveryConfig(f"arn:aws:sqs:us-east-1:{ACCOUNT}:failed"))
+    url = _client("sqs").create_queue(QueueName="alone")["QueueUrl"]
+    delivery = Delivery(DeliveryConfig(f"arn:aws:sqs:us-east-1:{ACCOUNT}:alone"))
     delivery.check()
     delivery.deliver(DOCUMENT, b"{}", "orders-0")
     (message,) = _client("sqs").receive_message(QueueUrl=url)["Messages"]
