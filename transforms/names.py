@@ -89,6 +89,12 @@ def spoken(number: int) -> str:
     return str(number) if number < 2**63 else TEXTS.text(number)
 
 
+def stood(position: int) -> str:
+    """A position in a line of the log, where its source is not known: of a stream, behind which
+    record it lies."""
+    return str(position) if position < 2**63 else f"the record behind {spoken(position - 1)}"
+
+
 def joined(number: int, sub: int = 0) -> int:
     """A number and a sub-number as one.
 
