@@ -191,6 +191,7 @@ class Rounds:
         self._left: dict[PartitionKey, bool] = {}
         self._standing = Standing()
         self._done_since = self._asked = float("-inf")
+        self._asked_of: frozenset[PartitionKey] = frozenset()
         self._took = self._joined = float("-inf")
         hear(config, _Heard(stop, self._members))
         self._found: list[Found] = []
@@ -709,7 +710,7 @@ class Rounds:
             if deal.given.get(key) != number:
                 self._abandon(key)
                 self._leave(key, lost=True)
-            elif key in deal.leaving:
+            elif key in deal.leaving or key in self._leaving:
                 self._see_off(key)
         self._clear_up()
         self._members.let_go(deal.leaving - self._taken.keys())
@@ -951,10 +952,13 @@ class Rounds:
             return keys, 0
         if self._timer() - self._asked < _OTHERS_SECS:
             before = self._standing
-            return (before.elsewhere & keys, before.kept) if before.done else (keys, 0)
+            if not before.done:
+                return keys, 0
+            return before.elsewhere & keys | keys - self._asked_of, before.kept
         self._asked = self._timer()
         try:
             unfinished = self._source.unfinished(keys)
+            self._asked_of = keys
             return frozenset(unfinished), sum(unfinished.values())
         except SinkError as error:
             _LOGGER.debug("asked again: %s", error)

@@ -334,6 +334,10 @@ class StreamApi:
         if found := self._templates.get(operation):
             return found
         with self._lock:
+            # Once only: what boto3 makes to be signed goes to all who listen, to one who makes the
+            # same template, too, and ends there.
+            if found := self._templates.get(operation):
+                return found
             made = template(self._client, operation, arguments)
             proxy = proxy_of(made.url)
             known = {each.url: endpoint for each, endpoint, _ in self._templates.values()}
@@ -346,7 +350,8 @@ class StreamApi:
                 tls_of(made.url),
                 proxy,
             )
-            return self._templates.setdefault(operation, (made, endpoint, proxy))
+            self._templates[operation] = made, endpoint, proxy
+            return self._templates[operation]
 
     def subscribe(self, arguments: dict[str, Any]) -> Subscription:
         """Have a shard send its records by itself.

@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import boto3
 import pytest
 
 import transforms.aws.http
+import transforms.kinesis.client
 import transforms.kinesis.fetch
 from pipeline.local.kinesis import CUT, LocalKinesis
 from pipeline.local.processes import wait_until
 from tests import sink
+from transforms.aws.signed import Template, template
 from transforms.errors import KinesisError
 from transforms.kinesis.client import AwsConfig, Refused, StreamApi
 from transforms.kinesis.fetch import KinesisFetcher, Message, fetch_again
@@ -329,3 +333,22 @@ def test_what_nobody_can_wait_out_before_anything_is_read(
         with pytest.raises(KinesisError, match=said.replace("=t ", f"=t-{operation} ")):
             partitions.survey([each.key for each in partitions.find()])
         fetcher.close()
+
+
+def test_a_first_request_of_a_kind_is_made_up_once(
+    kinesis: LocalKinesis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two threads with the same call, the second one would end the signing of the first."""
+    made = Counter[str]()
+
+    def make(client: Any, operation: str, arguments: dict[str, Any]) -> Template:
+        made[operation] += 1
+        time.sleep(0.2)
+        return template(client, operation, arguments)
+
+    monkeypatch.setattr(transforms.kinesis.client, "template", make)
+    api = StreamApi(AwsConfig("us-east-1", kinesis_url=kinesis.url), STREAM)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: api.summary(), range(4)))
+    assert {each["StreamName"] for each in answers} == {STREAM}
+    assert made == {"DescribeStreamSummary": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import boto3
@@ -156,6 +157,23 @@ def test_a_lease_is_handed_over_when_it_is_asked_for(tables: Tables) -> None:
     first.let_go(leaving)
     _has(second, *leaving)
     assert _given(first) == set(KEYS) - leaving
+
+
+@OURS
+def test_an_old_look_at_the_table_takes_nothing_away(tables: Tables) -> None:
+    """It may have been begun before a lease was taken, and come back after."""
+    table = tables.make()
+    for key in KEYS:
+        table.add(key, 0)
+    table.join(["orders"])
+    _has(table, *KEYS)
+    with table._changed:
+        row = table._held[KEYS[0]].row
+        asked = replace(row, wanted="beam-lambda-sink/host/1/dead")
+        table._rows[row.key] = replace(asked, counter=row.counter - 1)
+        assert not table._is_leaving(KEYS[0], table._held[KEYS[0]])
+        table._rows[row.key] = asked
+        assert table._is_leaving(KEYS[0], table._held[KEYS[0]])
 
 
 @OURS
