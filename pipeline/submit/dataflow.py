@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
-from apache_beam.runners.runner import PipelineState
 
 from pipeline.options.checks_dataflow import (
     JOB_NAME,
@@ -166,12 +165,6 @@ def service_errors() -> tuple[type[Exception], ...]:
     from google.auth.exceptions import GoogleAuthError
 
     return GoogleAPIError, GoogleAuthError, DataflowJobAlreadyExistsError
-
-
-def ended_on_purpose(result: Any) -> bool:
-    """Whether somebody has drained, updated or cancelled the job; Beam takes each for a failure."""
-    ends = (PipelineState.DRAINED, PipelineState.UPDATED, PipelineState.CANCELLED)
-    return getattr(result, "state", None) in ends
 
 
 def failure(error: BaseException, job: str) -> BaseException:

@@ -11,14 +11,15 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import PipelineState
 
 from pipeline.build import build
 from pipeline.options.config import Config
@@ -27,10 +28,10 @@ from pipeline.options.resolve import parse_beam
 from pipeline.run.hands import Command, Told
 from pipeline.run.preflight import preflight
 from pipeline.run.status import Status, Totals
-from pipeline.submit import dataflow
+from pipeline.submit import dataflow, flink
 from pipeline.submit.flink_metrics import IN_FLIGHT, OLDEST_AGE_SECS, get_json, job_counters
 from transforms.commit.committer import shared_committer
-from transforms.errors import KafkaError, SinkError, from_runner
+from transforms.errors import KafkaError, SinkError
 from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import HALTS
 from transforms.kafka.beam_reader import AS_SOURCE, BeamReadConfig
@@ -108,6 +109,17 @@ def _job_of(result: Any) -> str | None:
     return str(job() if callable(job) else job) if job else None
 
 
+def ended_on_purpose(result: Any) -> str:
+    """How somebody has drained, updated or cancelled a job, which Beam takes for a failure; empty
+    if nobody has, or that is not known."""
+    ends = (PipelineState.DRAINED, PipelineState.UPDATED, PipelineState.CANCELLED)
+    try:
+        state = getattr(result, "state", "")
+    except flink.service_errors():
+        return ""
+    return str(state) if state in ends else ""
+
+
 class StreamRun:
     """One submitted job, as far as the program that submitted it can see.
 
@@ -180,9 +192,8 @@ class StreamRun:
                 )
                 break
         if self._error:
-            on_dataflow = self._runner == DATAFLOW_RUNNER
-            error = self._error
-            raise dataflow.failure(error, self._name) if on_dataflow else from_runner(error)
+            failure = dataflow.failure if self._runner == DATAFLOW_RUNNER else flink.failure
+            raise failure(self._error, self._name)
         return self.status()
 
     def _submit(self, config: Config) -> Any:
@@ -190,7 +201,8 @@ class StreamRun:
         bounded = config.run.until == "caught_up"
         arguments = runner_options(self._runner, self._arguments, bounded, config.kafka.group)
         on_dataflow = self._runner == DATAFLOW_RUNNER
-        submission = dataflow.submission if on_dataflow else nullcontext
+        endpoint = getattr(self._beam, "job_endpoint", None) or ""
+        submission = dataflow.submission if on_dataflow else partial(flink.submission, endpoint)
         with submission():
             options = PipelineOptions(arguments)
             if on_dataflow:
@@ -212,6 +224,7 @@ class StreamRun:
         unknown: tuple[type[BaseException], ...] = (
             OSError,
             ValueError,
+            *flink.service_errors(),
             *dataflow.service_errors(),
         )
         try:
@@ -223,7 +236,8 @@ class StreamRun:
                 self._add_counters(totals, halts)
         except unknown as error:
             # No reason to end: the job does not depend on being watched.
-            _LOGGER.warning("the numbers of the job %s are not known: %s", self._name, error)
+            why = flink.line(error) or type(error).__name__
+            _LOGGER.warning("the numbers of the job %s are not known: %s", self._name, why)
         committed, lags, halted = self._offsets()
         halts |= halted
         # What failed last, and what waits for what, is in the workers' log only.
@@ -273,8 +287,8 @@ class StreamRun:
             self._result.wait_until_finish()
         except BaseException as raised:
             error = raised
-        if self._runner == DATAFLOW_RUNNER and dataflow.ended_on_purpose(self._result):
-            _LOGGER.info("the job %s was ended: %s", self._name, self._result.state)
+        if state := ended_on_purpose(self._result):
+            _LOGGER.info("the job %s was ended: %s", self._name, state)
         else:
             self._error = error
         self._ended.set()

@@ -24,7 +24,7 @@ from google.auth.exceptions import DefaultCredentialsError
 from pipeline.build import build
 from pipeline.options.resolve import parse_arguments, resolve
 from pipeline.submit import dataflow
-from pipeline.submit.streaming import runner_options
+from pipeline.submit.streaming import ended_on_purpose, runner_options
 from tests.pipeline.options.given import IMAGE, JOB, job_problems_of
 from tests.servers.dataflow_service import ROOT, DataflowService, job_arguments
 from transforms.errors import FunctionConfigError, JobError, UsageError
@@ -348,8 +348,8 @@ class Result:
     ],
 )
 def test_who_drains_updates_or_cancels_a_job_means_to(state: str, on_purpose: bool) -> None:
-    assert dataflow.ended_on_purpose(Result(state)) == on_purpose
-    assert not dataflow.ended_on_purpose(SimpleNamespace())
+    assert bool(ended_on_purpose(Result(state))) == on_purpose
+    assert not ended_on_purpose(SimpleNamespace())
 
 
 @pytest.mark.parametrize(
