@@ -154,6 +154,19 @@ def checkpoints_past_what_came(kinesis: LocalKinesis, function: Function) -> lis
     return found
 
 
+def all_committed(kinesis: LocalKinesis) -> bool:
+    """Whether the table says of all records that they are done, and of all parents."""
+    rows = rows_of(kinesis)
+    said = {int(key[8:]): row["checkpoint"]["S"] for key, row in rows.items()}
+    for shard in kinesis.open_shards(STREAM):
+        if {said.get(each) for each in kinesis.parents(STREAM, shard)} - {"SHARD_END"}:
+            return False
+        records = kinesis.records(STREAM, shard)
+        if records and said.get(shard) != str(records[-1].number):
+            return False
+    return True
+
+
 def owners(kinesis: LocalKinesis) -> dict[str, int]:
     """How many leases each has; nobody has those that are free."""
     found = [row.get("leaseOwner", {}).get("S") for row in rows_of(kinesis).values()]

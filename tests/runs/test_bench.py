@@ -17,6 +17,7 @@ from pipeline.local.broker import KafkaBroker
 from pipeline.local.processes import wait_until
 from tests.bench import latency
 from tests.bench.common import HAND_WRITTEN, PIPELINE, cpu_secs, serving, table
+from tests.bench.flink_memory import growth
 from tests.bench.generator import due_count, value
 from tests.bench.latency import Idle, Load, Run, Timed, match, percentile
 from tests.bench.topics import Topics, WrongResult
@@ -154,6 +155,12 @@ def test_a_table_is_markdown() -> None:
         "| ---- | -: |",
         "| loop |  2 |",
     ]
+
+
+def test_growth_is_that_of_the_line_which_fits_best() -> None:
+    assert growth([0, 60, 120], [100, 102, 104]) == pytest.approx(2)
+    assert growth([0, 60, 120], [100, 130, 100]) == pytest.approx(0)
+    assert growth([60], [100]) == 0
 
 
 def test_processor_time_is_that_of_the_whole_tree() -> None:

@@ -20,6 +20,7 @@ from tests import sink
 from tests.kinesis import (
     STREAM,
     Watched,
+    all_committed,
     by_key,
     came_by_key,
     checkpoints_past_what_came,
@@ -94,6 +95,7 @@ def test_reshards_and_kills(kinesis: LocalKinesis, copies: int, options: dict[st
             assert checkpoints_past_what_came(kinesis, function) == []
             running[victim] = begin()
         running[0].until(lambda: function.got(len(texts)), "not all of it came", 180)
+        running[0].until(lambda: all_committed(kinesis), "not all of it is committed", 60)
         for each in running:
             each.send(signal.SIGTERM)
         # One that has only just been started does not hear it yet.
