@@ -45,6 +45,7 @@ _LOGGER = logging.getLogger(__name__)
 _CHECKPOINT_MS = 10_000
 _BUNDLE_MS = 60
 _ASK_SOURCE_SECS = 120.0
+_CANCELLED = "JobCancellationException: Job was cancelled"
 
 FLINK_CONF = Path(__file__).parent / "flink_conf"
 """What a job on Flink is made with, for a job server that is given no other settings."""
@@ -109,9 +110,17 @@ def _job_of(result: Any) -> str | None:
     return str(job() if callable(job) else job) if job else None
 
 
-def ended_on_purpose(result: Any) -> str:
+def ended_on_purpose(result: Any, error: BaseException | None = None) -> str:
     """How somebody has drained, updated or cancelled a job, which Beam takes for a failure; empty
-    if nobody has, or that is not known."""
+    if nobody has, or that is not known.
+
+    Args:
+        result: What Beam gave for the job.
+        error: What it says of its end.
+    """
+    if _CANCELLED in str(error or ""):
+        # By Flink's own means; its job server calls that failed.
+        return str(PipelineState.CANCELLED)
     ends = (PipelineState.DRAINED, PipelineState.UPDATED, PipelineState.CANCELLED)
     try:
         state = getattr(result, "state", "")
@@ -287,7 +296,7 @@ class StreamRun:
             self._result.wait_until_finish()
         except BaseException as raised:
             error = raised
-        if state := ended_on_purpose(self._result):
+        if state := ended_on_purpose(self._result, error):
             _LOGGER.info("the job %s was ended: %s", self._name, state)
         else:
             self._error = error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -88,6 +89,13 @@ def test_a_fault_of_the_program_stays_one() -> None:
 def test_a_job_that_has_failed(text: str, kind: type[Exception], said: str) -> None:
     error = flink.failure(RuntimeError(text), "orders_7")
     assert (type(error), str(error)) == (kind, said)
+
+
+def test_a_job_that_is_cancelled_by_flinks_own_means_has_not_failed() -> None:
+    said = "org.apache.flink.runtime.client.JobCancellationException: Job was cancelled."
+    error = RuntimeError(f"Pipeline orders_7 failed in state FAILED: {said}")
+    assert ended_on_purpose(SimpleNamespace(state="FAILED"), error) == "CANCELLED"
+    assert ended_on_purpose(SimpleNamespace(state="FAILED"), RuntimeError("gone")) == ""
 
 
 def test_a_job_server_that_is_gone(lost: Any, caplog: pytest.LogCaptureFixture) -> None:
