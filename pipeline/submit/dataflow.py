@@ -25,6 +25,7 @@ from pipeline.options.checks_dataflow import (
     has_libraries,
     own_project,
 )
+from pipeline.submit.refusals import refusals
 from transforms.errors import JobError, SinkError, UsageError, from_runner
 
 _LOGGER = logging.getLogger(__name__)
@@ -131,29 +132,17 @@ def check_update(
 
 @contextmanager
 def submission() -> Iterator[None]:
-    """What Google or Beam has against a job as one line each.
-
-    Raises:
-        UsageError: Beam does not take the options.
-        JobError: The service does not take the job, or what it needs cannot be staged.
-    """
+    """What Google or Beam has against a job as one line each; see `refusals`."""
     from google.auth.exceptions import DefaultCredentialsError
 
-    try:
-        yield
-    except SinkError:
-        raise
-    except DefaultCredentialsError:
-        raise JobError(
-            "there are no Google credentials: run gcloud auth application-default login, or set "
-            "GOOGLE_APPLICATION_CREDENTIALS"
-        ) from None
-    except ValueError as error:
-        raise UsageError(["Beam does not take the options: " + _line(error)]) from None
-    except Exception as error:
-        if not isinstance(error, (OSError, RuntimeError, *service_errors())):
-            raise
-        raise JobError("the job cannot be submitted: " + _line(error)) from None
+    with refusals(service_errors()):
+        try:
+            yield
+        except DefaultCredentialsError:
+            raise JobError(
+                "there are no Google credentials: run gcloud auth application-default login, or "
+                "set GOOGLE_APPLICATION_CREDENTIALS"
+            ) from None
 
 
 def service_errors() -> tuple[type[Exception], ...]:
@@ -175,7 +164,3 @@ def failure(error: BaseException, job: str) -> BaseException:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
     return JobError(f"the job {job} has failed: {last}; its log in Cloud Logging says more")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:500]

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 
 import grpc
 
-from transforms.errors import JobError, SinkError, UsageError, from_runner
+from pipeline.submit.refusals import line, refusals
+from transforms.errors import JobError, SinkError, from_runner
 
 _LOGGER = logging.getLogger(__name__)
 
 _FAILED = re.compile(r"Pipeline \S+ failed in state \w+: ")
-_MOST = 500
+_CANCELLED = "JobCancellationException: Job was cancelled"
+_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 def service_errors() -> tuple[type[Exception], ...]:
@@ -24,35 +26,27 @@ def service_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def submission(job_endpoint: str = "") -> Iterator[None]:
-    """What Beam or the job server has against a job as one line.
+    """What Beam or the job server has against a job as one line each; see `refusals`.
 
     Args:
         job_endpoint: Where the job server is; empty if Beam starts one.
-
-    Raises:
-        UsageError: Beam does not take the options.
-        JobError: The job server does not take the job, or does not answer.
     """
-    try:
-        yield
-    except SinkError:
-        raise
-    except service_errors() as error:
-        _LOGGER.debug("the job cannot be submitted", exc_info=True)
-        where = f" at --job_endpoint={job_endpoint}" if job_endpoint else ""
-        why = line(error)
-        why = f"the job server{where} does not answer{f': {why}' if why else ''}"
-        raise JobError(f"the job cannot be submitted: {why}") from None
-    except ValueError as error:
-        _LOGGER.debug("the job cannot be submitted", exc_info=True)
-        raise UsageError([f"Beam does not take the options: {line(error)}"]) from None
-    except (OSError, RuntimeError) as error:
-        _LOGGER.debug("the job cannot be submitted", exc_info=True)
-        raise JobError(f"the job cannot be submitted: {line(error)}") from None
+    with refusals():
+        try:
+            yield
+        except service_errors() as error:
+            _LOGGER.debug("the job server", exc_info=True)
+            where = f" at --job_endpoint={job_endpoint}" if job_endpoint else ""
+            answered = isinstance(error, grpc.Call) and error.code() not in _SILENT
+            what = f"the job server{where} {'refuses it' if answered else 'does not answer'}"
+            why = call_line(error)
+            raise JobError(
+                f"the job cannot be submitted: {what}{f': {why}' if why else ''}"
+            ) from None
 
 
 def failure(error: BaseException, job: str) -> BaseException:
-    """Why a job has failed: an error of ours that its text tells of, else the text's first line."""
+    """Why a job has failed: an error of ours that its text tells of, else all it says."""
     ours = from_runner(error)
     if isinstance(ours, SinkError) or not isinstance(error, Exception):
         return ours
@@ -66,8 +60,12 @@ def failure(error: BaseException, job: str) -> BaseException:
     return JobError(f"the job {job} has failed: {line(text)}; Flink's own log says more")
 
 
-def line(error: object) -> str:
-    """What an error says, as one line; of a call, what it says itself."""
-    if isinstance(error, grpc.Call):
-        error = error.details()
-    return " ".join(str(error or "").split()).rstrip(".")[:_MOST]
+def is_cancelled(error: BaseException | None) -> bool:
+    """Whether a job has ended since it was cancelled by Flink's own means; its job server calls
+    that failed."""
+    return _CANCELLED in str(error)
+
+
+def call_line(error: BaseException) -> str:
+    """What an error says, as one line; of a call to the job server, what that says itself."""
+    return line((error.details() if isinstance(error, grpc.Call) else error) or "")

@@ -45,7 +45,6 @@ _LOGGER = logging.getLogger(__name__)
 _CHECKPOINT_MS = 10_000
 _BUNDLE_MS = 60
 _ASK_SOURCE_SECS = 120.0
-_CANCELLED = "JobCancellationException: Job was cancelled"
 
 FLINK_CONF = Path(__file__).parent / "flink_conf"
 """What a job on Flink is made with, for a job server that is given no other settings."""
@@ -118,8 +117,7 @@ def ended_on_purpose(result: Any, error: BaseException | None = None) -> str:
         result: What Beam gave for the job.
         error: What it says of its end.
     """
-    if _CANCELLED in str(error or ""):
-        # By Flink's own means; its job server calls that failed.
+    if flink.is_cancelled(error):
         return str(PipelineState.CANCELLED)
     ends = (PipelineState.DRAINED, PipelineState.UPDATED, PipelineState.CANCELLED)
     try:
@@ -245,7 +243,7 @@ class StreamRun:
                 self._add_counters(totals, halts)
         except unknown as error:
             # No reason to end: the job does not depend on being watched.
-            why = flink.line(error) or type(error).__name__
+            why = flink.call_line(error) or type(error).__name__
             _LOGGER.warning("the numbers of the job %s are not known: %s", self._name, why)
         committed, lags, halted = self._offsets()
         halts |= halted

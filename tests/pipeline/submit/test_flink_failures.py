@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
-from apache_beam.portability.api import beam_job_api_pb2_grpc
+from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
 from apache_beam.runners.portability.portable_runner import PipelineResult
 
 from pipeline.options.config import Config
@@ -62,6 +63,24 @@ def test_a_job_server_that_is_not_there() -> None:
 def test_what_beam_has_against_a_job(raised: Exception, kind: type[Exception], said: str) -> None:
     with pytest.raises(kind, match=said), flink.submission():
         raise raised
+
+
+def test_a_job_server_that_refuses_a_job_has_answered() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    # It has no service of that name.
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with (
+            grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+            pytest.raises(JobError, match="the job server at --job_endpoint=x refuses it: Method"),
+            flink.submission("x"),
+        ):
+            beam_job_api_pb2_grpc.JobServiceStub(channel).Prepare(
+                beam_job_api_pb2.PrepareJobRequest()
+            )
+    finally:
+        server.stop(None)
 
 
 def test_a_fault_of_the_program_stays_one() -> None:
