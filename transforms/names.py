@@ -82,17 +82,20 @@ class Names:
             return "ended"
         return self.text(position - 1) if position >= self.first else None
 
+    def stood(self, position: int) -> str:
+        """A position in a line of the log: where numbers are texts, behind which record it lies."""
+        if not self.texts:
+            return str(position)
+        if position == self.ended:
+            return "its end"
+        at = self.position(position)
+        return "its beginning" if at is None else f"the record behind {at}"
+
 
 def spoken(number: int) -> str:
     """A record's number in a line of the log, where its source is not known: Kafka's have 64 bits,
     and those of streams have more."""
     return str(number) if number < 2**63 else TEXTS.text(number)
-
-
-def stood(position: int) -> str:
-    """A position in a line of the log, where its source is not known: of a stream, behind which
-    record it lies."""
-    return str(position) if position < 2**63 else f"the record behind {spoken(position - 1)}"
 
 
 def joined(number: int, sub: int = 0) -> int:

@@ -42,7 +42,7 @@ from transforms.invoke.failures import Trouble
 from transforms.invoke.invoke import InvokeConfig, shared_invoker, why_broken
 from transforms.invoke.invoker import Invoker
 from transforms.invoke.window import is_over
-from transforms.names import spoken, stood
+from transforms.names import spoken
 from transforms.read.rounds import Room, Round, shared_reader
 from transforms.records import EARLY, FINAL, Finished, PartitionKey
 from transforms.schemas.registry import shared_registry
@@ -661,7 +661,7 @@ class Rounds:
         marks = list(self._committer.done.marks(key))
         self._abandon(key)
         self._reader.begin_anew({key: marks})
-        _LOGGER.info("%s-%d: goes on at %s, as told", *key, stood(min(marks)))
+        _LOGGER.info("%s-%d: goes on at %s, as told", *key, self._stood(min(marks)))
 
     # -- beginning and end -----------------------------------------------------------------
 
@@ -751,7 +751,7 @@ class Rounds:
                 "at %s, and may invoke with the same records",
                 *key,
                 "its invocation has ended" if calls else "all of it is committed",
-                stood(self._committer.committed.get(key, 0)),
+                self._stood(self._committer.committed.get(key, 0)),
             )
             # The next owner writes what becomes of its records.
             self._abandon(key)
@@ -858,11 +858,14 @@ class Rounds:
         for key, start in starts.items():
             self._abandon(key)
             self._committer.begin(key, [start] * self._config.lanes.count)
-            _LOGGER.warning("%s-%d: %s; going on at %s", *key, why, stood(start))
+            _LOGGER.warning("%s-%d: %s; going on at %s", *key, why, self._stood(start))
         self._reader.begin_anew(
             {key: [start] * self._config.lanes.count for key, start in starts.items()}
         )
         self._committer.commit(starts)
+
+    def _stood(self, position: int) -> str:
+        return self._config.read.source.names.stood(position)
 
     def _abandon(self, key: PartitionKey) -> None:
         for lane in range(self._config.lanes.count):

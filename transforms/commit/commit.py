@@ -27,7 +27,6 @@ from apache_beam.utils.windowed_value import WindowedValue
 from transforms.commit.committer import CommitConfig, Committer, shared_committer
 from transforms.commit.contiguous import ContiguousOffsets
 from transforms.facts import number, unversioned, versioned
-from transforms.names import stood
 from transforms.per_process import forget
 from transforms.records import (
     END_NOTE,
@@ -363,7 +362,8 @@ class _CommitPartitionFn(_CommitBundleFn):
         self._ask_at[key] = now + _ASK_AGAIN_SECS
         if (kept := shared_committer(self._config).kept(key)) is not None:
             done.skip(key, kept)
-            _LOGGER.info("%s-%d goes on at %s, where the group stands", *key, stood(kept))
+            at = self._config.source.names.stood(kept)
+            _LOGGER.info("%s-%d goes on at %s, where the group stands", *key, at)
 
     def _commit_again(self, key: PartitionKey, partition: _Partition | None) -> None:
         """Have the bundle commit where a partition stands, if that is known."""

@@ -19,6 +19,7 @@ from transforms.kinesis.shards import (
     FIRST,
     NAMES,
     SHARD_END,
+    TRIM_HORIZON,
     Shard,
     begin_at,
     done_shards,
@@ -28,7 +29,7 @@ from transforms.kinesis.shards import (
     shard_id,
     shard_number,
 )
-from transforms.names import joined, spoken, stood
+from transforms.names import NUMBERS, joined, spoken
 
 SEQUENCE = 49590338271490256608559692538361571095921575989136588898
 NUMBER = joined(SEQUENCE)
@@ -219,7 +220,9 @@ def test_numbers_outside() -> None:
         assert NAMES.read(NAMES.text(number)) == number
     assert spoken(17) == "17"
     assert spoken(NUMBER + 7) == f"{SEQUENCE}:7"
-    assert (stood(17), stood(NUMBER + 1)) == ("17", f"the record behind {SEQUENCE}")
+    assert NUMBERS.stood(17) == "17"
+    assert NAMES.stood(NUMBER + 1) == f"the record behind {SEQUENCE}"
+    assert (NAMES.stood(TRIM_HORIZON), NAMES.stood(SHARD_END)) == ("its beginning", "its end")
     for text in ("", "1:x", f"1:{2**24}", "1:-1"):
         with pytest.raises(ValueError):
             NAMES.read(text)
