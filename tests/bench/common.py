@@ -51,24 +51,32 @@ def serving(latency_ms: float, batch: int = 100) -> Iterator[str]:
         process.wait()
 
 
+def children_of(pid: int) -> list[int]:
+    """The living children of a process; none of one that is gone."""
+    found: list[int] = []
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except FileNotFoundError:
+        return found
+    for thread in threads:
+        try:
+            found += map(int, (thread / "children").read_text().split())
+        except FileNotFoundError:
+            continue
+    return found
+
+
 def cpu_secs(pid: int | None) -> float:
     """Processor's time of a process, its living children, and those it has waited for."""
     if pid is None:
         return 0.0
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        threads = list(Path(f"/proc/{pid}/task").iterdir())
     except FileNotFoundError:
         return 0.0
-    children = []
-    for thread in threads:
-        try:
-            children += (thread / "children").read_text().split()
-        except FileNotFoundError:
-            continue
     # utime, stime, cutime, cstime: fields 14 to 17 of the line.
     own = sum(map(int, fields[11:15])) / _TICKS
-    return own + sum(cpu_secs(int(child)) for child in children)
+    return own + sum(map(cpu_secs, children_of(pid)))
 
 
 def table(titles: Sequence[str], lines: Sequence[Sequence[str]], names: int = 2) -> str:

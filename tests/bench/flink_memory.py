@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.flink import FlinkCluster
-from tests.bench.common import CREDENTIALS
+from tests.bench.common import CREDENTIALS, children_of
 from tests.bench.flink import end_jobs, flink_options
 from tests.bench.topics import Topics
 from tests.sink import FUNCTION, answer, assert_caught_up, assert_exactly_once, serve
@@ -63,19 +63,17 @@ def _resident_mb(pid: int) -> float:
     return int(found[0]) / 1024 if found else 0.0
 
 
-def _children(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(each) for each in (task / "children").read_text().split()]
-    return found
-
-
 def sizes(cluster: FlinkCluster) -> dict[str, float]:
-    """What the cluster's processes hold that run the job's steps."""
+    """What the cluster's processes hold that run the job's steps.
+
+    Raises:
+        AssertionError: The TaskManager has ended.
+    """
     jvm, pool = cluster.pid(_JVM), cluster.pid(_POOL)
     assert jvm and pool
     found = {"JVM": _resident_mb(jvm)}
-    for number, pid in enumerate(sorted(_children(pool)), start=1):
+    assert found["JVM"], "the TaskManager has ended; its log says why"
+    for number, pid in enumerate(sorted(children_of(pool)), start=1):
         found[f"worker {number}"] = _resident_mb(pid)
     return found
 

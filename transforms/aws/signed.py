@@ -66,7 +66,8 @@ def template(client: Any, operation: str, arguments: Mapping[str, Any]) -> Templ
     """Let boto3 make a request, up to where it would sign it.
 
     Args:
-        client: Has to be kept: the signer does not.
+        client: Has to be kept: the signer does not. Meanwhile no other thread may sign such a call
+            with it: that would end here.
         operation: Which call, as AWS names it.
         arguments: Of the call, as far as its address depends on them.
     """

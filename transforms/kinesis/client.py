@@ -334,8 +334,7 @@ class StreamApi:
         if found := self._templates.get(operation):
             return found
         with self._lock:
-            # Once only: what boto3 makes to be signed goes to all who listen, to one who makes the
-            # same template, too, and ends there.
+            # A second template would end what another thread is signing with the first.
             if found := self._templates.get(operation):
                 return found
             made = template(self._client, operation, arguments)
@@ -350,8 +349,8 @@ class StreamApi:
                 tls_of(made.url),
                 proxy,
             )
-            self._templates[operation] = made, endpoint, proxy
-            return self._templates[operation]
+            self._templates[operation] = found = made, endpoint, proxy
+            return found
 
     def subscribe(self, arguments: dict[str, Any]) -> Subscription:
         """Have a shard send its records by itself.

@@ -455,7 +455,7 @@ class LeaseTable:
         if held.row.ended:
             return key[1] not in facts.shards
         seen = self._rows.get(held.row.key, held.row)
-        # Not by what a look at the table brings that was begun before the lease was taken.
+        # A look at the table that was begun before the lease was taken does not count.
         newest = (row for row in (held.row, seen) if row.counter >= held.row.counter)
         return any(row.wanted not in ("", self.owner) for row in newest)
 

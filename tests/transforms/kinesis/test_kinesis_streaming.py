@@ -334,7 +334,7 @@ def test_a_shard_is_not_read_far_ahead_of_what_is_committed(
     source = jobs.source()
     ShardFinder(source).look(None, {})
     committer = Committer(CommitConfig(source))
-    # It asks what is committed once a while has gone by, which none does but here.
+    # The reader asks what is committed once in a while. No time goes by but what is set here.
     now_secs = 0.0
     reader = ShardReader(source, PARENT, ReadAhead(records=1500), timer=lambda: now_secs)
     assert reader.go_to(TRIM_HORIZON) and not reader.go_to(TRIM_HORIZON)
