@@ -2,7 +2,7 @@
 
     with FlinkCluster(task_slots=4) as cluster:
         run_pipeline(["--runner=FlinkRunner", *cluster.runner_options(), ...])
-        job = cluster.rest.only_job()
+        job = cluster.rest.wait_for_job()
         cluster.rest.stop(job)
 
 A JobManager, TaskManagers and a pool of Python workers as Flink users have them, and optionally
@@ -354,6 +354,7 @@ class FlinkCluster(LocalServers):
         job_server: Also start a job server, for PortableRunner. FlinkRunner starts its own.
         expansion_service: Also start the service that `ReadFromKafka` asks.
         high_availability: Also start ZooKeeper. Without it a JobManager that ends forgets its jobs.
+        first_jar: Its classes come in place of the other jars'.
         config: Settings of Flink, added to or put in place of the usual ones.
 
     Attributes:
@@ -368,6 +369,7 @@ class FlinkCluster(LocalServers):
         job_server: bool = False,
         expansion_service: bool = False,
         high_availability: bool = False,
+        first_jar: Path | None = None,
         config: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__("cluster", _START_SECS)
@@ -383,6 +385,7 @@ class FlinkCluster(LocalServers):
         self._with_job_server = job_server
         self._with_expansion_service = expansion_service
         self._high_availability = high_availability
+        self._first_jar = first_jar
         self._extra_config = dict(config or {})
         self.rest = FlinkRest(self.address)
 
@@ -630,6 +633,8 @@ class FlinkCluster(LocalServers):
         flags.append(f"-Djava.util.logging.config.file={self.folder}/logging.properties")
         # The expansion service wants one jar at least that it may hand to the job.
         jars = f"{classpath('flink')}:{self.job_server_jar}"
+        if self._first_jar is not None:
+            jars = f"{self._first_jar}:{jars}"
         return [*java_command(jars, *flags), main, *arguments]
 
 

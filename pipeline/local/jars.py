@@ -23,6 +23,10 @@ from pipeline.local.processes import ServerError
 
 _POMS = Path(__file__).parent
 
+NOT_HANDED_ON = Path("gradle", "wrapper")
+"""Beam's job server hands every jar of its classpath to each job, 190 MB, except those it takes for
+a part of Gradle by such a folder. Here the whole cluster has the same jars already."""
+
 
 def names() -> list[str]:
     """What can be fetched."""
@@ -41,9 +45,7 @@ def jar_folder(name: str) -> Path:
     Another content of the pom is another folder.
     """
     content = hashlib.sha256(_pom(name).read_bytes()).hexdigest()
-    # Beam's job server hands every jar of its classpath to each job, 190 MB, except those it
-    # takes for a part of Gradle by their path. Here the whole cluster has the same jars already.
-    return cache_folder() / f"{name}-{content[:12]}" / "gradle" / "wrapper"
+    return cache_folder() / f"{name}-{content[:12]}" / NOT_HANDED_ON
 
 
 def classpath(name: str) -> str:
