@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Set
 from contextlib import suppress
 from dataclasses import replace
 from time import monotonic, thread_time, time
@@ -121,6 +121,34 @@ def left_elsewhere(keys: Collection[PartitionKey]) -> SinkError:
         f"{OTHERS_MOST_SECS:.0f} s; all else is done. Look at the group's other members, then run "
         f"again"
     )
+
+
+def parted(
+    taken: Mapping[PartitionKey, int],
+    given: Mapping[PartitionKey, int],
+    asked_for: Collection[PartitionKey],
+    leaving: Collection[PartitionKey],
+) -> tuple[list[PartitionKey], list[PartitionKey]]:
+    """What a member has taken and others have by now, and what it is to see off. Pure.
+
+    Args:
+        taken: The number of the giving by which each partition was taken.
+        given: The same of what it is given now.
+        asked_for: What is to go to others, in its own time.
+        leaving: What is being seen off. That goes on though it is not asked for any more, since
+            nothing is read of it by now; it is taken anew when it has been let go of.
+    """
+    lost = [key for key, number in taken.items() if given.get(key) != number]
+    going = [key for key in taken if key in asked_for or key in leaving]
+    return lost, [key for key in going if key not in lost]
+
+
+def not_done_elsewhere(
+    keys: Set[PartitionKey], asked_of: Set[PartitionKey], unfinished: Set[PartitionKey]
+) -> frozenset[PartitionKey]:
+    """Which partitions of others are not known to be done: an answer says nothing of those that it
+    was not asked of. Pure."""
+    return frozenset(unfinished & keys | keys - asked_of)
 
 
 def hear(config: Config, stop: threading.Event) -> None:
@@ -706,12 +734,12 @@ class Rounds:
         if not self._members:
             return
         deal = self._members.deal()
-        for key, number in list(self._taken.items()):
-            if deal.given.get(key) != number:
-                self._abandon(key)
-                self._leave(key, lost=True)
-            elif key in deal.leaving or key in self._leaving:
-                self._see_off(key)
+        lost, going = parted(self._taken, deal.given, deal.leaving, self._leaving)
+        for key in lost:
+            self._abandon(key)
+            self._leave(key, lost=True)
+        for key in going:
+            self._see_off(key)
         self._clear_up()
         self._members.let_go(deal.leaving - self._taken.keys())
         fresh = deal.given.keys() - self._taken.keys() - deal.leaving
@@ -957,7 +985,7 @@ class Rounds:
             before = self._standing
             if not before.done:
                 return keys, 0
-            return before.elsewhere & keys | keys - self._asked_of, before.kept
+            return not_done_elsewhere(keys, self._asked_of, before.elsewhere), before.kept
         self._asked = self._timer()
         try:
             unfinished = self._source.unfinished(keys)
