@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import orjson
@@ -29,6 +30,7 @@ MOST_STATE_BYTES = 5 * 2**20
 
 _WHITE_SPACE = b" \t\r\n"
 _OPENING, _BETWEEN, _END = b'[{"payload":', b'},{"payload":', b"}]"
+_OFFSET, _PARTITION, _TOPIC = map(itemgetter, ("offset", "partition", "topic"))
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Only to find where things end: what a number is does not matter.
 _DECODER = json.JSONDecoder(parse_float=len, parse_int=len)
@@ -203,7 +205,37 @@ def parse_reply(
         raise InvalidReplyError(
             f"the reply has {len(entries)} entries, {len(offsets)} records were sent"
         )
-    payloads = []
+    try:
+        payloads = [entry["payload"] for entry in entries]
+        # By C's loops: this is done for each record.
+        fits = (
+            [*map(_OFFSET, payloads)] == [*offsets]
+            and [*map(_PARTITION, payloads)].count(partition) == len(payloads)
+            and [*map(_TOPIC, payloads)].count(topic) == len(payloads)
+        )
+    except (TypeError, KeyError, IndexError):
+        fits = False
+    if not fits:
+        raise _misfit(entries, topic, partition, offsets)
+    try:
+        made = orjson.dumps(entries)
+    except orjson.JSONEncodeError:
+        # What is nested 1024 deep is read, and 254 deep written; half a surrogate pair never.
+        return _raw_payloads(body)
+    # Where nothing but white space differs, every digit and every name is as the function wrote it.
+    if body != made and body.translate(None, _WHITE_SPACE) != made.translate(None, _WHITE_SPACE):
+        return _raw_payloads(body)
+    texts = made[len(_OPENING) : -len(_END)].split(_BETWEEN)
+    # The payloads are between these, unless one of them has the same in it.
+    if len(texts) == len(entries) and all(len(entry) == 1 for entry in entries):
+        return texts
+    return [orjson.dumps(payload) for payload in payloads]
+
+
+def _misfit(
+    entries: list[Any], topic: str, partition: int, offsets: Sequence[int | str]
+) -> InvalidReplyError:
+    """What is wrong with the first entry that does not answer the record at its place."""
     for index, (entry, offset) in enumerate(zip(entries, offsets)):
         try:
             payload = entry["payload"]
@@ -213,30 +245,16 @@ def parse_reply(
                 and payload["topic"] == topic
             )
         except (TypeError, KeyError, IndexError):
-            raise InvalidReplyError(
+            return InvalidReplyError(
                 f"entry {index} of the reply lacks payload.topic, payload.partition or "
                 f"payload.offset"
-            ) from None
+            )
         if not fits:
-            raise InvalidReplyError(
+            return InvalidReplyError(
                 f"entry {index} of the reply answers another record than {topic}-{partition}"
                 f"@{offset}, which was sent at its place"
             )
-        payloads.append(payload)
-    try:
-        # The newline is there to be cut off: what orjson returns is the head of a 4 KiB block that
-        # it would keep from being used again for as long as the result is held; the copy is not.
-        texts = [
-            orjson.dumps(payload, option=orjson.OPT_APPEND_NEWLINE)[:-1] for payload in payloads
-        ]
-    except orjson.JSONEncodeError:
-        # What is nested 1024 deep is read, and 254 deep written; half a surrogate pair never.
-        return _raw_payloads(body)
-    # Where nothing but white space differs, every digit and every name is as the function wrote it.
-    made = _OPENING + _BETWEEN.join(texts) + _END
-    if body == made or body.translate(None, _WHITE_SPACE) == made.translate(None, _WHITE_SPACE):
-        return texts
-    return _raw_payloads(body)
+    raise AssertionError("all entries fit")
 
 
 def _raw_payloads(body: bytes) -> list[bytes]:
