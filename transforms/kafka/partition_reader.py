@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
@@ -20,7 +19,7 @@ from transforms.errors import KafkaError
 from transforms.kafka.client import KafkaConfig, describe, reason
 from transforms.kafka.messages import bytes_of, end_of_partition, to_records
 from transforms.kafka.shared_consumer import SharedConsumer
-from transforms.read.lending import AHEAD, ReadAhead
+from transforms.read.lending import AHEAD, Ahead, ReadAhead
 from transforms.records import PartitionKey, Records, read_halt
 
 _LOGGER = logging.getLogger(__name__)
@@ -83,9 +82,7 @@ class PartitionReader:
         self._halted = False
         self._asked = float("-inf")
         self._again = float("inf")
-        # What was read and not committed yet: where each chunk ended, and its bytes.
-        self._ahead: deque[tuple[int, int]] = deque()
-        self._ahead_bytes = 0
+        self._ahead = Ahead(ahead)
         # Records that were read before a restart and are not committed yet; their bytes are taken
         # for those of the first to be read behind them.
         self._unmeasured = 0
@@ -103,7 +100,6 @@ class PartitionReader:
         self._position = self._begun = offset
         self._again = float("inf")
         self._ahead.clear()
-        self._ahead_bytes = 0
         self._ask_committed()
         # An open batch of them may wait for more to come, so they cannot keep all else away.
         done = offset if self._committed is None else self._committed
@@ -138,12 +134,10 @@ class PartitionReader:
             size = bytes_of(records)
         if records and self._unmeasured:
             before = self._unmeasured * size // len(records)
-            self._ahead.appendleft((self._begun, before))
-            self._ahead_bytes += before
+            self._ahead.add_before(self._begun, self._unmeasured, before)
             self._unmeasured = 0
         if position > self._position:
-            self._ahead.append((position, size))
-            self._ahead_bytes += size
+            self._ahead.add(position, position - self._position, size)
             self._position = position
         return to_records(records), position
 
@@ -196,15 +190,13 @@ class PartitionReader:
             return True
         if self._timer() - self._asked >= _ASK_COMMITTED_SECS:
             self._ask_committed()
-            done = -1 if self._committed is None else self._committed
-            while self._ahead and self._ahead[0][0] <= done:
-                self._ahead_bytes -= self._ahead.popleft()[1]
+            self._ahead.done(-1 if self._committed is None else self._committed)
         return self._within(limit)
 
     def _within(self, limit_bytes: int) -> bool:
         done = self._begun if self._committed is None else self._committed
         records = self._position - done
-        return records < self._limits.records and self._ahead_bytes < limit_bytes
+        return records < self._limits.records and self._ahead.bytes < limit_bytes
 
     def _ask_committed(self) -> None:
         self._asked = self._timer()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from transforms.kinesis.leases import Later
 from transforms.kinesis.shards import SHARD_END, TRIM_HORIZON
 from transforms.kinesis.stream import KinesisSource, shards_of
 from transforms.per_process import per_process
-from transforms.read.lending import AHEAD, Lending, ReadAhead
+from transforms.read.lending import AHEAD, Ahead, Lending, ReadAhead
 from transforms.records import END_NOTE, PartitionKey, Records, read_halt
 from transforms.source import Found, Start, held_up, startable
 
@@ -207,9 +206,7 @@ class ShardReader:
         self._asked = float("-inf")
         self._left: list[Message] = []
         self._closes = False
-        # What was read and not committed yet: where each chunk ended, its records and bytes.
-        self._ahead: deque[tuple[int, int, int]] = deque()
-        self._ahead_records = self._ahead_bytes = 0
+        self._ahead = Ahead(ahead)
 
     def go_to(self, offset: int) -> bool:
         """Read on from this position; what was fetched ahead serves if it is where it stands.
@@ -222,11 +219,10 @@ class ShardReader:
             return False
         committed = self._committed(offset)
         self._ahead.clear()
-        self._ahead_records = self._ahead_bytes = 0
         if committed is not None and committed < offset:
             # How much was read before a restart is not known. It must neither be forgotten each
             # time, nor keep all else away: an open batch of it may wait for more to come.
-            self._note(offset, self._limits.records // 2, self._limits.bytes // 2)
+            self._ahead.add(offset, self._limits.records // 2, self._limits.bytes // 2)
         self._begin(offset, again=self._position >= 0)
         return True
 
@@ -259,14 +255,9 @@ class ShardReader:
         if self._closes and not self._left:
             position, self.ended = SHARD_END, True
         if position > self._position:
-            self._note(position, len(messages), self._fetcher.bytes(messages))
+            self._ahead.add(position, len(messages), self._fetcher.bytes(messages))
             self._position = position
         return self._fetcher.records(messages), position
-
-    def _note(self, position: int, records: int, bytes: int) -> None:
-        self._ahead.append((position, records, bytes))
-        self._ahead_records += records
-        self._ahead_bytes += bytes
 
     def _fetch(self, timeout_secs: float) -> None:
         for fetched in self._fetcher.fetch(timeout_secs)[1]:
@@ -300,15 +291,13 @@ class ShardReader:
             return True
         if self._timer() - self._asked >= _ASK_COMMITTED_SECS:
             committed = self._committed(self._position)
-            while committed is not None and self._ahead and self._ahead[0][0] <= committed:
-                _, records, bytes = self._ahead.popleft()
-                self._ahead_records -= records
-                self._ahead_bytes -= bytes
+            if committed is not None:
+                self._ahead.done(committed)
         return self._within()
 
     def _within(self) -> bool:
         limit = min(self._limits.bytes, self._limits.process_bytes // self._sharers())
-        return self._ahead_records < self._limits.records and self._ahead_bytes < limit
+        return self._ahead.records < self._limits.records and self._ahead.bytes < limit
 
     def _committed(self, reached: int) -> int | None:
         """What is committed; None if that is not known, or ahead of what is read: from before the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,61 @@ class ReadAhead:
 
 
 AHEAD = ReadAhead()
+
+_PARTS = 64
+
+
+class Ahead:
+    """What was read of a partition and is not known to be committed, by parts.
+
+    However little is read at a time, parts are few: one takes more until it is a 64th of what may
+    be read ahead. A part counts until all of it is committed.
+
+    Args:
+        limits: How far the partition may be read ahead.
+
+    Attributes:
+        records: Records of all parts.
+        bytes: Their bytes.
+    """
+
+    def __init__(self, limits: ReadAhead) -> None:
+        self._least = ReadAhead(limits.records // _PARTS, limits.bytes // _PARTS)
+        # Where each part ends, its records and bytes.
+        self._parts: deque[tuple[int, int, int]] = deque()
+        self.records = self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def clear(self) -> None:
+        """Nothing was read."""
+        self._parts.clear()
+        self.records = self.bytes = 0
+
+    def add(self, position: int, records: int, bytes: int) -> None:
+        """More was read, up to a position."""
+        self.records += records
+        self.bytes += bytes
+        if self._parts:
+            _, some, size = self._parts[-1]
+            if some + records <= self._least.records and size + bytes <= self._least.bytes:
+                self._parts[-1] = position, some + records, size + bytes
+                return
+        self._parts.append((position, records, bytes))
+
+    def add_before(self, position: int, records: int, bytes: int) -> None:
+        """As much was read before all that is known of, up to a position."""
+        self.records += records
+        self.bytes += bytes
+        self._parts.appendleft((position, records, bytes))
+
+    def done(self, position: int) -> None:
+        """All up to a position is committed."""
+        while self._parts and self._parts[0][0] <= position:
+            _, records, size = self._parts.popleft()
+            self.records -= records
+            self.bytes -= size
 
 
 class Lent(Protocol):
