@@ -45,8 +45,9 @@ class Topics:
             self.delete(topic)
 
     def fill(self, topic: str, partitions: int, records: int, record_bytes: int) -> None:
-        """Write JSON objects of about `record_bytes` bytes, spread evenly over the partitions."""
-        producer = Producer({**self._servers, "linger.ms": 20})
+        """Write JSON objects of about `record_bytes` bytes, spread evenly over the partitions, in
+        the order of their numbers: `check` knows a record's key by its place."""
+        producer = Producer({**self._servers, "linger.ms": 20, "enable.idempotence": True})
         short = len(_record(0, ""))
         padding = "x" * max(0, record_bytes - short)
         for number in range(records):
