@@ -17,7 +17,9 @@ from pipeline.local.broker import KafkaBroker
 from pipeline.local.processes import wait_until
 from tests.bench import latency
 from tests.bench.common import HAND_WRITTEN, PIPELINE, cpu_secs, serving, table
+from tests.bench.flink_floor import Pace
 from tests.bench.flink_memory import growth
+from tests.bench.flink_mended import mended
 from tests.bench.generator import due_count, value
 from tests.bench.latency import Idle, Load, Run, Timed, match, percentile
 from tests.bench.topics import Topics, WrongResult
@@ -161,6 +163,20 @@ def test_growth_is_that_of_the_line_which_fits_best() -> None:
     assert growth([0, 60, 120], [100, 102, 104]) == pytest.approx(2)
     assert growth([0, 60, 120], [100, 130, 100]) == pytest.approx(0)
     assert growth([60], [100]) == 0
+
+
+def test_what_is_long_due_is_not_made_up_for() -> None:
+    """A job that stood still would else be measured while it hurries."""
+    pace = Pace(1000)
+    assert [pace.due(now) for now in (5, 5.25, 5.25, 5.5)] == [0, 250, 0, 250]
+    assert pace.due(60) == 500
+
+
+def test_only_a_source_of_the_known_form_is_changed() -> None:
+    assert mended("a b c", (("b", "d"),)) == "a d c"
+    for source in ("a c", "b a b"):
+        with pytest.raises(AssertionError, match="another form"):
+            mended(source, (("b", "d"),))
 
 
 def test_processor_time_is_that_of_the_whole_tree() -> None:

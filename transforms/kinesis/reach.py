@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 from transforms.kinesis.shards import SHARD_END
 
+# Where another process has the lease, nobody here asks how far it is, for days.
+_MOST_SEEN = 1000
+
 
 class _Seen(NamedTuple):
-    """Of an answer with records, the first and the last one."""
+    """Of an answer with records, or several, the first and the last one."""
 
     first: int
     first_ms: int
@@ -36,6 +39,10 @@ class Reach:
         self._tip: tuple[int, int] | None = None
         self.target: int | None = None
 
+    def __len__(self) -> int:
+        """How many answers it tells apart."""
+        return len(self._seen)
+
     def note(self, messages: Sequence[Any], position: int, behind_ms: int, asked_ms: int) -> None:
         """Take in an answer.
 
@@ -49,6 +56,8 @@ class Reach:
             if messages:
                 first, last = messages[0], messages[-1]
                 self._seen.append(_Seen(first.number, first.ms, last.number, last.ms))
+                if len(self._seen) > _MOST_SEEN:
+                    self._coarsen()
             self._position, self._behind_ms = position, behind_ms
             if behind_ms == 0 or position == SHARD_END:
                 self._tip = (position, asked_ms)
@@ -82,6 +91,13 @@ class Reach:
         """When there was nothing behind a position; 0 if that is not known."""
         with self._lock:
             return self._tip[1] if self._tip and position >= self._tip[0] else 0
+
+    def _coarsen(self) -> None:
+        """Take two answers for one: times between them are told as that of the first or last."""
+        seen = [*self._seen]
+        pairs = zip(seen[::2], seen[1::2])
+        joined = [_Seen(*a[:2], *b[2:]) for a, b in pairs]
+        self._seen = deque(joined + seen[len(joined) * 2 :])
 
     def _pass(self, position: int) -> None:
         while self._seen and self._seen[0].last < position:

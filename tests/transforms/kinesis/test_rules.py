@@ -338,6 +338,20 @@ def test_an_idle_shard_is_at_its_end() -> None:
     assert (reach.behind_ms(0), reach.target, reach.reached_ms(0)) == (0, 0, 20)
 
 
+def test_a_shard_that_nobody_asks_about_takes_no_more_memory() -> None:
+    """In a job its lease is another worker's mostly. What came lately is told to the answer."""
+    reach = Reach()
+    for number in range(0, 100_000, 2):
+        reach.note(_messages((number, number), (number + 1, number + 1)), NUMBER + number + 2, 0, 1)
+    assert len(reach) <= 1000
+    assert 0 <= reach.arrival_ms(NUMBER + 50_000) <= 50_000
+    assert 0 < reach.behind_ms(NUMBER + 50_000) <= 100_000
+    for number in range(99_900, 100_000, 2):
+        assert reach.arrival_ms(NUMBER + number) == number - 1
+        assert reach.behind_ms(NUMBER + number) == 99_999 - number
+    assert reach.behind_ms(NUMBER + 100_000) == 0
+
+
 def test_records_of_an_answer() -> None:
     answer = {
         "SequenceNumber": str(SEQUENCE),
