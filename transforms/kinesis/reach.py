@@ -39,8 +39,9 @@ class Reach:
         self._tip: tuple[int, int] | None = None
         self.target: int | None = None
 
-    def __len__(self) -> int:
-        """How many answers it tells apart."""
+    @property
+    def answers(self) -> int:
+        """How many it tells apart."""
         return len(self._seen)
 
     def note(self, messages: Sequence[Any], position: int, behind_ms: int, asked_ms: int) -> None:

@@ -55,7 +55,9 @@ class Ahead:
         self._parts: deque[tuple[int, int, int]] = deque()
         self.records = self.bytes = 0
 
-    def __len__(self) -> int:
+    @property
+    def parts(self) -> int:
+        """How many there are."""
         return len(self._parts)
 
     def clear(self) -> None:
