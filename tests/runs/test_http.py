@@ -232,6 +232,8 @@ def test_a_halt_and_a_back_off_are_seen(broker: KafkaBroker, names: Names) -> No
             lambda each: (
                 ("RetryAttemptsExhausted", "1", topics.source) in each["partition_halted"]
                 and each["partitions"][("backing_off",)] == 1
+                # What is answered is not committed yet.
+                and each["partitions"][("idle",)] == 1
                 and total(each, "answered_records_total") == 25
                 and each["offset_lag_max_records"][(topics.source,)] == 20
             )

@@ -582,8 +582,10 @@ class Invoker:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is under way, in line, or waits for its next call."""
-        lines = self._ready, self._waits, self._held, self._parked
-        return not (self._working or any(lines))
+        # What moves from one line to another just now would be seen in neither without the lock.
+        with self._changed:
+            lines = self._ready, self._waits, self._held, self._parked
+            return not (self._working or any(lines))
 
     @property
     def trouble(self) -> Trouble:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -420,6 +421,23 @@ def test_shorter_waits_end_first(ahead: bool) -> None:
 
 
 # -- how many at once ---------------------------------------------------------------------
+
+
+def test_what_is_tried_again_is_work_at_every_moment() -> None:
+    """A run that is to end asks; on its way from one line to another a batch was in none of them,
+    and the run ended with 0 before it was answered."""
+    function = Function(lambda batch, call: _failed(Kind.TRANSIENT))
+    before = sys.getswitchinterval()
+    with _running(function, False) as invoker:
+        invoker.submit([_batch(A, 0)])
+        sys.setswitchinterval(1e-6)
+        try:
+            until = time.monotonic() + 2
+            while time.monotonic() < until:
+                assert all(invoker.has_work for _ in range(100))
+        finally:
+            sys.setswitchinterval(before)
+    assert len(function.calls) > 10
 
 
 @both_ways
