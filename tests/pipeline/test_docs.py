@@ -220,7 +220,7 @@ def test_every_option_is_on_the_page() -> None:
 
 
 # Of ./run.sh bench.
-BENCHS = {"latency", "only", "quick", "records", "repeat", "streams"}
+BENCHS = {"latency", "mended", "only", "quick", "records", "repeat", "streams"}
 
 
 @parametrize_pages
