@@ -8,7 +8,8 @@ which gives its work back at once; a keyed step, which keeps what comes and lets
 step for what is done. But the reader makes up a chunk of as many bytes as records have become due
 since its last one, nobody looks into it, and nothing is called, written or committed. What its
 processes use of the processor is Beam's and Flink's, and is told for each of the records that the
-bytes would have been.
+bytes would have been. Flink tells what has come up to some ten seconds late, so a short time says
+little.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam import coders
-from apache_beam.io.restriction_trackers import OffsetRange, OffsetRestrictionTracker
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.transforms.core import RestrictionProvider
 from apache_beam.transforms.userstate import (
     BagRuntimeState,
     BagStateSpec,
@@ -42,6 +41,7 @@ from pipeline.submit.flink_metrics import get_json, job_counters
 from pipeline.submit.streaming import runner_options
 from tests.bench.common import CREDENTIALS
 from tests.bench.flink import flink_options, jvm_secs_of, python_secs_of
+from tests.servers.flink_job import FROM_THE_FIRST_ON
 
 _PARTITIONS = 4
 _CHUNK_RECORDS = 1000
@@ -49,7 +49,6 @@ _BAG_CHUNKS = 8
 _COLLECT_SECS = 0.1
 _START_SECS = 120.0
 _WARM_UP_SECS = 30.0
-_NO_END = 2**62
 
 Pair = tuple[str, bytes]
 
@@ -73,26 +72,6 @@ class Pace:
         return records
 
 
-class _Provider(RestrictionProvider):
-    def initial_restriction(self, element: str) -> OffsetRange:
-        return OffsetRange(0, _NO_END)
-
-    def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
-        return _Tracker(restriction)
-
-    def restriction_size(self, element: str, restriction: OffsetRange) -> float:
-        return 1.0
-
-
-class _Tracker(OffsetRestrictionTracker):
-    def is_bounded(self) -> bool:
-        return False
-
-    def check_done(self) -> None:
-        pass
-
-
-_PROVIDER = _Provider()
 # Of this process: a key is read here as long as the job is not restored.
 _paces: dict[str, Pace] = {}
 
@@ -107,7 +86,7 @@ class _ReadFn(beam.DoFn):
     def process(
         self,
         element: str,
-        tracker: Any = beam.DoFn.RestrictionParam(_PROVIDER),
+        tracker: Any = FROM_THE_FIRST_ON,
     ) -> Iterator[Pair]:
         given = tracker.current_restriction().start
         pace = _paces.setdefault(element, Pace(self._rate))
@@ -197,10 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The workers' environment is that of the process that starts the pool.
     os.environ |= CREDENTIALS
     with FlinkCluster(job_server=True) as cluster:
-        ours = ("--kafka_reader", "--runner")
-        given = [each for each in flink_options(cluster, "native") if not each.startswith(ours)]
+        # The reader is the pipeline's own option, and not Beam's.
+        given = [each for each in flink_options(cluster, "native") if "kafka_reader" not in each]
         words = runner_options("PortableRunner", [*given, *options.flink_option], bounded=False)
-        pipeline = beam.Pipeline(options=PipelineOptions(["--runner=PortableRunner", *words]))
+        pipeline = beam.Pipeline(options=PipelineOptions(words))
         build(pipeline, options.rate, options.record_bytes)
         pipeline.run()
         cluster.rest.wait_for_job()

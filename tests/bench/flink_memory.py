@@ -38,7 +38,7 @@ _PARTITIONS = 4
 _JVM, _POOL = "taskmanager-1", "worker-pool"
 
 Sizes = Mapping[str, float]
-"""By process, its resident memory in MB."""
+"""In MB: each process's resident memory, what lives in the heap, and the last checkpoint."""
 
 
 def growth(times_secs: Sequence[float], sizes_mb: Sequence[float]) -> float:
@@ -82,7 +82,7 @@ def _checkpoint_mb(cluster: FlinkCluster, job: str) -> float:
 
 
 def sizes(cluster: FlinkCluster, job: str) -> dict[str, float]:
-    """What the cluster's processes hold that run the job's steps.
+    """What the cluster's processes hold that run the job's steps, and the job's last checkpoint.
 
     Raises:
         AssertionError: The TaskManager has ended.

@@ -219,7 +219,7 @@ def test_every_option_is_on_the_page() -> None:
     assert re.findall(r"^### `--(\w+)`$", page, re.MULTILINE) == list(OPTIONS)
 
 
-# Of ./run.sh bench.
+# Of ./run.sh bench, and of what stands beside it in tests/bench.
 BENCHS = {"latency", "mended", "only", "quick", "records", "repeat", "streams"}
 
 

@@ -79,17 +79,18 @@ class _EndlessTracker(OffsetRestrictionTracker):
 
 
 class _Offsets(RestrictionProvider):
-    def initial_restriction(self, element: Partition) -> OffsetRange:
+    def initial_restriction(self, element: Any) -> OffsetRange:
         return OffsetRange(0, _FOR_EVER)
 
     def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
         return _EndlessTracker(restriction)
 
-    def restriction_size(self, element: Partition, restriction: OffsetRange) -> int:
+    def restriction_size(self, element: Any, restriction: OffsetRange) -> int:
         return 1
 
 
-_OFFSETS = beam.DoFn.RestrictionParam(_Offsets())
+FROM_THE_FIRST_ON = beam.DoFn.RestrictionParam(_Offsets())
+"""The offsets of what has no end; any element's."""
 
 
 class ReadPartitionFn(beam.DoFn):
@@ -119,7 +120,7 @@ class ReadPartitionFn(beam.DoFn):
     def process(
         self,
         element: Partition,
-        tracker: Any = _OFFSETS,
+        tracker: Any = FROM_THE_FIRST_ON,
     ) -> Iterator[tuple[Partition, tuple[int, ...]]]:
         # Flink calls a reader back at once, whatever it asked for, only when the job is drained.
         if time.monotonic() < self._back_at.pop(element, 0.0) - _IDLE_SECS / 2:

@@ -226,10 +226,12 @@ def parse_reply(
     if body != made and body.translate(None, _WHITE_SPACE) != made.translate(None, _WHITE_SPACE):
         return _raw_payloads(body)
     texts = made[len(_OPENING) : -len(_END)].split(_BETWEEN)
-    # The payloads are between these, unless one of them has the same in it.
+    # The payloads are between these, unless one of them has the same in it, or an entry has more.
     if len(texts) == len(entries) and all(len(entry) == 1 for entry in entries):
         return texts
-    return [orjson.dumps(payload) for payload in payloads]
+    # The newline is there to be cut off: what orjson returns is the head of a 4 KiB block that it
+    # would keep from being used again for as long as the result is held; the copy is not.
+    return [orjson.dumps(payload, option=orjson.OPT_APPEND_NEWLINE)[:-1] for payload in payloads]
 
 
 def _misfit(

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from transforms.kinesis.shards import SHARD_END
 
-# Where another process has the lease, nobody here asks how far it is, for days.
+# So many answers are told apart at most: where another process has the lease, nobody here asks,
+# and so lets go of them, for days.
 _MOST_SEEN = 1000
 
 

@@ -50,7 +50,8 @@ class Ahead:
     """
 
     def __init__(self, limits: ReadAhead) -> None:
-        self._least = ReadAhead(limits.records // _PARTS, limits.bytes // _PARTS)
+        self._part_records = limits.records // _PARTS
+        self._part_bytes = limits.bytes // _PARTS
         # Where each part ends, its records and bytes.
         self._parts: deque[tuple[int, int, int]] = deque()
         self.records = self.bytes = 0
@@ -71,8 +72,9 @@ class Ahead:
         self.bytes += bytes
         if self._parts:
             _, some, size = self._parts[-1]
-            if some + records <= self._least.records and size + bytes <= self._least.bytes:
-                self._parts[-1] = position, some + records, size + bytes
+            some, size = some + records, size + bytes
+            if some <= self._part_records and size <= self._part_bytes:
+                self._parts[-1] = position, some, size
                 return
         self._parts.append((position, records, bytes))
 

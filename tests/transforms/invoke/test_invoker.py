@@ -420,9 +420,6 @@ def test_shorter_waits_end_first(ahead: bool) -> None:
     assert function.of(A) == [(0, 0), (0, 0)]
 
 
-# -- how many at once ---------------------------------------------------------------------
-
-
 def test_what_is_tried_again_is_work_at_every_moment() -> None:
     """A run that is to end asks; on its way from one line to another a batch was in none of them,
     and the run ended with 0 before it was answered."""
@@ -438,6 +435,9 @@ def test_what_is_tried_again_is_work_at_every_moment() -> None:
         finally:
             sys.setswitchinterval(before)
     assert len(function.calls) > 10
+
+
+# -- how many at once ---------------------------------------------------------------------
 
 
 @both_ways
