@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -16,6 +18,7 @@ from tests.sink import (
     SAME_MEMBER,
     Invocation,
     Partition,
+    Topics,
     answered,
     assert_answers_match,
     assert_caught_up,
@@ -25,6 +28,7 @@ from tests.sink import (
     assert_rising,
     by_partition,
     invocations,
+    load,
     numbered,
     run,
     serve,
@@ -33,6 +37,8 @@ from tests.sink import (
 
 PARTITIONS = 4
 KILLS = 10
+MOMENTS = 6
+"""And for a longer one: `be_killed_at_any_moment` with 50."""
 
 
 @pytest.mark.slow
@@ -107,6 +113,63 @@ def _assert_something_happened(
     """The kills hit what they were meant to hit: some of the work was done, some not yet."""
     assert len({tuple(offsets.values()) for offsets in committed}) >= KILLS // 2
     assert sum(len(call.offsets) for call in calls) > PARTITIONS * 5000
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_nothing_is_committed_that_is_not_written(
+    broker: KafkaBroker, names: Names
+) -> None:
+    met = be_killed_at_any_moment(broker, names, MOMENTS, seed=7)
+    assert met["written and not committed"], met
+
+
+def be_killed_at_any_moment(
+    broker: KafkaBroker, names: Names, kills: int, seed: int
+) -> Counter[str]:
+    """Killed so many times while records come all the time and rounds wait for their results.
+
+    Returns:
+        In how many kills a call was under way, records were answered whose response was not
+        written yet, and responses were written that were not committed yet.
+    """
+    chance = random.Random(seed)
+    met: Counter[str] = Counter()
+    topics = Topics(
+        broker,
+        names,
+        partitions=PARTITIONS,
+        batch_size=10,
+        kafka_config_file=SAME_MEMBER,
+        until="forever",
+    )
+    source, responses, group = topics.source, topics.responses, topics.group
+    known: dict[Partition, int] = {}
+    with load(topics, PARTITIONS):
+        for _ in range(kills):
+            # A round waits for calls that take less than 10 ms.
+            faults = [slow(0.005, times=None)]
+            with serve(faults=faults) as server, topics.start(server) as sink:
+                sink.until(lambda server=server: invocations(server), "no calls")
+                time.sleep(chance.random() * 0.5)
+                now = time.monotonic()
+                sink.kill()
+            assert_exactly_once(broker, group, [source], responses, crashed=True)
+            committed, written = _committed(broker, group, source), answered(broker, responses)
+            assert all(committed[key] >= offset for key, offset in known.items())
+            known = committed
+            calls = invocations(server)
+            replied = {(*c.key, offset) for c in calls if c.ended < now for offset in c.offsets}
+            met["called"] += any(call.started <= now < call.ended for call in calls)
+            met["answered and not written"] += not replied <= set(written)
+            met["written and not committed"] += any(
+                offset >= committed[topic, partition] for topic, partition, offset in written
+            )
+    with serve() as server:
+        topics.run(server, until="caught_up")
+    topics.assert_caught_up()
+    assert_exactly_once(broker, group, [source], responses, crashed=True)
+    assert not topics.missing()
+    return met
 
 
 @pytest.mark.slow
