@@ -18,7 +18,7 @@ import socket
 import ssl
 import zlib
 from base64 import b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 import urllib3
 import urllib3.exceptions as http_errors
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.util import parse_url
+from urllib3.util import parse_url, wait_for_read, wait_for_write
 
 # A reply of up to so many bytes is read at once.
 _READ_BYTES = 64 * 1024
@@ -217,18 +217,18 @@ class _Connection(HTTPConnection):
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
         chunks = iter(body)
-        self.sock.settimeout(self._send_secs)
+        waiting = _Waiting(self.sock, self._send_secs)
         # In one go: two packets may wait for each other.
-        self._send(head + next(chunks, b""))
+        self._send(waiting, head + next(chunks, b""))
         for chunk in chunks:
-            self._send(chunk)
+            self._send(waiting, chunk)
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, waiting: _Waiting, data: bytes) -> None:
         rest = memoryview(data)
         try:
             # Not `sendall`, whose time is for all of it, however long that takes on its way.
             while rest:
-                rest = rest[self.sock.send(rest) :]
+                rest = rest[waiting.send(rest) :]
         except TimeoutError as error:
             raise SendTimeoutError(f"nothing was taken for {self._send_secs:g} s") from error
 
@@ -240,9 +240,7 @@ class _Connection(HTTPConnection):
 
     def read(self) -> Response:
         """Read a reply to its end."""
-        if self.sock.gettimeout() != self.timeout:
-            self.sock.settimeout(self.timeout)
-        reader: Any = io.BufferedReader(_Received(self.sock), _READ_BYTES)
+        reader: Any = io.BufferedReader(_Received(_Waiting(self.sock, self.timeout)), _READ_BYTES)
         with reader:
             return _read_plain(reader) or self._read_any(reader)
 
@@ -322,10 +320,53 @@ def _read_plain(reader: io.BufferedReader) -> Response | None:
     return Response(int(head[1]), headers, body)
 
 
+class _Waiting:
+    """A socket that is waited for only when it has nothing to give, or takes nothing.
+
+    A socket with a timeout is looked at before each time it is asked. To look lets go of the
+    interpreter, and to get it back takes up to a millisecond where others are at work.
+
+    Args:
+        sock: The socket; TLS inside of TLS waits by itself.
+        secs: How long each time; None for ever.
+
+    Raises:
+        TimeoutError: That was not long enough.
+    """
+
+    def __init__(self, sock: Any, secs: float | None) -> None:
+        self._sock = sock
+        self._secs = secs
+        timeout = 0.0 if isinstance(sock, socket.socket) else secs
+        if sock.gettimeout() != timeout:
+            sock.settimeout(timeout)
+
+    def send(self, data: memoryview) -> int:
+        """Send some of it; how much."""
+        return self._ask(self._sock.send, data, wait_for_write)
+
+    def recv_into(self, buffer: Any) -> int:
+        """Receive some bytes; how many, 0 at the end."""
+        return self._ask(self._sock.recv_into, buffer, wait_for_read)
+
+    def _ask(self, ask: Callable[[Any], int], data: Any, wait: Callable[..., bool]) -> int:
+        while True:
+            try:
+                return ask(data)
+            except BlockingIOError:
+                ready = wait(self._sock, self._secs)
+            except ssl.SSLWantReadError:
+                ready = wait_for_read(self._sock, self._secs)
+            except ssl.SSLWantWriteError:
+                ready = wait_for_write(self._sock, self._secs)
+            if not ready:
+                raise TimeoutError("timed out")
+
+
 class _Received(io.RawIOBase):
     """What a socket receives, until it has taken too long since the first of it."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: _Waiting) -> None:
         self._sock = sock
         self._until = math.inf
 
