@@ -42,7 +42,7 @@ _LOGGER = logging.getLogger(__name__)
 _POLL_SECS, _EAGER_SECS = 0.1, 0.01
 _BEAT_SECS = 10.0
 _EAGER_POLLS = 1_000
-_SESSION_MS, _HEARTBEAT_MS = 45_000, 1_000
+_SESSION_MS, _HEARTBEAT_MS = 45_000, 300
 _METADATA_MS = 2_000
 # Of librdkafka; within it a member that was asked for partitions must have let go of them.
 _POLL_INTERVAL_MS = 300_000
