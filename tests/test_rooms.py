@@ -40,6 +40,7 @@ RULES = (
     "transforms/original.py",
     "transforms/names.py",
     "transforms/source.py",
+    "transforms/spread.py",
     "transforms/write/formats.py",
 )
 

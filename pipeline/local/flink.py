@@ -275,6 +275,10 @@ class FlinkRest:
         """
         return {task["name"]: task for task in self.get(f"/jobs/{job}")["vertices"]}
 
+    def subtasks(self, job: str, task: str) -> list[dict[str, float]]:
+        """Per subtask of a task its metrics, which are named as those of `tasks`."""
+        return [each["metrics"] for each in self.get(f"/jobs/{job}/vertices/{task}")["subtasks"]]
+
     def metrics(self, job: str, task: str, pattern: str) -> dict[str, float]:
         """Metrics of a task, Flink's and Beam's, summed over its subtasks.
 

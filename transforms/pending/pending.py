@@ -16,6 +16,7 @@ import uuid
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import apache_beam as beam
@@ -70,6 +71,10 @@ from transforms.records import (
     Records,
     halt_name,
 )
+from transforms.spread import place_of, salt_of
+
+SaltedKey = tuple[int, str, int, int]
+"""A lane's key as runners see it, behind its salt; see `transforms.spread`."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -83,6 +88,10 @@ _YOUNG_SECS = 1.0
 # Bytes of one key's batches that may wait in memory; above it the input has to wait too. The native
 # reader stops long before, so that a stuck partition does not stop the others.
 _KEY_BYTES = 64 * 2**20
+# What Beam takes for it.
+_KEY_CODER = coders.TupleCoder(
+    (coders.VarIntCoder(), coders.StrUtf8Coder(), coders.VarIntCoder(), coders.VarIntCoder())
+)
 
 
 class BatchAndInvoke(beam.PTransform):
@@ -108,7 +117,7 @@ class BatchAndInvoke(beam.PTransform):
     def expand(
         self, chunks: beam.PCollection[tuple[LaneKey, RecordChunk]]
     ) -> beam.PCollection[Finished]:
-        packed = beam.Map(_pack).with_output_types(tuple[LaneKey, bytes])
+        packed = beam.Map(pack).with_output_types(tuple[SaltedKey, bytes])
         pending = beam.ParDo(_PendingFn(self._batch, self._invoke)).with_output_types(Finished)
         return chunks | "Pack" >> packed | "Pending" >> pending
 
@@ -120,10 +129,16 @@ class BatchAndInvoke(beam.PTransform):
         }
 
 
-def _pack(element: tuple[LaneKey, RecordChunk]) -> tuple[LaneKey, bytes]:
+def pack(element: tuple[LaneKey, RecordChunk]) -> tuple[SaltedKey, bytes]:
     """As bytes from here on: what comes is what is kept, without being encoded again."""
     key, chunk = element
-    return key, encode_chunk(chunk)
+    return _salted(key), encode_chunk(chunk)
+
+
+@lru_cache(100_000)
+def _salted(key: LaneKey) -> SaltedKey:
+    """A lane's key with its salt."""
+    return salt_of(lambda each: _KEY_CODER.encode((each, *key)), place_of(*key)), *key
 
 
 class _Pieces:
@@ -222,7 +237,7 @@ class _PendingFn(beam.DoFn):
 
     def process(
         self,
-        element: tuple[LaneKey, bytes],
+        element: tuple[SaltedKey, bytes],
         place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
         chunks_0: BagRuntimeState = beam.DoFn.StateParam(CHUNKS_0),  # type: ignore[assignment]
         chunks_1: BagRuntimeState = beam.DoFn.StateParam(CHUNKS_1),  # type: ignore[assignment]
@@ -232,7 +247,8 @@ class _PendingFn(beam.DoFn):
         window_end: RuntimeTimer = beam.DoFn.TimerParam(WINDOW_END),  # type: ignore[assignment]
         window: Any = beam.DoFn.WindowParam,
     ) -> Iterator[Finished]:
-        key, data = element
+        salted_key, data = element
+        key = salted_key[1:]
         chunk = decode_chunk(key, data)
         if chunk.start == chunk.next_offset:
             return
@@ -279,7 +295,7 @@ class _PendingFn(beam.DoFn):
     @on_timer(COLLECT)
     def collect(
         self,
-        key: LaneKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
+        salted_key: SaltedKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
         place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
         chunks_0: BagRuntimeState = beam.DoFn.StateParam(CHUNKS_0),  # type: ignore[assignment]
         chunks_1: BagRuntimeState = beam.DoFn.StateParam(CHUNKS_1),  # type: ignore[assignment]
@@ -288,7 +304,7 @@ class _PendingFn(beam.DoFn):
         place = _going_on(place_state)
         if place is None:
             return
-        bags = (chunks_0, chunks_1)
+        key, bags = salted_key[1:], (chunks_0, chunks_1)
         place = self._agree(key, place, bags)
         place = yield from self._emit(key, place, bags)
         self._set(collect, replace(place, collecting=False), place_state)
@@ -296,7 +312,7 @@ class _PendingFn(beam.DoFn):
     @on_timer(DUE)
     def close_due(
         self,
-        key: LaneKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
+        salted_key: SaltedKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
         place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
         chunks_0: BagRuntimeState = beam.DoFn.StateParam(CHUNKS_0),  # type: ignore[assignment]
         chunks_1: BagRuntimeState = beam.DoFn.StateParam(CHUNKS_1),  # type: ignore[assignment]
@@ -305,7 +321,7 @@ class _PendingFn(beam.DoFn):
         place = _going_on(place_state)
         if place is None:
             return
-        bags = (chunks_0, chunks_1)
+        key, bags = salted_key[1:], (chunks_0, chunks_1)
         place = self._agree(key, place, bags)
         pieces = _Pieces(self._share(self._config).open(key))
         before = place.tail
@@ -319,7 +335,7 @@ class _PendingFn(beam.DoFn):
     @on_timer(WINDOW_END)
     def end(
         self,
-        key: LaneKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
+        salted_key: SaltedKey = beam.DoFn.KeyParam,  # type: ignore[assignment]
         place_state: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(PLACE),  # type: ignore[assignment]
         chunks_0: BagRuntimeState = beam.DoFn.StateParam(CHUNKS_0),  # type: ignore[assignment]
         chunks_1: BagRuntimeState = beam.DoFn.StateParam(CHUNKS_1),  # type: ignore[assignment]
@@ -333,7 +349,7 @@ class _PendingFn(beam.DoFn):
         place = _going_on(place_state)
         if place is None:
             return
-        bags = (chunks_0, chunks_1)
+        key, bags = salted_key[1:], (chunks_0, chunks_1)
         place = self._agree(key, place, bags)
         log, pieces = _no_more(place, bags), _Pieces(self._share(self._config).open(key))
         batches = self._batcher.end(key, place.open, pieces, _Early(key, early), log)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic, time
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ from transforms.records import (
     RecordChunk,
     Records,
 )
+from transforms.spread import place_of, salt_of
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -193,6 +194,7 @@ class FoundPartition:
         end: Its next offset when it was found.
         bounded: Whether to stop there.
         asked: If not 0, nothing is to be read: see `Asked`.
+        salt: By which Flink reads partitions on all its subtasks alike; see `salted`.
     """
 
     topic: str
@@ -201,6 +203,7 @@ class FoundPartition:
     end: int
     bounded: bool
     asked: int = 0
+    salt: int = 0
 
     @property
     def key(self) -> PartitionKey:
@@ -324,12 +327,26 @@ class _FoundCoder(FactsCoder):
 
     def facts(self, value: FoundPartition) -> Any:
         positions = number(value.start), number(value.end)
-        more = [value.asked] if value.asked else []
+        more = [value.asked, value.salt]
+        while more and not more[-1]:
+            more.pop()
         return [value.topic, value.partition, *positions, value.bounded, *more]
 
     def value(self, facts: Any) -> FoundPartition:
-        topic, partition, start, end, bounded, asked = [*facts, 0][:6]
-        return FoundPartition(topic, partition, int(start), int(end), bounded, asked)
+        topic, partition, start, end, bounded, asked, salt = [*facts, 0, 0][:7]
+        return FoundPartition(topic, partition, int(start), int(end), bounded, asked, salt)
+
+
+_FOUND_CODER = _FoundCoder()
+
+
+def salted(found: FoundPartition) -> FoundPartition:
+    """The partition with its salt: Flink reads it where a hash of all that it holds says."""
+
+    def make(salt: int) -> bytes:
+        return _FOUND_CODER.encode(replace(found, salt=salt))
+
+    return replace(found, salt=salt_of(make, place_of(*found.key)))
 
 
 class _RangeCoder(FactsCoder):
@@ -471,7 +488,7 @@ class _FindFn(beam.DoFn):
             return
         self._partitions.inc(len(found))
         for key, (start, end) in found.items():
-            yield FoundPartition(*key, start, end, element.bounded)
+            yield salted(FoundPartition(*key, start, end, element.bounded))
         for key, now in asked.items():
             if now and before.asked.get(key) != now:
                 yield FoundPartition(*key, 0, 0, element.bounded, now)

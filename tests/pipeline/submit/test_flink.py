@@ -13,6 +13,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,25 @@ def test_every_record_is_answered_once_and_in_order(
     sink.assert_in_order(sink.invocations(server))
     sink.assert_rising(flink.broker, flink.responses)
     sink.assert_answers_match(flink.broker, [flink.source], flink.responses)
+
+
+def test_subtasks_have_as_many_partitions_each(flink: Flink, server: LambdaServer) -> None:
+    """Of few partitions too: as many are read in each, and as many are worked."""
+    flink.create(4)
+    flink.produce(4, 4000)
+    with flink.start(server, batch_size=1000) as run:
+        flink.wait_committed(run, dict.fromkeys(range(4), 4000))
+        [job] = [job.id for job in flink.rest.running_jobs()]
+
+        def moved(step: str, metric: str) -> list[float]:
+            [task] = [task for name, task in flink.rest.tasks(job).items() if step in name]
+            return [each[metric] for each in flink.rest.subtasks(job, task["id"])]
+
+        for step, metric in (("ReadPartition", "write-bytes"), ("Pending", "read-bytes")):
+            shares = partial(moved, step, metric)
+            wait_until(lambda shares=shares: sum(shares()) > 200_000, f"no {metric} of {step}", 60)
+            few, many = sorted(shares())
+            assert few > 0.7 * many, f"{step}: {few} and {many} bytes"
 
 
 def test_workers_log_in_with_iam(

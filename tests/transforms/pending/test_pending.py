@@ -20,14 +20,13 @@ from hypothesis import strategies as st
 
 from transforms.aws.function import FunctionConfig
 from transforms.batch.batch import BatchConfig
-from transforms.columns import encode_chunk
 from transforms.errors import FunctionConfigError
 from transforms.invoke.handover import LEASE_SECS, Handover
 from transforms.invoke.invoke import InvokeConfig
 from transforms.invoke.invoker import Invoker
 from transforms.invoke.outcome import Kind, Outcome
 from transforms.invoke.retry import Call, RetryPolicy
-from transforms.pending.pending import _PendingFn
+from transforms.pending.pending import SaltedKey, _PendingFn, pack
 from transforms.pending.place import Place, decode_place
 from transforms.records import (
     Batch,
@@ -41,6 +40,7 @@ from transforms.records import (
 )
 
 KEY: LaneKey = ("t", 0, 0)
+SALTED = pack((KEY, RecordChunk(*KEY[:2], 0, 0, Records([], [], [], [], []), True, lane=0)))[0]
 
 
 class State:
@@ -135,7 +135,7 @@ class Worker:
         return sum(len(bag.items) for bag in self.bags)
 
     def take(self, chunk: RecordChunk) -> list[Finished]:
-        element = (chunk.lane_key, encode_chunk(chunk))
+        element = pack((chunk.lane_key, chunk))
         timers = (self.timer, self.due, self.end)
         return list(self.step.process(element, *self.states, *timers, GlobalWindow()))  # type: ignore[arg-type]
 
@@ -143,14 +143,14 @@ class Worker:
         return self.take(_chunk(start, next_offset, first or start == 0))
 
     def collect(self) -> list[Finished]:
-        return list(self.step.collect(KEY, self.place, *self.bags, self.timer))  # type: ignore[arg-type]
+        return list(self.step.collect(SALTED, self.place, *self.bags, self.timer))  # type: ignore[arg-type]
 
     def close_due(self) -> list[Finished]:
-        return list(self.step.close_due(KEY, self.place, *self.bags, self.timer))  # type: ignore[arg-type]
+        return list(self.step.close_due(SALTED, self.place, *self.bags, self.timer))  # type: ignore[arg-type]
 
     def drain(self) -> list[Finished]:
         timers = (self.timer, self.due)
-        return list(self.step.end(KEY, *self.states, *timers))  # type: ignore[arg-type]
+        return list(self.step.end(SALTED, *self.states, *timers))  # type: ignore[arg-type]
 
     @contextmanager
     def failing_bundle(self) -> Iterator[None]:
@@ -211,8 +211,8 @@ def _zero() -> float:
     return 0.0
 
 
-def _packed(start: int, next_offset: int) -> tuple[LaneKey, bytes]:
-    return KEY, encode_chunk(_chunk(start, next_offset, first=start == 0))
+def _packed(start: int, next_offset: int) -> tuple[SaltedKey, bytes]:
+    return pack((KEY, _chunk(start, next_offset, first=start == 0)))
 
 
 def _run(stream: TestStream) -> list[tuple[int, int]]:
@@ -230,7 +230,7 @@ def _run(stream: TestStream) -> list[tuple[int, int]]:
         _ = (
             pipeline
             | stream
-            | beam.Map(_same).with_output_types(tuple[LaneKey, bytes])
+            | beam.Map(_same).with_output_types(tuple[SaltedKey, bytes])
             | beam.ParDo(step).with_output_types(Finished)
             | beam.Map(_collect, token)
         )

@@ -177,6 +177,11 @@ def test_where_the_runner_waits_between_bundles_the_reader_does_not(
             FoundPartition("t", 3, 0, 0, False, 17),
             b'\x01["t",3,0,0,false,17]',
         ),
+        (
+            _FoundCoder(),
+            FoundPartition("t", 3, 5, 9, False, salt=77),
+            b'\x01["t",3,5,9,false,0,77]',
+        ),
         (_FindingCoder(), Finding(True), b"\x01[true,null]"),
         (
             _FindingCoder(),
@@ -202,9 +207,9 @@ def test_what_a_savepoint_has_of_the_reader_is_read_for_ever(
     assert coder.decode(data) == value
     if data.endswith(b"]"):
         # What is as if it were not there is left out at the end.
-        left_out = {_FoundCoder: [0], _FindingCoder: [[]]}.get(type(coder), [])
+        every = {_FoundCoder: [None] * 5 + [0, 0], _FindingCoder: [None] * 2 + [[]]}
         facts = json.loads(data[1:])
-        whole = [*facts, *(left_out if len(facts) in (2, 5) else []), "more"]
+        whole = [*facts, *every.get(type(coder), [])[len(facts) :], "more"]
         assert coder.decode(data[:1] + json.dumps(whole).encode()) == value
     with pytest.raises(StateError, match="the version that wrote"):
         coder.decode(b"\x02" + data[1:])

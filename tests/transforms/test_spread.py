@@ -1,0 +1,88 @@
+"""Keys fall where Flink would have them, and evenly."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transforms.pending.pending import _KEY_CODER, SaltedKey, pack
+from transforms.records import LaneKey, RecordChunk, Records
+from transforms.spread import GROUPS, _hash, _murmur, key_group, place_of
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "group"),
+    [
+        ("00", 31, 123),
+        ("0102ff", 28893, 37),
+        ("7fffffff", 892865, 6),
+        ("80808080808080", 319773791, 64),
+        ("ffffffffffffffffffff", 1842086433, 114),
+        ("0a0574657374730300", -1144001918, 79),
+        ("0b8301066f72646572730300", -552235486, 71),
+    ],
+)
+def test_as_flink_has_it(data: str, code: int, group: int) -> None:
+    """The values are of its own classes: `KeyGroupRangeAssignment.assignToKeyGroup(key, 128)`."""
+    found = _hash(bytes.fromhex(data))
+    assert found == code % 2**32
+    assert _murmur(found) % GROUPS == group
+
+
+def test_a_key_has_its_length_before_it() -> None:
+    assert key_group(bytes.fromhex("8301066f72646572730300")) == 71
+    assert key_group(b"k" * 300) == _murmur(_hash(b"\xac\x02" + b"k" * 300)) % GROUPS
+
+
+def _salted(key: LaneKey) -> SaltedKey:
+    nothing = Records([], [], [], [], [])
+    return pack((key, RecordChunk(*key[:2], 0, 0, nothing, True, lane=key[2])))[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "salt"),
+    [
+        (("orders", 0, 0), 85),
+        (("orders", 1, 0), 13),
+        (("orders", 2, 0), 117),
+        (("orders", 3, 0), 131),
+        (("orders", 3, 9), 4),
+    ],
+)
+def test_a_key_keeps_its_salt(key: LaneKey, salt: int) -> None:
+    """Else the state of a job that goes on with another version would be found no more."""
+    assert _salted(key) == (salt, *key)
+
+
+@given(
+    topic=st.text(max_size=249),
+    first=st.integers(0, 10_000),
+    partitions=st.integers(1, 64),
+    lanes=st.integers(1, 10),
+    subtasks=st.sampled_from([1, 2, 4, 8, 16]),
+)
+def test_each_subtask_gets_as_many(
+    topic: str, first: int, partitions: int, lanes: int, subtasks: int
+) -> None:
+    """The places, not the hash: any partitions of a topic that follow on each other."""
+    owners: Counter[int] = Counter()
+    for partition in range(first, first + partitions):
+        for lane in range(lanes):
+            place = place_of(topic, partition, lane)
+            wanted = int(f"{place % GROUPS:07b}"[::-1], 2)
+            owners[wanted * subtasks // GROUPS] += 1
+    counts = [owners[subtask] for subtask in range(subtasks)]
+    assert max(counts) - min(counts) <= min(partitions, lanes)
+
+
+@pytest.mark.parametrize("subtasks", [2, 3, 4, 6, 8])
+def test_keys_of_a_topic_are_dealt_out_evenly(subtasks: int) -> None:
+    owners: Counter[int] = Counter()
+    for partition in range(24):
+        group = key_group(_KEY_CODER.encode(_salted(("events", partition, 0))))
+        owners[group * subtasks // GROUPS] += 1
+    counts = [owners[subtask] for subtask in range(subtasks)]
+    assert max(counts) - min(counts) <= 1 + (subtasks & (subtasks - 1) != 0)
