@@ -145,10 +145,14 @@ def test_told_to_stop_all_end_what_is_running(broker: KafkaBroker, topics: dict[
             ended = sink.wait()
         assert len(pids) == 3
         assert _all_gone(pids)
+        called = {call.partition: call.offsets[-1] + 1 for call in invocations(server)}
         committed = broker.committed(topics["consumer_group"], topics["topics"])
-        assert ended.summary["committed"] == {
+        assert {partition: committed[partition] for partition in called} == called
+        # A partition on its way from one worker to another is nobody's.
+        told = {
             f"{topics['topics']}-{partition}": offset for partition, offset in committed.items()
         }
+        assert ended.summary["committed"].items() <= told.items()
         server.clear_faults()
         run(broker, server, **topics)
         calls = invocations(server)
