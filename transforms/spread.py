@@ -24,7 +24,9 @@ _BITS = GROUPS.bit_length() - 1
 _FAR_APART = [int(f"{place:0{_BITS}b}"[::-1], 2) for place in range(GROUPS)]
 # One in 128 fits, so 4,000 do not in one case of 10^13.
 _MOST = 4000
-_32_BITS = 2**32 - 1
+_32_BITS, _64_BITS = 2**32 - 1, 2**64 - 1
+# Of MurmurHash3.
+_FIRST, _SECOND = 0x87C37B91114253D5, 0x4CF5AD432745937F
 
 
 def place_of(topic: str, partition: int, lane: int = 0) -> int:
@@ -61,18 +63,40 @@ def _length(size: int) -> bytes:
 
 
 def _hash(data: bytes) -> int:
-    """As a `ByteBuffer` of Java's has it: from its end, bytes with a sign."""
-    code = 1
-    for byte in reversed(data):
-        code = 31 * code + (byte ^ 128) - 128 & _32_BITS
-    return code
+    """As Beam's runner has it: the first 32 bits of MurmurHash3 of 128 bits, the 64-bit form."""
+    first = second = 0
+    whole = len(data) // 16 * 16
+    for at in range(0, whole, 16):
+        first ^= _first_mixed(int.from_bytes(data[at : at + 8], "little"))
+        first = (_rotated(first, 27, 64) + second) * 5 + 0x52DCE729 & _64_BITS
+        second ^= _second_mixed(int.from_bytes(data[at + 8 : at + 16], "little"))
+        second = (_rotated(second, 31, 64) + first) * 5 + 0x38495AB5 & _64_BITS
+    first ^= _first_mixed(int.from_bytes(data[whole : whole + 8], "little")) ^ len(data)
+    second ^= _second_mixed(int.from_bytes(data[whole + 8 :], "little")) ^ len(data)
+    first = first + second & _64_BITS
+    second = second + first & _64_BITS
+    return _finished(first) + _finished(second) & _32_BITS
+
+
+def _first_mixed(block: int) -> int:
+    return _rotated(block * _FIRST & _64_BITS, 31, 64) * _SECOND & _64_BITS
+
+
+def _second_mixed(block: int) -> int:
+    return _rotated(block * _SECOND & _64_BITS, 33, 64) * _FIRST & _64_BITS
+
+
+def _finished(code: int) -> int:
+    code = (code ^ code >> 33) * 0xFF51AFD7ED558CCD & _64_BITS
+    code = (code ^ code >> 33) * 0xC4CEB9FE1A85EC53 & _64_BITS
+    return code ^ code >> 33
 
 
 def _murmur(code: int) -> int:
-    """What Flink makes of a hash: MurmurHash3 of four bytes, without its sign."""
+    """What Flink makes of a hash: MurmurHash3 of its four bytes, without its sign."""
     code = code * 0xCC9E2D51 & _32_BITS
-    code = _rotated(code, 15) * 0x1B873593 & _32_BITS
-    code = _rotated(code, 13) * 5 + 0xE6546B64 & _32_BITS
+    code = _rotated(code, 15, 32) * 0x1B873593 & _32_BITS
+    code = _rotated(code, 13, 32) * 5 + 0xE6546B64 & _32_BITS
     code ^= 4
     code = (code ^ code >> 16) * 0x85EBCA6B & _32_BITS
     code = (code ^ code >> 13) * 0xC2B2AE35 & _32_BITS
@@ -83,5 +107,5 @@ def _murmur(code: int) -> int:
     return (2**32 - code) % 2**31
 
 
-def _rotated(code: int, bits: int) -> int:
-    return (code << bits | code >> 32 - bits) & _32_BITS
+def _rotated(code: int, by: int, bits: int) -> int:
+    return (code << by | code >> bits - by) & ((1 << bits) - 1)
