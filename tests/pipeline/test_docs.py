@@ -220,7 +220,7 @@ def test_every_option_is_on_the_page() -> None:
 
 
 # Of ./run.sh bench, and of what stands beside it in tests/bench.
-BENCHS = {"latency", "mended", "only", "quick", "records", "repeat", "streams"}
+BENCHS = {"flink_option", "latency", "mended", "only", "quick", "records", "repeat", "streams"}
 
 
 @parametrize_pages
