@@ -28,5 +28,6 @@ invocation means), `retry` (what to do next), `window` (states from call to call
 `breaker` (how many invocations at once, and when none), in `write/` `formats` (records to write).
 `invoke/invoker.py` runs those rules on threads. `aws/` and `kafka/` hold the clients. The files
 beside the folders are the ground that all of them stand on; `coding`, `columns` and `facts` say how
-what travels between the steps, and what stays in state, becomes bytes.
+what travels between the steps, and what stays in state, becomes bytes, and `spread` how keys are
+dealt out evenly on Flink.
 """

@@ -38,7 +38,8 @@ def salt_of(make: Callable[[int], bytes], place: int) -> int:
     """The salt for a key.
 
     Args:
-        make: The key's bytes, as the step's coder writes them, with a salt in it.
+        make: The key's bytes with a salt in it, as Beam's runner has them: of a coder that it
+            does not know, behind their length.
         place: See `place_of`.
     """
     wanted = _FAR_APART[place % GROUPS]
@@ -47,19 +48,8 @@ def salt_of(make: Callable[[int], bytes], place: int) -> int:
 
 
 def key_group(key: bytes) -> int:
-    """The key group that Flink finds for a key whose coder Beam's runner does not know: it has the
-    bytes behind their length."""
-    return _murmur(_hash(_length(len(key)) + key)) % GROUPS
-
-
-def _length(size: int) -> bytes:
-    """A length as Beam writes it: seven bits in a byte, the lowest first."""
-    written = bytearray()
-    while size > 127:
-        written.append(size & 127 | 128)
-        size >>= 7
-    written.append(size)
-    return bytes(written)
+    """The key group that Flink finds for a key."""
+    return _murmur(_hash(key)) % GROUPS
 
 
 def _hash(data: bytes) -> int:

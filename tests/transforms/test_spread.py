@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.pending.pending import _KEY_CODER, SaltedKey, pack
-from transforms.records import LaneKey, RecordChunk, Records
+from transforms.pending.pending import _KEY_CODER, salted
+from transforms.records import LaneKey
 from transforms.spread import GROUPS, _hash, _murmur, key_group, place_of
 
 
@@ -35,13 +35,10 @@ def test_as_flink_has_it(data: str, code: int, group: int) -> None:
 
 
 def test_a_key_has_its_length_before_it() -> None:
-    assert key_group(bytes.fromhex("8301066f72646572730300")) == 83
-    assert key_group(b"k" * 300) == _murmur(_hash(b"\xac\x02" + b"k" * 300)) % GROUPS
-
-
-def _salted(key: LaneKey) -> SaltedKey:
-    nothing = Records([], [], [], [], [])
-    return pack((key, RecordChunk(*key[:2], 0, 0, nothing, True, lane=key[2])))[0]
+    key = _KEY_CODER.encode((131, "orders", 3, 0))
+    assert key == bytes.fromhex("0b8301066f72646572730300")
+    assert key_group(key) == 83
+    assert _KEY_CODER.encode((1, "t" * 300, 0, 0)).startswith(b"\xb1\x02\x01\xac\x02ttt")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +53,7 @@ def _salted(key: LaneKey) -> SaltedKey:
 )
 def test_a_key_keeps_its_salt(key: LaneKey, salt: int) -> None:
     """Else the state of a job that goes on with another version would be found no more."""
-    assert _salted(key) == (salt, *key)
+    assert salted(key) == (salt, *key)
 
 
 @given(
@@ -84,7 +81,7 @@ def test_each_subtask_gets_as_many(
 def test_keys_of_a_topic_are_dealt_out_evenly(subtasks: int) -> None:
     owners: Counter[int] = Counter()
     for partition in range(24):
-        group = key_group(_KEY_CODER.encode(_salted(("events", partition, 0))))
+        group = key_group(_KEY_CODER.encode(salted(("events", partition, 0))))
         owners[group * subtasks // GROUPS] += 1
     counts = [owners[subtask] for subtask in range(subtasks)]
     assert max(counts) - min(counts) <= 1 + (subtasks & (subtasks - 1) != 0)

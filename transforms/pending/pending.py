@@ -21,6 +21,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam import coders
+from apache_beam.coders.coders import LengthPrefixCoder
 from apache_beam.transforms.userstate import (
     BagRuntimeState,
     BagStateSpec,
@@ -88,9 +89,11 @@ _YOUNG_SECS = 1.0
 # Bytes of one key's batches that may wait in memory; above it the input has to wait too. The native
 # reader stops long before, so that a stuck partition does not stop the others.
 _KEY_BYTES = 64 * 2**20
-# What Beam takes for it.
-_KEY_CODER = coders.TupleCoder(
-    (coders.VarIntCoder(), coders.StrUtf8Coder(), coders.VarIntCoder(), coders.VarIntCoder())
+# The coder that Beam takes for a `SaltedKey`, as it goes to a runner that does not know it.
+_KEY_CODER = LengthPrefixCoder(
+    coders.TupleCoder(
+        (coders.VarIntCoder(), coders.StrUtf8Coder(), coders.VarIntCoder(), coders.VarIntCoder())
+    )
 )
 
 
@@ -132,11 +135,11 @@ class BatchAndInvoke(beam.PTransform):
 def pack(element: tuple[LaneKey, RecordChunk]) -> tuple[SaltedKey, bytes]:
     """As bytes from here on: what comes is what is kept, without being encoded again."""
     key, chunk = element
-    return _salted(key), encode_chunk(chunk)
+    return salted(key), encode_chunk(chunk)
 
 
 @lru_cache(100_000)
-def _salted(key: LaneKey) -> SaltedKey:
+def salted(key: LaneKey) -> SaltedKey:
     """A lane's key with its salt."""
     return salt_of(lambda each: _KEY_CODER.encode((each, *key)), place_of(*key)), *key
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import apache_beam as beam
 from apache_beam import coders
+from apache_beam.coders.coders import LengthPrefixCoder
 from apache_beam.io.iobase import RestrictionProgress, RestrictionTracker
 from apache_beam.io.restriction_trackers import OffsetRange, OffsetRestrictionTracker
 from apache_beam.io.watermark_estimators import ManualWatermarkEstimator, WalltimeWatermarkEstimator
@@ -337,7 +338,8 @@ class _FoundCoder(FactsCoder):
         return FoundPartition(topic, partition, int(start), int(end), bounded, asked, salt)
 
 
-_FOUND_CODER = _FoundCoder()
+# As it goes to a runner, which does not know the coder.
+_FOUND_CODER = LengthPrefixCoder(_FoundCoder())
 
 
 def salted(found: FoundPartition) -> FoundPartition:

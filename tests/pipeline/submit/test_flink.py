@@ -211,19 +211,6 @@ def test_subtasks_have_as_many_partitions_each(flink: Flink, server: LambdaServe
         for step, metric in (("Read, Key", "write-bytes"), ("Invoke, Write", "read-bytes")):
             shares = partial(moved, step, metric)
             wait_until(lambda shares=shares: sum(shares()) > 200_000, f"no {metric} of {step}", 60)
-            print(
-                step,
-                [
-                    (
-                        name[:60],
-                        [
-                            (round(e["read-bytes"]), round(e["write-bytes"]))
-                            for e in flink.rest.subtasks(job, t["id"])
-                        ],
-                    )
-                    for name, t in flink.rest.tasks(job).items()
-                ],
-            )
             few, many = sorted(shares())
             assert few > 0.7 * many, f"{step}: {few} and {many} bytes"
 

@@ -26,7 +26,7 @@ from transforms.invoke.invoke import InvokeConfig
 from transforms.invoke.invoker import Invoker
 from transforms.invoke.outcome import Kind, Outcome
 from transforms.invoke.retry import Call, RetryPolicy
-from transforms.pending.pending import SaltedKey, _PendingFn, pack
+from transforms.pending.pending import SaltedKey, _PendingFn, pack, salted
 from transforms.pending.place import Place, decode_place
 from transforms.records import (
     Batch,
@@ -40,7 +40,7 @@ from transforms.records import (
 )
 
 KEY: LaneKey = ("t", 0, 0)
-SALTED = pack((KEY, RecordChunk(*KEY[:2], 0, 0, Records([], [], [], [], []), True, lane=0)))[0]
+SALTED = salted(KEY)
 
 
 class State:
