@@ -250,11 +250,6 @@ class Batch:
         """Size of the whole batch as a payload, in bytes."""
         return self.frame.payload_bytes(sum(map(len, self.entries)), len(self.entries))
 
-    @property
-    def held_bytes(self) -> int:
-        """About what it holds, in bytes: the records as Kafka had them, and their entries."""
-        return self.payload_bytes + self.records.held_bytes
-
     def __len__(self) -> int:
         return len(self.entries)
 

@@ -106,6 +106,15 @@ class _Prepared:
     """By the clock, and by the timer, which stands still while a machine is suspended."""
 
 
+@dataclass(frozen=True, slots=True)
+class _HandedOver:
+    """A batch that has not ended, when it was handed over, by the timer, and what it holds."""
+
+    batch: Batch
+    since: float
+    bytes: int
+
+
 @dataclass(slots=True, eq=False)
 class _Partition:
     """The lanes of a partition, which stop together."""
@@ -127,11 +136,9 @@ class _Queue:
 
     key: LaneKey
     partition: _Partition
-    batches: deque[Batch] = field(default_factory=deque)
-    since: deque[float] = field(default_factory=deque)
-    """When each of the batches was handed over, by the timer."""
-    waited_since: float | None = None
-    """The same of the one that is being worked on, before its first call."""
+    batches: deque[_HandedOver] = field(default_factory=deque)
+    head: _HandedOver | None = None
+    """The one that is being worked on."""
     delivery: Delivery | None = None
     steps: Generator[Step, Outcome | None, None] | None = None
     prepared: _Prepared | None = None
@@ -148,9 +155,15 @@ class _Queue:
 
     def drop(self) -> None:
         """Forget the batches that have not begun."""
-        BOOKS.count(RELEASED, sum(map(len, self.batches)), self.key[0])
+        BOOKS.count(RELEASED, sum(len(each.batch) for each in self.batches), self.key[0])
         self.batches.clear()
-        self.since.clear()
+        self.hold()
+
+    def hold(self) -> None:
+        """Hold what has not begun, and what is being worked on."""
+        held = [*self.batches, *([self.head] if self.head else [])]
+        self.records = sum(len(each.batch) for each in held)
+        self.bytes = sum(each.bytes for each in held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,12 +293,13 @@ class Invoker:
                 if queue is None:
                     queue = _Queue(batch.lane_key, partition, window=self._no_window())
                     partition.lanes[batch.lane] = queue
-                queue.batches.append(batch)
-                queue.since.append(self._timer())
-                records, size = _size(batch)
-                if records:
+                # What it holds is added up once: it takes as long as to make a request of it.
+                payload_bytes = batch.payload_bytes
+                size = payload_bytes + batch.records.held_bytes
+                queue.batches.append(_HandedOver(batch, self._timer(), size))
+                if records := len(batch):
                     TALLY.observe(BATCH_RECORDS, records)
-                    TALLY.observe(BATCH_BYTES, batch.payload_bytes)
+                    TALLY.observe(BATCH_BYTES, payload_bytes)
                 queue.records += records
                 queue.bytes += size
                 self._schedule(queue)
@@ -375,10 +389,7 @@ class Invoker:
 
     def _abandon(self, queue: _Queue) -> None:
         queue.drop()
-        queue.records = queue.bytes = 0
-        if queue.delivery:
-            queue.abandoned = True
-            queue.records, queue.bytes = _size(queue.delivery.batch)
+        queue.abandoned = queue.delivery is not None
         for line in (self._ready, self._parked):
             if queue in line:
                 line.remove(queue)
@@ -738,9 +749,8 @@ class Invoker:
 
     def _start(self, queue: _Queue) -> None:
         """Begin with a queue's next batch. Holds the lock."""
-        batch = queue.batches.popleft()
-        queue.waited_since = queue.since.popleft()
-        window = queue.window
+        queue.head = queue.batches.popleft()
+        batch, window = queue.head.batch, queue.window
         queue.delivery = Delivery(batch, self._policy, self._clock, self._random, window)
         queue.counted = CallStats()
         queue.steps = queue.delivery.steps()
@@ -768,7 +778,7 @@ class Invoker:
                     return None
                 begun = self._begin()
                 queue.called = next(self._order)
-            self._tally_begin(queue, delivery.batch)
+            self._tally_begin(queue, delivery)
             outcome = self._invoke(queue, delivery, step, begun)
             call, step = step, _send(steps, outcome)
             self._count(queue, delivery, outcome)
@@ -848,16 +858,15 @@ class Invoker:
         self._usual_secs += (took_secs - self._usual_secs) / 8
         return self._ended(batch, call, outcome, begun)
 
-    def _tally_begin(self, queue: _Queue, batch: Batch) -> None:
-        """The first call of a batch begins."""
-        if queue.waited_since is not None:
-            TALLY.observe(BATCH_WAIT, self._timer() - queue.waited_since)
-            queue.waited_since = None
-            if not len(batch):
-                return
-            stamp = batch.records.timestamps[-1]
-            if stamp != NO_TIMESTAMP:
-                TALLY.observe(ITERATOR_AGE, max(0.0, self._clock() - stamp / 1000))
+    def _tally_begin(self, queue: _Queue, delivery: Delivery) -> None:
+        """A call begins; what waited counts with the first one of a batch."""
+        if delivery.finished.stats.invocations:
+            return
+        assert queue.head
+        TALLY.observe(BATCH_WAIT, self._timer() - queue.head.since)
+        batch = delivery.batch
+        if len(batch) and (stamp := batch.records.timestamps[-1]) != NO_TIMESTAMP:
+            TALLY.observe(ITERATOR_AGE, max(0.0, self._clock() - stamp / 1000))
 
     def _tally_end(self, topic: str, records: int, outcome: Outcome, took_secs: float) -> None:
         """A call with so many records has ended."""
@@ -877,7 +886,7 @@ class Invoker:
             crowd = self._working + len(self._ready) > self._limit.allowed
             if crowd or self._ending or not queue.batches:
                 return
-            batch = queue.batches[0]
+            batch = queue.batches[0].batch
         if not len(batch) or batch.rejection:
             # It is finished without a call.
             return
@@ -1023,9 +1032,10 @@ class Invoker:
         queue.scheduled = False
         if self._tell_ended:
             self._tell_ended(batch, finished)
-        records, size = _size(batch)
-        queue.records -= records
-        queue.bytes -= size
+        assert queue.head
+        queue.records -= len(batch)
+        queue.bytes -= queue.head.bytes
+        queue.head = None
         self._done_batches += 1
         if queue.abandoned:
             queue.abandoned = False
@@ -1079,7 +1089,6 @@ class Invoker:
         for queue in queues:
             queue.drop()
             queue.prepared = None
-            queue.records, queue.bytes = _size(queue.delivery.batch) if queue.delivery else (0, 0)
         for queue in idle:
             queue.scheduled = queue.waiting = False
             queue.due = None
@@ -1133,15 +1142,11 @@ def _first_ms(queue: _Queue) -> int:
     done, head = 0, []
     if queue.delivery:
         done, head = queue.delivery.finished.next_offset, [queue.delivery.batch]
-    for batch in itertools.chain(head, queue.batches):
+    for batch in itertools.chain(head, (each.batch for each in queue.batches)):
         place = bisect_left(batch.records.offsets, done)
         if place < len(batch.records):
             return batch.records.timestamps[place]
     return NO_TIMESTAMP
-
-
-def _size(batch: Batch) -> tuple[int, int]:
-    return len(batch), batch.held_bytes
 
 
 def _is_stuck(queue: _Queue) -> bool:
