@@ -16,7 +16,7 @@ from itertools import pairwise
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from pipeline.signals import DONE, HALTED, stop_on_signals, tune_interpreter
+from pipeline.signals import DONE, HALTED, stop_on_signals
 from pipeline.watch import logs
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def _run(resolved: Resolved, started: float) -> int:
         from pipeline.run.rounds import Rounds
         from pipeline.run.status import Status
         from pipeline.watch.progress import Progress, print_summary
+        from transforms.interpreter import tune_interpreter
 
     config = resolved.config
     assert config

@@ -18,11 +18,12 @@ from pipeline.options.resolve import Parser
 from pipeline.options.resolve import resolve as resolve_options
 from pipeline.redrive.run import Redrive
 from pipeline.run.status import Status
-from pipeline.signals import DONE, HALTED, stop_on_signals, tune_interpreter
+from pipeline.signals import DONE, HALTED, stop_on_signals
 from pipeline.watch import logs
 from pipeline.watch.logs import say
 from pipeline.watch.progress import Progress, halted_text, summary
 from transforms.errors import UsageError
+from transforms.interpreter import tune_interpreter
 from transforms.kafka.offsets import SourceConfig
 from transforms.redrive.selection import Selection
 from transforms.redrive.steps import RedriveConfig

@@ -44,6 +44,7 @@ from transforms.batch.batch import (
     is_open,
 )
 from transforms.columns import decode_chunk, encode_chunk
+from transforms.interpreter import set_up_worker
 from transforms.invoke.handover import Handover, Marked
 from transforms.invoke.invoke import (
     HALTS,
@@ -237,6 +238,9 @@ class _PendingFn(beam.DoFn):
         self._handed_over_again = metrics.counter("invoke", "handed_over_again")
         self._left = metrics.counter("invoke", "left_by_a_drain")
         self._iterator_age_ms = metrics.distribution("invoke", "iterator_age_ms")
+
+    def setup(self) -> None:
+        set_up_worker()
 
     def process(
         self,

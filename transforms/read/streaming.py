@@ -29,6 +29,7 @@ from apache_beam.utils.timestamp import Duration, Timestamp
 
 from transforms.coding import FactsCoder
 from transforms.facts import number
+from transforms.interpreter import set_up_worker
 from transforms.per_process import per_process
 from transforms.records import (
     EVERY_LANE,
@@ -544,6 +545,9 @@ class _ReadFn(beam.DoFn):
         self._lost = beam.metrics.Metrics.counter("read", "offsets_lost")
         self._errors = beam.metrics.Metrics.counter("read", "partition_errors")
         self._ended = beam.metrics.Metrics.counter("read", "ended_by_a_drain")
+
+    def setup(self) -> None:
+        set_up_worker()
 
     @beam.DoFn.unbounded_per_element()
     def process(
