@@ -7,22 +7,18 @@ import sys
 from functools import cache
 
 
+@cache
 def collect_rarely() -> None:
-    """Search for garbage as seldom as suits objects of which most live long, and hold no cycles."""
-    # What the imports left stays for good; searching it again and again costs a tenth of a run. So
-    # does what waits for the function: on Flink it was 2 us of 14 a record.
+    """Have this process search for garbage seldom; once. A runner's worker is not started by us, so
+    its steps call this."""
+    # What the imports left stays for good: to search it again and again costs a tenth of a run.
+    # Records that wait for the function stay long: on Flink that cost 2 us of 14 a record.
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 
 
-@cache
-def set_up_worker() -> None:
-    """For a runner's worker process, in which the steps have the first word; once."""
-    collect_rarely()
-
-
 def tune_interpreter(lanes: int = 1) -> None:
-    """For a process of our own.
+    """Settings for a process that we start.
 
     Args:
         lanes: Invocations at once inside a partition.

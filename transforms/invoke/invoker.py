@@ -108,7 +108,13 @@ class _Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _HandedOver:
-    """A batch that has not ended, when it was handed over, by the timer, and what it holds."""
+    """A batch that has not ended.
+
+    Attributes:
+        batch: The batch.
+        since: When it was handed over, by the timer.
+        bytes: What it holds: records as Kafka had them, headers included, and their entries.
+    """
 
     batch: Batch
     since: float
@@ -157,13 +163,8 @@ class _Queue:
         """Forget the batches that have not begun."""
         BOOKS.count(RELEASED, sum(len(each.batch) for each in self.batches), self.key[0])
         self.batches.clear()
-        self.hold()
-
-    def hold(self) -> None:
-        """Hold what has not begun, and what is being worked on."""
-        held = [*self.batches, *([self.head] if self.head else [])]
-        self.records = sum(len(each.batch) for each in held)
-        self.bytes = sum(each.bytes for each in held)
+        self.records = len(self.head.batch) if self.head else 0
+        self.bytes = self.head.bytes if self.head else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +294,7 @@ class Invoker:
                 if queue is None:
                     queue = _Queue(batch.lane_key, partition, window=self._no_window())
                     partition.lanes[batch.lane] = queue
-                # What it holds is added up once: it takes as long as to make a request of it.
+                # Added up here and not again when it ends: it takes a look at each record.
                 payload_bytes = batch.payload_bytes
                 size = payload_bytes + batch.records.held_bytes
                 queue.batches.append(_HandedOver(batch, self._timer(), size))

@@ -44,7 +44,7 @@ from transforms.batch.batch import (
     is_open,
 )
 from transforms.columns import decode_chunk, encode_chunk
-from transforms.interpreter import set_up_worker
+from transforms.interpreter import collect_rarely
 from transforms.invoke.handover import Handover, Marked
 from transforms.invoke.invoke import (
     HALTS,
@@ -240,7 +240,7 @@ class _PendingFn(beam.DoFn):
         self._iterator_age_ms = metrics.distribution("invoke", "iterator_age_ms")
 
     def setup(self) -> None:
-        set_up_worker()
+        collect_rarely()
 
     def process(
         self,

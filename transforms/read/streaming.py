@@ -29,7 +29,7 @@ from apache_beam.utils.timestamp import Duration, Timestamp
 
 from transforms.coding import FactsCoder
 from transforms.facts import number
-from transforms.interpreter import set_up_worker
+from transforms.interpreter import collect_rarely
 from transforms.per_process import per_process
 from transforms.records import (
     EVERY_LANE,
@@ -547,7 +547,7 @@ class _ReadFn(beam.DoFn):
         self._ended = beam.metrics.Metrics.counter("read", "ended_by_a_drain")
 
     def setup(self) -> None:
-        set_up_worker()
+        collect_rarely()
 
     @beam.DoFn.unbounded_per_element()
     def process(
