@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
+from io import BytesIO
 from struct import Struct
 from typing import Any
 
@@ -167,16 +167,10 @@ def _write_column(tag: int, column: Sequence[bytes | None]) -> Iterable[tuple[in
 def _read_column(parts: _Parts, tag: int, count: int) -> list[bytes | None]:
     if tag not in parts:
         return [None] * count
-    lengths, data = _read_array("i", parts[tag]), bytes(parts[tag + 1])
+    lengths, read = _read_array("i", parts[tag]), BytesIO(parts[tag + 1]).read
     if _NONE not in lengths:
-        return [data[low:high] for low, high in pairwise(accumulate(lengths, initial=0))]
-    column: list[bytes | None] = []
-    low = 0
-    for length in lengths:
-        high = low + max(length, 0)
-        column.append(None if length == _NONE else data[low:high])
-        low = high
-    return column
+        return list(map(read, lengths))
+    return [None if length == _NONE else read(length) for length in lengths]
 
 
 def _write_headers(column: Sequence[Sequence[Header] | None]) -> Iterable[tuple[int, bytes]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
@@ -18,6 +17,7 @@ from transforms.kafka.messages import (
     PartitionError,
     bytes_of,
     end_of_partition,
+    in_runs,
     to_records,
 )
 from transforms.per_process import per_process
@@ -93,16 +93,12 @@ class KafkaFetcher:
         return len(messages), self._sorted(messages)
 
     def _sorted(self, messages: list[Message]) -> Iterator[Fetched]:
-        low = 0
-        if any(map(Message.error, messages)):
-            # In its place among the records: an end that was believed before the records that
-            # come ahead of it would make them look as if they had been read.
-            for high, message in enumerate(messages):
-                if message.error():
-                    yield from _by_partition(messages[low:high])
-                    yield from self._said(message)
-                    low = high + 1
-        yield from _by_partition(messages[low:] if low else messages)
+        for run in in_runs(messages):
+            topic, number = run[0].topic(), run[0].partition()
+            if run[0].error():
+                yield from self._said(run[0])
+            elif topic is not None and number is not None:
+                yield Fetched((topic, number), run)
 
     def _said(self, message: Message) -> Iterator[Fetched]:
         """What a message says that is no record."""
@@ -141,13 +137,6 @@ class KafkaFetcher:
 
     def bytes(self, messages: list[Message]) -> int:
         return bytes_of(messages)
-
-
-def _by_partition(messages: list[Message]) -> Iterator[Fetched]:
-    """Runs of messages from the same partition, in order."""
-    for partition, run in groupby(messages, Message.partition):
-        for topic, part in groupby(run, Message.topic):
-            yield Fetched((topic, partition), list(part))
 
 
 def _make_consumer(kafka: KafkaConfig) -> Consumer:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
 from functools import partial
+from itertools import groupby
 
 from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, TIMESTAMP_NOT_AVAILABLE, Message
 from confluent_kafka import KafkaError as ErrorCode
@@ -59,6 +61,28 @@ def end_of_partition(message: Message, kafka: KafkaConfig) -> int | None:
         raise KafkaError(f"{describe(kafka)}: {said(error)}")
     _LOGGER.warning("%s: %s", describe(kafka), said(error))
     return None
+
+
+def in_runs(messages: list[Message]) -> Iterator[list[Message]]:
+    """Messages in their order: records of one partition together, what is no record by itself.
+
+    In its place among the records: an end that was believed before the records that come ahead of
+    it would make them look as if they had been read.
+    """
+    low = 0
+    if any(map(Message.error, messages)):
+        for high, message in enumerate(messages):
+            if message.error():
+                yield from _by_partition(messages[low:high])
+                yield [message]
+                low = high + 1
+    yield from _by_partition(messages[low:] if low else messages)
+
+
+def _by_partition(messages: list[Message]) -> Iterator[list[Message]]:
+    for _, run in groupby(messages, Message.partition):
+        for _, part in groupby(run, Message.topic):
+            yield list(part)
 
 
 def to_records(messages: list[Message]) -> Records:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from operator import lt
 from time import monotonic
 
 from confluent_kafka import KafkaError as ErrorCode
@@ -24,7 +25,6 @@ from transforms.records import PartitionKey, Records, read_halt
 
 _LOGGER = logging.getLogger(__name__)
 
-_CHUNK_RECORDS = 1_000
 _ASK_COMMITTED_SECS = 0.1
 # How soon a partition that cannot be read is tried again; the others go on meanwhile.
 _TRY_AGAIN_SECS = 10.0
@@ -119,19 +119,23 @@ class PartitionReader:
             self._again = float("inf")
             self._consumer.assign(self._key, self._position)
         try:
-            messages, size = self._consumer.consume(self._key, _CHUNK_RECORDS, timeout_secs)
+            most = self._limits.chunk_records, self._limits.chunk_bytes
+            messages, size = self._consumer.consume(self._key, *most, timeout_secs)
         except KafkaException as error:
             raise KafkaError(f"{describe(self._kafka)}: {reason(error)}") from None
         position = self._position
-        records = []
-        for message in messages:
-            if message.error():
-                position = max(position, self._said(message, position))
-            elif message.offset() >= position:
-                records.append(message)
-                position = message.offset() + 1
-        if len(records) < len(messages):
+        records = messages
+        if any(map(Message.error, messages)) or not _is_rising(position, messages):
+            records = []
+            for message in messages:
+                if message.error():
+                    position = max(position, self._said(message, position))
+                elif message.offset() >= position:
+                    records.append(message)
+                    position = message.offset() + 1
             size = bytes_of(records)
+        elif records:
+            position = records[-1].offset() + 1
         if records and self._unmeasured:
             before = self._unmeasured * size // len(records)
             self._ahead.add_before(self._begun, self._unmeasured, before)
@@ -218,3 +222,9 @@ class PartitionReader:
         """Read it no more."""
         self.closed = True
         self._consumer.release(self._key)
+
+
+def _is_rising(position: int, messages: list[Message]) -> bool:
+    """Whether all are new, and in order."""
+    offsets = [position - 1, *map(Message.offset, messages)]
+    return all(map(lt, offsets, offsets[1:]))

@@ -11,19 +11,18 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
 from time import monotonic
 
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
 from transforms.kafka.client import KafkaConfig, make_consumer
 from transforms.kafka.fetch import PREFETCH
-from transforms.kafka.messages import bytes_of
+from transforms.kafka.messages import bytes_of, in_runs
+from transforms.read.lending import CHUNK_RECORDS
 from transforms.records import PartitionKey
 
 # How long a poll may keep those waiting that want to move a partition.
 _SLICE_SECS = 0.05
-_POLL_RECORDS = 1_000
 # What may lie there, of a partition and of all; paused above it, resumed below half of it.
 _FEED_BYTES = 4 * 2**20
 _FEEDS_BYTES = 256 * 2**20
@@ -90,7 +89,7 @@ class SharedConsumer:
         self._consumer.incremental_unassign(partitions)
 
     def consume(
-        self, key: PartitionKey, most: int, timeout_secs: float
+        self, key: PartitionKey, most: int, most_bytes: int, timeout_secs: float
     ) -> tuple[list[Message], int]:
         """The next messages of a partition that is assigned, and the bytes of their records.
 
@@ -99,6 +98,7 @@ class SharedConsumer:
         Args:
             key: The partition.
             most: How many at most.
+            most_bytes: Bytes of their records at most, about, and one record in any case.
             timeout_secs: How long to wait for the first one.
 
         Raises:
@@ -115,7 +115,7 @@ class SharedConsumer:
 
                 self._changed.wait_for(ready, max(0.0, deadline - monotonic()))
                 if feed.runs:
-                    return self._take(key, feed, most)
+                    return self._take(key, feed, most, most_bytes)
                 left = deadline - monotonic()
                 # Also without any time left: what has been fetched is there at once.
                 if not ready() or not (first or left > 0):
@@ -137,13 +137,13 @@ class SharedConsumer:
         message = self._consumer.poll(timeout_secs)
         if message is not None:
             messages.append(message)
-            messages += self._consumer.consume(_POLL_RECORDS - 1, 0)
+            messages += self._consumer.consume(CHUNK_RECORDS - 1, 0)
 
     def _lay_down(self, messages: list[Message], poller: PartitionKey) -> None:
         """Give each partition its own; the caller holds the lock."""
-        for (topic, number, is_record), group in groupby(messages, _kind):
-            run = list(group)
-            if is_record:
+        for run in in_runs(messages):
+            topic, number = run[0].topic(), run[0].partition()
+            if not run[0].error():
                 assert topic is not None and number is not None
                 self._feed((topic, number), run, bytes_of(run))
                 continue
@@ -167,12 +167,20 @@ class SharedConsumer:
             feed.paused = True
             self._consumer.pause([TopicPartition(*key)])
 
-    def _take(self, key: PartitionKey, feed: _Feed, most: int) -> tuple[list[Message], int]:
+    def _take(
+        self, key: PartitionKey, feed: _Feed, most: int, most_bytes: int
+    ) -> tuple[list[Message], int]:
         taken: list[Message] = []
         before = feed.bytes
-        while feed.runs and len(taken) < most:
-            run, size = feed.runs.popleft()
-            room = most - len(taken)
+        while feed.runs:
+            run, size = feed.runs[0]
+            room, left = most - len(taken), most_bytes - (before - feed.bytes)
+            if size > left:
+                # As if all of a run were of the same size.
+                room = min(room, max(0 if taken else 1, left * len(run) // size))
+            if room <= 0:
+                break
+            feed.runs.popleft()
             if len(run) > room:
                 rest = size * (len(run) - room) // len(run)
                 feed.runs.appendleft((run[room:], rest))
@@ -216,7 +224,3 @@ class SharedConsumer:
         """Leave Kafka."""
         self._consumer.close()
         self._asker.close()
-
-
-def _kind(message: Message) -> tuple[str | None, int | None, bool]:
-    return message.topic(), message.partition(), message.error() is None

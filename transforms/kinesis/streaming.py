@@ -26,7 +26,6 @@ from transforms.source import Found, Start, held_up, startable
 
 _LOGGER = logging.getLogger(__name__)
 
-_CHUNK_RECORDS = 1_000
 # Each question costs, so it is asked only where there is no room left.
 _ASK_COMMITTED_SECS = 1.0
 # So much longer than a lease lasts without its owner.
@@ -250,7 +249,8 @@ class ShardReader:
                 # Whoever tries again begins with another.
                 self.close()
                 raise
-        messages, self._left = self._left[:_CHUNK_RECORDS], self._left[_CHUNK_RECORDS:]
+        most = self._limits.chunk_records
+        messages, self._left = self._left[:most], self._left[most:]
         position = messages[-1].number + 1 if messages else self._position
         if self._closes and not self._left:
             position, self.ended = SHARD_END, True

@@ -12,6 +12,11 @@ from typing import Generic, Protocol, TypeVar
 
 from transforms.records import PartitionKey
 
+CHUNK_RECORDS = 4_000
+"""Records that a reader hands out at once, at most. Behind the reader each chunk costs Beam and the
+keyed step the same, however many records it has; much larger ones do not stay in the caches."""
+CHUNK_BYTES = 2**20
+
 _UNUSED_SECS = 120.0
 
 
@@ -28,6 +33,16 @@ class ReadAhead:
     records: int = 100_000
     bytes: int = 32 * 2**20
     process_bytes: int = 512 * 2**20
+
+    @property
+    def chunk_records(self) -> int:
+        """Records that are read at once, at most."""
+        return max(1, min(CHUNK_RECORDS, self.records // 10))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Their bytes, at most; one record may be larger."""
+        return min(CHUNK_BYTES, self.bytes // 10)
 
 
 AHEAD = ReadAhead()

@@ -637,8 +637,10 @@ class _ReadFn(beam.DoFn):
 
     def _timestamp(self, records: Records, watermark: Any) -> Timestamp:
         """The newest record's time, but never one to come: a producer may write any number."""
-        known = [ms for ms in records.timestamps if ms != NO_TIMESTAMP]
-        secs = min(max(known) / 1000, self._clock()) if known else self._clock()
+        newest = max(records.timestamps, default=NO_TIMESTAMP)
+        secs = self._clock()
+        if newest != NO_TIMESTAMP:
+            secs = min(newest / 1000, secs)
         return self._advance(watermark, max(0.0, secs))
 
     def _advance(self, watermark: Any, secs: float) -> Timestamp:

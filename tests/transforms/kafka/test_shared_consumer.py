@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ def consumer(broker: KafkaBroker, names: Names) -> Iterator[SharedConsumer]:
         yield made
 
 
-def _records(consumer: SharedConsumer, key: PartitionKey, most: int = 300) -> list[int]:
-    messages, _ = consumer.consume(key, most, 0.02)
+def _records(
+    consumer: SharedConsumer, key: PartitionKey, most: int = 300, most_bytes: int = 2**20
+) -> list[int]:
+    messages, _ = consumer.consume(key, most, most_bytes, 0.02)
     assert all((message.topic(), message.partition()) == key for message in messages)
     return [message.offset() for message in messages if not message.error()]
 
@@ -63,7 +66,7 @@ def test_threads_that_read_and_move_their_partitions_get_each_record_in_order(
                 if chance.random() < 0.5:
                     consumer.release(key)
                 consumer.assign(key, due)
-            found = _records(consumer, key, chance.randrange(1, 400))
+            found = _records(consumer, key, chance.randrange(1, 400), chance.randrange(1, 4000))
             if found != list(range(due, due + len(found))):
                 wrong.append(f"partition {number}: {found[:3]}... in place of {due}")
             due += len(found)
@@ -100,6 +103,7 @@ def test_what_nobody_consumes_is_held_up_to_a_bound(
 ) -> None:
     """The others are read; what was not consumed is there in the end."""
     monkeypatch.setattr(shared_consumer, "_FEED_BYTES", 2_000)
+    monkeypatch.setattr(shared_consumer, "CHUNK_RECORDS", 500)
     idle, busy = (topic, 0), (topic, 1)
     consumer.assign(idle, 0)
     consumer.assign(busy, 0)
@@ -113,10 +117,29 @@ def test_what_nobody_consumes_is_held_up_to_a_bound(
     wait_until(done, "the other is not read")
     feed = consumer._feeds[idle]
     # A poll more than the bound, at most.
-    assert feed.bytes < 2_000 + 1_000 * 50
+    assert feed.bytes < 2_000 + 500 * 25
     got: list[int] = []
     wait_until(lambda: got.extend(_records(consumer, idle)) or len(got) == RECORDS, "lost")  # type: ignore[func-returns-value]
     assert got == list(range(RECORDS))
+
+
+@pytest.mark.parametrize(("most_bytes", "most"), [(1, 1), (1_000, 1), (5_500, 5), (10**6, 100)])
+def test_what_is_consumed_at_once_has_a_bound_of_bytes(
+    broker: KafkaBroker, names: Names, consumer: SharedConsumer, most_bytes: int, most: int
+) -> None:
+    topic = names.topic()
+    broker.create_topic(topic, 1)
+    broker.produce(topic, [(0, None, b"x" * 1_000)] * 100)
+    key = (topic, 0)
+    consumer.assign(key, 0)
+    got: list[list[int]] = []
+    wait_until(
+        lambda: got.append(_records(consumer, key, 100, most_bytes)) or sum(map(len, got)) == 100,  # type: ignore[func-returns-value]
+        "not all is read",
+    )
+    assert list(chain(*got)) == list(range(100))
+    assert max(map(len, got)) <= most
+    assert max(map(len, got)) == most or most == 100
 
 
 class _Breaks(Consumer):
@@ -138,6 +161,6 @@ def test_what_came_before_an_error_is_not_lost() -> None:
     with closing(consumer):
         consumer.assign(("t", 0), 5)
         with pytest.raises(KafkaException):
-            consumer.consume(("t", 0), 10, 0)
-        (message,), _ = consumer.consume(("t", 0), 10, 0)
+            consumer.consume(("t", 0), 10, 1000, 0)
+        (message,), _ = consumer.consume(("t", 0), 10, 1000, 0)
         assert message.offset() == 5
