@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.examples import examples
-from transforms.json_text import loads, no_constant, writable
+from transforms.json_text import is_json, loads, no_constant, writable
 
 LONG = "9" * 400
 
@@ -22,6 +23,9 @@ LONG = "9" * 400
         ('"\\ud83d"', "\ud83d"),
         ('{"a\\udc00":["\\ud83d\\ud83d\\ude00"]}', {"a\udc00": ["\ud83d\U0001f600"]}),
         ("1e400", 10**400),
+        ("1e9999999999999999999999", math.inf),
+        ("-1e9999999999999999999999", -math.inf),
+        ("[" * 1010 + "]" * 1010, ANY),
         ("-1.5E+0400", -15 * 10**399),
         (LONG, int(LONG)),
         (f"[-{LONG}.5]", [-int(LONG)]),
@@ -34,6 +38,7 @@ LONG = "9" * 400
 def test_what_a_fast_parser_refuses(text: str, value: Any) -> None:
     """Half of a surrogate pair, and numbers of any size."""
     assert loads(text.encode()) == value
+    assert is_json(text.encode())
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,7 @@ def test_what_is_no_json(data: bytes) -> None:
     """A mistake is one also beside what only the second parser reads."""
     with pytest.raises(ValueError):
         loads(data)
+    assert not is_json(data)
 
 
 def test_a_string_that_cannot_be_encoded() -> None:
@@ -100,6 +106,7 @@ def test_all_json_is_read(text: str) -> None:
     """As the standard library reads it, numbers apart, of which it makes floats."""
     value = loads(text.encode())
     assert _rough(value) == _rough(json.loads(text))
+    assert is_json(text.encode())
 
 
 def _rough(value: Any) -> Any:
@@ -123,11 +130,27 @@ def test_nothing_else_is_read(text: str, place: int, other: str) -> None:
     text = text[:place] + other + text[place + 1 :]
     try:
         json.loads(text, parse_constant=no_constant)
-        is_json = True
+        expected = True
     except ValueError:
-        is_json = False
+        expected = False
     try:
         loads(text.encode())
-        assert is_json
+        assert expected
     except ValueError:
-        assert not is_json
+        assert not expected
+    assert is_json(text.encode()) == expected
+
+
+@given(documents, st.integers(0, 2000), st.binary(min_size=1, max_size=2))
+@examples(300)
+def test_bytes_are_json_where_they_can_be_read(text: str, place: int, other: bytes) -> None:
+    """Also where what was replaced is no text any more."""
+    data = text.encode()
+    place %= len(data)
+    data = data[:place] + other + data[place + 1 :]
+    try:
+        loads(data)
+        expected = True
+    except ValueError:
+        expected = False
+    assert is_json(data) == expected

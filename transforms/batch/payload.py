@@ -16,7 +16,7 @@ import orjson
 
 from transforms.conditions import INVALID_RECORD
 from transforms.envelope import CONFLUENT, Envelope, encode_event_records
-from transforms.json_text import JSON_STARTS, loads
+from transforms.json_text import JSON_STARTS, is_json
 from transforms.names import NUMBERS, Names
 from transforms.records import NO_TIMESTAMP, Header, Records, Rejection
 
@@ -78,14 +78,9 @@ class _Encoder:
             if data is None:
                 encoded.append(b"null")
                 continue
-            if may_be_json and data and data[0] in JSON_STARTS:
-                try:
-                    loads(data)
-                    encoded.append(data)
-                    continue
-                except ValueError:
-                    pass
-            if must_be_json:
+            if may_be_json and data and data[0] in JSON_STARTS and is_json(data):
+                encoded.append(data)
+            elif must_be_json:
                 encoded.append(None)
             elif data.isalnum():
                 # Nothing to escape; true of many keys, and a fifth of the price.
