@@ -579,15 +579,16 @@ class _ReadFn(beam.DoFn):
                 pace.gave = now
             pause_secs = 0
             while position < restriction.stop and not pause_secs:
+                lately = now - pace.gave <= _LATELY_SECS
                 if not reader.may_read():
                     if reader.is_halted and element.bounded:
                         # Nothing behind the halt is needed, and nobody will commit it.
                         tracker.try_claim(restriction.stop - 1)
                         return
-                    pause_secs = _QUIET_POLL_SECS
+                    # Where the function keeps up there is room again in a moment.
+                    pause_secs = 0 if lately else _QUIET_POLL_SECS
                     break
                 # Where little comes the pause is long enough for what there is to be fetched.
-                lately = now - pace.gave <= _LATELY_SECS
                 lost, errors = reader.offsets_lost, reader.errors
                 # What came while Flink waited is there; to wait for more would keep it here.
                 waits = element.bounded or (lately and not self._config.drain_by_haste)
