@@ -174,7 +174,7 @@ def _read_column(parts: _Parts, tag: int, count: int) -> list[bytes | None]:
 
 
 def _write_headers(column: Sequence[Sequence[Header] | None]) -> Iterable[tuple[int, bytes]]:
-    if not any(headers is not None for headers in column):
+    if column.count(None) == len(column):
         return
     counts = [_NONE if headers is None else len(headers) for headers in column]
     every = [header for headers in column for header in headers or ()]
