@@ -585,8 +585,10 @@ class _ReadFn(beam.DoFn):
                         # Nothing behind the halt is needed, and nobody will commit it.
                         tracker.try_claim(restriction.stop - 1)
                         return
-                    # Where the function keeps up there is room again in a moment.
-                    pause_secs = 0 if lately else _QUIET_POLL_SECS
+                    # Where the function keeps up there is room again in a moment, and Flink has
+                    # waited a bundle's time until it asks.
+                    at_once = lately and self._config.drain_by_haste
+                    pause_secs = 0 if at_once else _QUIET_POLL_SECS
                     break
                 # Where little comes the pause is long enough for what there is to be fetched.
                 lost, errors = reader.offsets_lost, reader.errors

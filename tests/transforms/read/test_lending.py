@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.read.lending import Ahead, ReadAhead
+from transforms.read.lending import CHUNK_BYTES, CHUNK_RECORDS, Ahead, ReadAhead
 
 LIMITS = ReadAhead(records=6400, bytes=64_000)
 READ = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3000)), max_size=60)
@@ -44,3 +44,10 @@ def test_what_was_read_before_a_restart_is_done_first() -> None:
     ahead.add_before(500, 200, 2000)
     ahead.done(500)
     assert (ahead.records, ahead.bytes) == (1, 10)
+
+
+def test_one_chunk_does_not_use_up_what_may_be_read_ahead() -> None:
+    assert (ReadAhead().chunk_records, ReadAhead().chunk_bytes) == (CHUNK_RECORDS, CHUNK_BYTES)
+    small = ReadAhead(records=1500, bytes=20_000)
+    assert (small.chunk_records, small.chunk_bytes) == (150, 2000)
+    assert ReadAhead(records=5).chunk_records == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.utils.timestamp import Duration, Timestamp
 
 from transforms.errors import StateError
+from transforms.read import streaming
 from transforms.read.streaming import (
     _NO_END,
     Asked,
@@ -51,13 +53,14 @@ class _ListReader:
     def __init__(self) -> None:
         self._position = -1
         self.waits: list[float] = []
+        self.has_room = True
 
     def go_to(self, offset: int) -> bool:
         moved, self._position = offset != self._position, offset
         return moved
 
     def may_read(self) -> bool:
-        return True
+        return self.has_room
 
     def read(self, timeout_secs: float) -> tuple[Records, int]:
         self.waits.append(timeout_secs)
@@ -161,6 +164,27 @@ def test_where_the_runner_waits_between_bundles_the_reader_does_not(
     assert {wait > 0 for wait in _readers[name, 0].waits} == {waits}
     # It gave records lately, so it is asked again at once.
     assert view.deferred == ([] if bounded else [Duration.of(0)])
+
+
+@pytest.mark.parametrize(
+    ("on_flink", "later_secs", "pause_secs"), [(True, 0, 0), (True, 10, 1), (False, 0, 1)]
+)
+def test_what_may_not_be_read_is_asked_again_at_once_while_it_is_on_the_move(
+    on_flink: bool, later_secs: float, pause_secs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second's pause left a worker with nothing to do; one whose function is stuck is let be."""
+    name = uuid.uuid4().hex
+    config = NativeReadConfig(_List(name, bounded=False), drain_by_haste=on_flink)
+    found = FoundPartition(name, 0, FIRST, END, bounded=False)
+    view, read = _View(found), _ReadFn(config)
+    # What there is, so that it gave records just now.
+    given = list(read.process(found, view, ManualWatermarkEstimator(None)))
+    assert given
+    _readers[name, 0].has_room = False
+    view = _View(FoundPartition(name, 0, END, END, bounded=False))
+    monkeypatch.setattr(streaming, "monotonic", lambda: time.monotonic() + later_secs)
+    assert not list(read.process(found, view, ManualWatermarkEstimator(None)))
+    assert view.deferred == [streaming.delay(pause_secs)]
 
 
 @pytest.mark.parametrize(
