@@ -13,8 +13,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 @cache
 def collect_rarely() -> None:
-    """Have this process search for garbage seldom; once. A runner's worker is not started by us, so
-    its steps call this."""
+    """Have this process search for garbage seldom, and keep memory that is freed; once. A runner's
+    worker is not started by us, so its steps call this."""
     # What the imports left stays for good: to search it again and again costs a tenth of a run.
     # Records that wait for the function stay long: on Flink that cost 2 us of 14 a record.
     gc.freeze()
