@@ -31,7 +31,7 @@ from pipeline.run.hands import (
     Pauses,
     Told,
 )
-from pipeline.run.limits import Held, PartitionLimits, RoundLimits, state_of
+from pipeline.run.limits import Held, PartitionLimits, RoundLimits, ease_secs, state_of
 from pipeline.run.preflight import preflight
 from pipeline.run.status import PartitionView, Standing, Status, Totals, with_calls
 from pipeline.watch.logs import set_level
@@ -246,6 +246,7 @@ class Rounds:
         self._stats_before = self._invoker.stats
         # When the loop has looked at everything, when it is to look again, and what it knew then.
         self._passed_at = self._pass_at = self._ended_at = float("-inf")
+        self._at_ease_until = float("-inf")
         self._done_batches = 0
         # Processor time of a round, of late.
         self._round_secs = 0.0
@@ -359,6 +360,9 @@ class Rounds:
     def _wait_secs(self) -> float:
         """How long to wait for records, with an eye on what else may come."""
         invoker, now = self._invoker, self._timer()
+        if now < self._at_ease_until:
+            # The client counts milliseconds: for less it would not wait at all.
+            return max(_SLICE_SECS[0], min(self._pass_at, self._at_ease_until) - now)
         if invoker.done_batches != self._done_batches:
             return 0.0
         secs = max(0.0, self._pass_at - now)
@@ -370,7 +374,10 @@ class Rounds:
 
     def _is_time(self) -> bool:
         """Whether something is to be done although no record has come."""
-        return self._timer() >= self._pass_at or self._invoker.done_batches != self._done_batches
+        now = self._timer()
+        if now >= self._pass_at:
+            return True
+        return now >= self._at_ease_until and self._invoker.done_batches != self._done_batches
 
     def _pass(self) -> None:
         """Look at everything once, and run a round if one is due."""
@@ -416,7 +423,19 @@ class Rounds:
         secs = min(_LEAVE_SECS if self._leaving else _IDLE_SECS, min(windows, default=_IDLE_SECS))
         if self._invoker.has_finished:
             secs = min(secs, max(0.0, self._patience_secs(due) - self._invoker.finished_age_secs))
-        self._pass_at = self._timer() + max(secs, _SLICE_SECS[0])
+        now = self._timer()
+        self._pass_at = now + max(secs, _SLICE_SECS[0])
+        self._at_ease_until = now + self._ease_secs(due)
+
+    def _ease_secs(self, ready: set[PartitionKey]) -> float:
+        """How long batches may end without being looked at, with partitions that are ready.
+
+        To look each time takes the interpreter from a thread that is about to send a request.
+        """
+        if self._patience_secs(ready) < _COLLECT_SECS_BUSY:
+            return 0.0
+        queues = (each.queue for each in self._held.values())
+        return ease_secs(queues, self._config.lanes.count, self._invoker.usual_secs)
 
     @property
     def _open_windows(self) -> dict[PartitionKey, int]:

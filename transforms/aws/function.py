@@ -30,7 +30,7 @@ from transforms.aws.answers import (
     read_wait,
 )
 from transforms.aws.credentials import Identity, session_of
-from transforms.aws.http import MAX_BODY_BYTES, Endpoint, Response
+from transforms.aws.http import MAX_BODY_BYTES, Endpoint, Head, Response
 from transforms.aws.signed import (
     CONFIG_ERRORS,
     no_reply,
@@ -108,11 +108,11 @@ class Request:
     """An invocation that is signed and can be sent; a signature is good for five minutes.
 
     Attributes:
-        headers: All of its headers.
+        head: Its head.
         payload: Its body.
     """
 
-    headers: dict[str, str]
+    head: Head
     payload: bytes
 
 
@@ -200,7 +200,7 @@ class LambdaFunction:
                 meanwhile()
 
         try:
-            response = self._endpoint.post(request.headers, body())
+            response = self._endpoint.post(request.head, body())
         except http_errors.HTTPError as error:
             return no_reply(error, self._template.url, self._proxy)
         return _answered(response, success)
@@ -228,7 +228,7 @@ class LambdaFunction:
             # Whatever a provider of credentials raises (a token file that is being replaced, a
             # metadata server in trouble), nothing is wrong with the records.
             return Fault(0, type(error).__name__, str(error))
-        return Request(headers, payload)
+        return Request(self._endpoint.head(headers), payload)
 
 
 def _answered(response: Response, success: int) -> Reply | Fault:

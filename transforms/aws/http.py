@@ -16,6 +16,8 @@ import queue
 import re
 import socket
 import ssl
+import struct
+import sys
 import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
@@ -28,8 +30,8 @@ import urllib3.exceptions as http_errors
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util import parse_url, wait_for_read, wait_for_write
 
-# A reply of up to so many bytes is read at once.
-_READ_BYTES = 64 * 1024
+# A reply of up to so many bytes is read at once, and of a larger one so many at a time.
+_READ_BYTES, _MOST_BYTES = 64 * 1024, 2**20
 # How long a reply may take from its first byte to its last, however little of it comes at a time:
 # longer than the slowest connection needs for the largest one.
 _REPLY_SECS = 900.0
@@ -37,6 +39,12 @@ _REPLY_SECS = 900.0
 # times as long: it reads headers as if they were those of a mail.
 _PLAIN_HEAD = re.compile(rb"HTTP/1\.1 (20[02]) [ -~]*\r\n((?:[A-Za-z0-9-]+:[ -~]*\r\n)+)\r\n")
 _NO_RETRIES = urllib3.Retry(False)
+# The kernel waits for a plain socket by itself, and ends that when the time is over.
+_KERNEL_WAITS = sys.platform == "linux" and struct.calcsize("l") == 8
+# A connection that was used so short a time ago is open if TCP says so. Of a longer one, also what
+# it may have been sent meanwhile is asked for.
+_FRESH_SECS = 1.0
+_ESTABLISHED = 1
 # What lies between here and a server (a NAT gateway, a load balancer, a VPC endpoint) forgets a
 # connection on which nothing goes for 350 s, and tells nobody. The system's own is two hours.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 30}
@@ -63,6 +71,18 @@ class Response(NamedTuple):
     headers: Mapping[str, str]
     body: bytes
     cut: bool = False
+
+
+class Head(NamedTuple):
+    """The head of a request, ready to be sent.
+
+    Attributes:
+        headers: All headers, also `Host` and `Content-Length`.
+        text: The whole head.
+    """
+
+    headers: Mapping[str, str]
+    text: bytes
 
 
 class Endpoint:
@@ -121,11 +141,15 @@ class Endpoint:
         self._kept_by = None if told_whole else self._pool.pool
         self._target = url if told_whole else parts._replace(scheme="", netloc="").geturl()
 
-    def post(self, headers: Mapping[str, str], body: Iterable[bytes]) -> Response:
+    def head(self, headers: Mapping[str, str]) -> Head:
+        """Get a head ready, ahead of its turn."""
+        return Head(headers, _head_text("POST", self._target, headers))
+
+    def post(self, head: Head, body: Iterable[bytes]) -> Response:
         """Send a request, once, and read the reply to its end.
 
         Args:
-            headers: All headers, also `Host` and `Content-Length`.
+            head: Of this endpoint.
             body: The chunks of the body; what it does after the last one is done while the reply
                 is under way.
 
@@ -133,12 +157,12 @@ class Endpoint:
             urllib3.exceptions.HTTPError: There is no reply, or no whole one.
         """
         if connection := self._take_kept():
-            return _plain(self._exchange(connection, headers, body))
+            return _plain(self._exchange(connection, head, body))
         response = self._pool.urlopen(
             "POST",
             self._target,
             body,
-            headers,
+            head.headers,
             retries=_NO_RETRIES,
             redirect=False,
             assert_same_host=False,
@@ -154,7 +178,7 @@ class Endpoint:
             connection = self._kept_by.get(block=False)
         except queue.Empty:
             return None
-        if connection and connection.is_connected:
+        if connection and connection.is_open:
             return connection
         self._put_back(connection)
         return None
@@ -167,14 +191,12 @@ class Endpoint:
             if connection:
                 connection.close()
 
-    def _exchange(
-        self, connection: _Connection, headers: Mapping[str, str], body: Iterable[bytes]
-    ) -> Response:
+    def _exchange(self, connection: _Connection, head: Head, body: Iterable[bytes]) -> Response:
         """As the pool does it, on a connection that is open; failures have the same names."""
         whole = False
         try:
             try:
-                connection.request("POST", self._target, body, headers)
+                connection.post(head.text, body)
             except OSError as error:
                 # Whoever closed it may have answered before.
                 if error.errno not in (errno.EPIPE, errno.EPROTOTYPE, errno.ECONNRESET):
@@ -202,6 +224,31 @@ class _Connection(HTTPConnection):
     def __init__(self, *arguments: Any, send_secs: float, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._send_secs = send_secs
+        self._waiting: _Waiting | None = None
+        self._used = -math.inf
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a request can be sent: the other side has not closed it, nor sent anything."""
+        if monotonic() - self._used > _FRESH_SECS or not _KERNEL_WAITS:
+            return self.is_connected
+        # To look for what was sent lets go of the interpreter, right before a request is sent.
+        sock = self.sock
+        if not isinstance(sock, socket.socket):
+            return self.is_connected
+        try:
+            return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _ESTABLISHED
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        self._waiting = None
+        super().close()
+
+    def _awaited(self) -> _Waiting:
+        if not self._waiting:
+            self._waiting = _Waiting(self.sock, self._send_secs)
+        return self._waiting
 
     def request(
         self,
@@ -213,11 +260,12 @@ class _Connection(HTTPConnection):
     ) -> None:
         if self.sock is None:
             self.connect()
-        lines = [f"{method} {url} HTTP/1.1"]
-        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        self.post(_head_text(method, url, headers or {}), body)
+
+    def post(self, head: bytes, body: Iterable[bytes]) -> None:
+        """Send a request over a connection that is open."""
         chunks = iter(body)
-        waiting = _Waiting(self.sock, self._send_secs)
+        waiting = self._awaited()
         # In one go: two packets may wait for each other.
         self._send(waiting, head + next(chunks, b""))
         for chunk in chunks:
@@ -240,11 +288,27 @@ class _Connection(HTTPConnection):
 
     def read(self) -> Response:
         """Read a reply to its end."""
-        reader: Any = io.BufferedReader(_Received(_Waiting(self.sock, self.timeout)), _READ_BYTES)
-        with reader:
-            return _read_plain(reader) or self._read_any(reader)
+        waiting = self._awaited()
+        waiting.read_within(self.timeout)
+        first = waiting.recv(_READ_BYTES)
+        head = _plain_head(first)
+        if head:
+            status, headers, start = head
+            size = int(headers["content-length"])
+            body = first[start : start + size]
+            if len(body) < size:
+                body = _Received(waiting, first).whole(body, size)
+            elif len(first) > start + size:
+                # Nothing was asked that this could answer.
+                self.close()
+            response = Response(status, headers, body)
+        else:
+            response = self._read_any(_Received(waiting, first))
+        self._used = monotonic()
+        return response
 
-    def _read_any(self, reader: io.BufferedReader) -> Response:
+    def _read_any(self, received: _Received) -> Response:
+        reader: Any = io.BufferedReader(received, _READ_BYTES)
         # It only asks what it is given for a file to read from.
         response = http.client.HTTPResponse(_Readable(reader), method="POST")  # type: ignore[arg-type]
         try:
@@ -262,6 +326,12 @@ class _Connection(HTTPConnection):
             self.close()
         headers = urllib3.HTTPHeaderDict(response.getheaders())
         return Response(response.status, headers, body, cut)
+
+
+def _head_text(method: str, url: str, headers: Mapping[str, Any]) -> bytes:
+    lines = [f"{method} {url} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def _read_body(response: http.client.HTTPResponse) -> tuple[bytes, bool]:
@@ -299,87 +369,146 @@ def _basic(login: str) -> str:
     return "Basic " + b64encode(unquote(login).encode()).decode()
 
 
-def _read_plain(reader: io.BufferedReader) -> Response | None:
-    """Read a reply with a head as most have it; of any other, read nothing."""
-    head = _PLAIN_HEAD.match(reader.peek())
+def _plain_head(data: bytes) -> tuple[int, _Headers, int] | None:
+    """Status and headers of a reply with a head as most have it, and where its body begins."""
+    head = _PLAIN_HEAD.match(data)
     if not head:
         return None
-    headers = urllib3.HTTPHeaderDict()
-    for line in head[2].decode("ascii").splitlines():
+    headers = _Headers()
+    lines = head[2].decode("ascii").split("\r\n")
+    for line in lines[:-1]:
         name, _, value = line.partition(":")
-        headers.add(name, value.lstrip(" "))
-    size = headers.get("content-length", "")
-    has_size = size.isdecimal() and len(size) < 10 and int(size) <= MAX_BODY_BYTES
-    closes = "close" in headers.get("connection", "").lower()
-    if not has_size or closes or "transfer-encoding" in headers:
+        headers[name.lower()] = value.lstrip(" ")
+    if len(headers) < len(lines) - 1 or "transfer-encoding" in headers:
         return None
-    reader.read(head.end())
-    body = reader.read(int(size))
-    if len(body) < int(size):
-        raise http.client.IncompleteRead(body, int(size) - len(body))
-    return Response(int(head[1]), headers, body)
+    size = headers.get("content-length", "")
+    if not size.isdecimal() or len(size) > 9 or int(size) > MAX_BODY_BYTES:
+        return None
+    if "close" in headers.get("connection", "").lower():
+        return None
+    return int(head[1]), headers, head.end()
+
+
+class _Headers(dict[str, str]):
+    """Headers by their names in lower case, each of which is there once."""
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and super().__contains__(name.lower())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name.lower(), default)
 
 
 class _Waiting:
     """A socket that is waited for only when it has nothing to give, or takes nothing.
 
-    A socket with a timeout is looked at before each time it is asked. To look lets go of the
-    interpreter, and to get it back takes up to a millisecond where others are at work.
+    A plain one the kernel waits for. To look at a socket first lets go of the interpreter once
+    more, and to get it back takes up to a millisecond where others are at work.
 
     Args:
         sock: The socket; TLS inside of TLS waits by itself.
-        secs: How long each time; None for ever.
+        send_secs: How long each time to send some.
 
     Raises:
         TimeoutError: That was not long enough.
     """
 
-    def __init__(self, sock: Any, secs: float | None) -> None:
+    def __init__(self, sock: Any, send_secs: float | None) -> None:
         self._sock = sock
-        self._secs = secs
-        timeout = 0.0 if isinstance(sock, socket.socket) else secs
-        if sock.gettimeout() != timeout:
-            sock.settimeout(timeout)
+        self._send_secs = send_secs
+        self._read_secs: float | None = None
+        is_socket = isinstance(sock, socket.socket)
+        # What TLS asks of a socket that has no time of its own it asks again for ever.
+        self._by_kernel = is_socket and _KERNEL_WAITS and not isinstance(sock, ssl.SSLSocket)
+        self._by_itself = not is_socket
+        if self._by_kernel:
+            sock.settimeout(None)
+            self._tell_kernel(socket.SO_SNDTIMEO, send_secs)
+        elif is_socket:
+            sock.settimeout(0.0)
+
+    def read_within(self, secs: float | None) -> None:
+        """How long each time to receive some; None for ever, as it is at first."""
+        if secs != self._read_secs:
+            self._read_secs = secs
+            if self._by_kernel:
+                self._tell_kernel(socket.SO_RCVTIMEO, secs)
+
+    def _tell_kernel(self, which: int, secs: float | None) -> None:
+        micros = 0 if secs is None else max(1, round(secs * 1_000_000))
+        timeval = struct.pack("ll", *divmod(micros, 1_000_000))
+        self._sock.setsockopt(socket.SOL_SOCKET, which, timeval)
 
     def send(self, data: memoryview) -> int:
         """Send some of it; how much."""
-        return self._ask(self._sock.send, data, wait_for_write)
+        return self._ask(self._sock.send, data, wait_for_write, self._send_secs)
 
-    def recv_into(self, buffer: Any) -> int:
-        """Receive some bytes; how many, 0 at the end."""
-        return self._ask(self._sock.recv_into, buffer, wait_for_read)
+    def recv(self, size: int) -> bytes:
+        """Receive so many bytes at most; none at the end."""
+        return self._ask(self._sock.recv, size, wait_for_read, self._read_secs)
 
-    def _ask(self, ask: Callable[[Any], int], data: Any, wait: Callable[..., bool]) -> int:
+    def _ask(
+        self, ask: Callable[[Any], Any], about: Any, wait: Callable[..., bool], secs: float | None
+    ) -> Any:
+        if self._by_itself and self._sock.gettimeout() != secs:
+            self._sock.settimeout(secs)
         while True:
             try:
-                return ask(data)
+                return ask(about)
             except BlockingIOError:
-                ready = wait(self._sock, self._secs)
+                ready = not self._by_kernel and wait(self._sock, secs)
             except ssl.SSLWantReadError:
-                ready = wait_for_read(self._sock, self._secs)
+                ready = wait_for_read(self._sock, secs)
             except ssl.SSLWantWriteError:
-                ready = wait_for_write(self._sock, self._secs)
+                ready = wait_for_write(self._sock, secs)
             if not ready:
                 raise TimeoutError("timed out")
 
 
 class _Received(io.RawIOBase):
-    """What a socket receives, until it has taken too long since the first of it."""
+    """What a socket receives, until it has taken too long since the first of it.
 
-    def __init__(self, sock: _Waiting) -> None:
+    Args:
+        sock: The socket.
+        first: What it has received.
+    """
+
+    def __init__(self, sock: _Waiting, first: bytes) -> None:
         self._sock = sock
-        self._until = math.inf
+        self.first = first
+        self._unread = memoryview(first)
+        self._until = monotonic() + _REPLY_SECS
+
+    def whole(self, body: bytes, size: int) -> bytes:
+        """A body that begins so and has so many bytes; the rest is what is received next."""
+        pieces, missing = [body], size - len(body)
+        while missing:
+            piece = self._next(missing)
+            if not piece:
+                raise http.client.IncompleteRead(b"".join(pieces), missing)
+            pieces.append(piece)
+            missing -= len(piece)
+        return b"".join(pieces)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
+        data: Any = self._unread[: len(buffer)]
+        if data:
+            self._unread = self._unread[len(data) :]
+        elif self.first:
+            data = self._next(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _next(self, size: int) -> bytes:
         if monotonic() > self._until:
             raise TimeoutError("timed out")
-        size = self._sock.recv_into(buffer)
-        if self._until == math.inf:
-            self._until = monotonic() + _REPLY_SECS
-        return size
+        return self._sock.recv(min(size, _MOST_BYTES))
 
 
 class _Readable:

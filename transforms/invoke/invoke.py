@@ -103,7 +103,7 @@ def make_invoker(config: InvokeConfig, may_begin: Callable[[LaneKey], bool] = al
             answer = read_reply(
                 config.reply, body, batch.topic, batch.partition, offsets, config.names.alone
             )
-            return replace(answer, state=state)
+            return answer if state is None else replace(answer, state=state)
 
         return classify_reply(result, read)
 

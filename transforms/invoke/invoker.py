@@ -87,6 +87,9 @@ CallFunction = Callable[[Batch, Call, Request | None, Callable[[], None]], Outco
 """Makes a call, by what was prepared for it if there is something. What it is given last it runs
 once, if it can, between sending and waiting for the reply."""
 
+_Later = deque[Callable[[], None]]
+"""What a thread counts and says of its last call while the next one is under way."""
+
 _Begun = tuple[int, Begun]
 """What limit and breaker need to know of a call when it has ended."""
 
@@ -330,7 +333,7 @@ class Invoker:
         Never longer than that: others' results and reading go on behind it.
         """
         with self._changed:
-            if self._usual_secs < secs:
+            if 0 < self._usual_secs < secs:
                 enough = self._done_batches + batches
                 self._changed.wait_for(lambda: self._done_batches >= enough, secs)
 
@@ -521,6 +524,11 @@ class Invoker:
         return self._done_batches
 
     @property
+    def usual_secs(self) -> float:
+        """How long a call takes, on average of the last ones."""
+        return self._usual_secs
+
+    @property
     def finished_records(self) -> int:
         """Records that are finished and not yet collected."""
         return self._finished_records
@@ -693,10 +701,15 @@ class Invoker:
             thread.start()
 
     def _work(self) -> None:
+        later: _Later = deque()
         try:
             queue = self._next()
             while queue:
-                queue = self._advance(queue) or self._next()
+                queue = self._advance(queue, later)
+                if queue is None:
+                    _do(later)
+                    queue = self._next()
+            _do(later)
         except BaseException as error:
             _LOGGER.debug("invoke thread failed", exc_info=True)
             with self._changed:
@@ -756,11 +769,11 @@ class Invoker:
         queue.counted = CallStats()
         queue.steps = queue.delivery.steps()
 
-    def _advance(self, queue: _Queue) -> _Queue | None:
+    def _advance(self, queue: _Queue, later: _Later) -> _Queue | None:
         """Do what the steps of a queue's head say until it is finished or has to wait.
 
         Returns the queue to go on with, if there is one: mostly the same, without anybody else
-        having been woken for it.
+        having been woken for it. Adds to what is done later.
         """
         delivery, steps = queue.delivery, queue.steps
         assert delivery and steps
@@ -779,8 +792,8 @@ class Invoker:
                     return None
                 begun = self._begin()
                 queue.called = next(self._order)
-            self._tally_begin(queue, delivery)
-            outcome = self._invoke(queue, delivery, step, begun)
+            self._tally_begin(queue, delivery, later)
+            outcome = self._invoke(queue, delivery, step, begun, later)
             call, step = step, _send(steps, outcome)
             self._count(queue, delivery, outcome)
             self._note(queue, delivery, call, outcome, step)
@@ -839,7 +852,9 @@ class Invoker:
         self._in_flight_max = max(self._in_flight_max, self._in_flight)
         return self._limit.begin(), self._breaker.begin()
 
-    def _invoke(self, queue: _Queue, delivery: Delivery, call: Call, begun: _Begun) -> Outcome:
+    def _invoke(
+        self, queue: _Queue, delivery: Delivery, call: Call, begun: _Begun, later: _Later
+    ) -> Outcome:
         batch = delivery.batch
         started = self._timer()
         prepared, queue.prepared = queue.prepared, None
@@ -848,26 +863,28 @@ class Invoker:
         if prepared and self._is_old(prepared):
             request = None
         try:
-            outcome = self._call(batch, call, request, partial(self._prepare_next, queue))
+            outcome = self._call(batch, call, request, partial(self._meanwhile, queue, later))
         except BaseException:
             with self._changed:
                 self._in_flight -= 1
             raise
         took_secs = self._timer() - started
         delivery.finished.stats.invoke_ms += round(took_secs * 1000)
-        self._tally_end(batch.topic, len(call), outcome, took_secs)
-        self._usual_secs += (took_secs - self._usual_secs) / 8
+        later.append(partial(self._tally_end, batch.topic, len(call), outcome, took_secs))
+        usual_secs = self._usual_secs or took_secs
+        self._usual_secs = usual_secs + (took_secs - usual_secs) / 8
         return self._ended(batch, call, outcome, begun)
 
-    def _tally_begin(self, queue: _Queue, delivery: Delivery) -> None:
+    def _tally_begin(self, queue: _Queue, delivery: Delivery, later: _Later) -> None:
         """A call begins; what waited counts with the first one of a batch."""
         if delivery.finished.stats.invocations:
             return
         assert queue.head
-        TALLY.observe(BATCH_WAIT, self._timer() - queue.head.since)
+        later.append(partial(TALLY.observe, BATCH_WAIT, self._timer() - queue.head.since))
         batch = delivery.batch
         if len(batch) and (stamp := batch.records.timestamps[-1]) != NO_TIMESTAMP:
-            TALLY.observe(ITERATOR_AGE, max(0.0, self._clock() - stamp / 1000))
+            age_secs = max(0.0, self._clock() - stamp / 1000)
+            later.append(partial(TALLY.observe, ITERATOR_AGE, age_secs))
 
     def _tally_end(self, topic: str, records: int, outcome: Outcome, took_secs: float) -> None:
         """A call with so many records has ended."""
@@ -879,6 +896,12 @@ class Invoker:
         else:
             TALLY.count(FAILED_INVOKE, len(outcome.failed) or records, topic)
             TALLY.observe(DURATION, took_secs, "error")
+
+    def _meanwhile(self, queue: _Queue, later: _Later) -> None:
+        """While the call for a queue's head is under way: what was left for later, and the call
+        behind it."""
+        _do(later)
+        self._prepare_next(queue)
 
     def _prepare_next(self, queue: _Queue) -> None:
         """While the call for a queue's head is under way, prepare the one behind it."""
@@ -946,12 +969,12 @@ class Invoker:
 
     def _count(self, queue: _Queue, delivery: Delivery, outcome: Outcome) -> None:
         """Add what a call has come to, at once and not when its batch ends."""
-        stats = replace(delivery.finished.stats)
+        more = delivery.finished.stats.since(queue.counted)
         with self._changed:
-            more = stats.since(queue.counted)
             self._stats.add(more)
-            queue.counted = stats
-        TALLY.count(RETRIES, more.retries, outcome.name)
+            queue.counted.add(more)
+        if more.retries:
+            TALLY.count(RETRIES, more.retries, outcome.name)
 
     def _note(
         self, queue: _Queue, delivery: Delivery, call: Call, outcome: Outcome, step: Step | None
@@ -1101,6 +1124,11 @@ class Invoker:
         self._broken = self._broken or why
         self._task.notify_all()
         self._changed.notify_all()
+
+
+def _do(later: _Later) -> None:
+    while later:
+        later.popleft()()
 
 
 def _first_call(batch: Batch) -> Call:

@@ -12,10 +12,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
-import orjson
+import msgspec
 
 from transforms.json_text import loads
 
@@ -29,11 +28,28 @@ CONFLUENT, BATCH_ITEM_FAILURES, ANY, NONE = REPLIES = (
 MOST_STATE_BYTES = 5 * 2**20
 
 _WHITE_SPACE = b" \t\r\n"
-_OPENING, _BETWEEN, _END = b'[{"payload":', b'},{"payload":', b"}]"
-_OFFSET, _PARTITION, _TOPIC = map(itemgetter, ("offset", "partition", "topic"))
+_SPACES = (b" ", b"\n", b"\t", b"\r")
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Only to find where things end: what a number is does not matter.
 _DECODER = json.JSONDecoder(parse_float=len, parse_int=len)
+
+
+class _Coordinates(msgspec.Struct, gc=False):
+    topic: str
+    partition: int
+    offset: int | str
+
+
+class _Answer(msgspec.Struct, gc=False):
+    payload: _Coordinates
+
+
+class _RawAnswer(msgspec.Struct, gc=False):
+    payload: msgspec.Raw
+
+
+_answers = msgspec.json.Decoder(list[_Answer]).decode
+_raw_answers = msgspec.json.Decoder(list[_RawAnswer]).decode
 
 
 class InvalidReplyError(ValueError):
@@ -198,6 +214,8 @@ def parse_reply(
         InvalidReplyError: It is not JSON, not an array, of another length, or an entry answers
             another record. The message names the first entry that does not fit.
     """
+    if raw := _answered_in_order(body, topic, partition, offsets):
+        return raw
     entries = _loads(body)
     if type(entries) is not list:
         raise InvalidReplyError(f"the reply is {_name(entries)}, not an array of results")
@@ -205,39 +223,37 @@ def parse_reply(
         raise InvalidReplyError(
             f"the reply has {len(entries)} entries, {len(offsets)} records were sent"
         )
+    if misfit := _misfit(entries, topic, partition, offsets):
+        raise misfit
+    return _raw_payloads(body)
+
+
+def _answered_in_order(
+    body: bytes, topic: str, partition: int, offsets: Sequence[int | str]
+) -> list[bytes]:
+    """The payloads' texts; nothing where it takes a closer look to see what is in the reply."""
     try:
-        payloads = [entry["payload"] for entry in entries]
-        # By C's loops: this is done for each record.
-        fits = (
-            [*map(_OFFSET, payloads)] == [*offsets]
-            and [*map(_PARTITION, payloads)].count(partition) == len(payloads)
-            and [*map(_TOPIC, payloads)].count(topic) == len(payloads)
-        )
-    except (TypeError, KeyError, IndexError):
-        fits = False
-    if not fits:
-        raise _misfit(entries, topic, partition, offsets)
-    try:
-        made = orjson.dumps(entries)
-    except orjson.JSONEncodeError:
-        # What is nested 1024 deep is read, and 254 deep written; half a surrogate pair never.
-        return _raw_payloads(body)
-    # Where nothing but white space differs, every digit and every name is as the function wrote it.
-    if body != made and body.translate(None, _WHITE_SPACE) != made.translate(None, _WHITE_SPACE):
-        return _raw_payloads(body)
-    texts = made[len(_OPENING) : -len(_END)].split(_BETWEEN)
-    # The payloads are between these, unless one of them has the same in it, or an entry has more.
-    if len(texts) == len(entries) and all(len(entry) == 1 for entry in entries):
-        return texts
-    # The newline is there to be cut off: what orjson returns is the head of a 4 KiB block that it
-    # would keep from being used again for as long as the result is held; the copy is not.
-    return [orjson.dumps(payload, option=orjson.OPT_APPEND_NEWLINE)[:-1] for payload in payloads]
+        if any(space in body for space in _SPACES):
+            body = msgspec.json.format(body, indent=-1)
+        answers = [entry.payload for entry in _answers(body)]
+        raw = [bytes(entry.payload) for entry in _raw_answers(body)]
+        if not body.isascii():
+            # The parser does not look at that.
+            body.decode()
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return []
+    fits = (
+        [answer.offset for answer in answers] == [*offsets]
+        and [answer.partition for answer in answers].count(partition) == len(answers)
+        and [answer.topic for answer in answers].count(topic) == len(answers)
+    )
+    return raw if fits else []
 
 
 def _misfit(
     entries: list[Any], topic: str, partition: int, offsets: Sequence[int | str]
-) -> InvalidReplyError:
-    """What is wrong with the first entry that does not answer the record at its place."""
+) -> InvalidReplyError | None:
+    """What is wrong with the first entry that does not answer the record at its place, if any."""
     for index, (entry, offset) in enumerate(zip(entries, offsets)):
         try:
             payload = entry["payload"]
@@ -256,7 +272,7 @@ def _misfit(
                 f"entry {index} of the reply answers another record than {topic}-{partition}"
                 f"@{offset}, which was sent at its place"
             )
-    raise AssertionError("all entries fit")
+    return None
 
 
 def _raw_payloads(body: bytes) -> list[bytes]:

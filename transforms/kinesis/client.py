@@ -312,7 +312,7 @@ class StreamApi:
         except (http_errors.HTTPError, OSError, ValueError) as error:
             raise Refused(Fault(0, type(error).__name__, str(error))) from None
         try:
-            response = endpoint.post(headers, [body])
+            response = endpoint.post(endpoint.head(headers), [body])
         except http_errors.HTTPError as error:
             raise Refused(no_reply(error, made.url, proxy)) from None
         if response.status >= 400:

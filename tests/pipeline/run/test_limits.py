@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.run.limits import Held, PartitionLimits, RoundLimits
+from pipeline.run.limits import Held, PartitionLimits, RoundLimits, ease_secs
 from tests.examples import examples
 from transforms.invoke.invoker import QueueView
 
@@ -171,3 +171,26 @@ def test_what_is_held_is_bounded_whatever_the_partitions_do(partitions, some, tu
             assert each.bytes < limits.bytes
         if limits.room(each)[1] > 1:
             assert each.handed_over + 2 * limits.room(each)[1] <= limits.bytes
+
+
+@pytest.mark.parametrize(
+    ("batches", "lanes", "usual_secs", "secs"),
+    [
+        # An eighth of what the one with the least is busy for.
+        ([4, 400], 1, 0.02, 0.01),
+        ([4, 400], 4, 0.02, 0.0025),
+        # Who has nothing waits for records, not for batches.
+        ([0, 4], 1, 0.02, 0.01),
+        ([0], 1, 0.02, 0.0),
+        ([], 1, 0.02, 0.0),
+        # Never for long: others' results are to go on.
+        ([400], 1, 0.02, 0.02),
+        ([2], 1, 900.0, 0.02),
+        # Nothing is known of the function.
+        ([400], 1, 0.0, 0.0),
+    ],
+)
+def test_how_long_batches_may_end_without_a_look(batches, lanes, usual_secs, secs) -> None:
+    """Much under way: to look at each batch would take the interpreter from those that invoke."""
+    queues = [QueueView(count, 100 * count) for count in batches]
+    assert ease_secs(queues, lanes, usual_secs) == pytest.approx(secs)

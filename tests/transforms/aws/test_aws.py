@@ -11,6 +11,7 @@ import ssl
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import pytest
@@ -218,13 +219,11 @@ def test_a_request_is_the_one_of_boto3(
     (theirs,) = sent
 
     config = FunctionConfig(function, region=region, endpoint_url=endpoint, **more)
-    posted: list[tuple[str, Any]] = []
-    monkeypatch.setattr(
-        "transforms.aws.function.Endpoint", lambda url, **_: posted.append((url, None)) or None
-    )
     ours = LambdaFunction(config).prepare(b"[1]", context)
     assert isinstance(ours, Request)
-    assert posted == [(theirs.url, None)]
+    parts = urlsplit(theirs.url)
+    target = parts._replace(scheme="", netloc="").geturl()
+    assert ours.head.text.startswith(f"POST {target} HTTP/1.1\r\n".encode())
     assert ours.payload == theirs.body
     headers = {
         name: value if isinstance(value, str) else value.decode()
@@ -234,9 +233,10 @@ def test_a_request_is_the_one_of_boto3(
     # Signed by boto3 and added by its HTTP client.
     assert "SignedHeaders=host;" in headers["Authorization"]
     headers |= {"Host": theirs.url.split("/")[2], "Accept-Encoding": "identity"}
-    headers["User-Agent"] = ours.headers["User-Agent"]
-    assert ours.headers == headers
-    assert ours.headers["User-Agent"].startswith("beam-lambda-sink ")
+    headers["User-Agent"] = ours.head.headers["User-Agent"]
+    assert parts.netloc == headers["Host"]
+    assert ours.head.headers == headers
+    assert ours.head.headers["User-Agent"].startswith("beam-lambda-sink ")
 
 
 FAILURES = [

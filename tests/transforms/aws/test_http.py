@@ -129,7 +129,8 @@ def endpoint(port: int, scheme: str = "http", host: str = "127.0.0.1", **more) -
 def test_what_goes_out() -> None:
     """The target, the headers and the body, as they were given, in one piece."""
     with peer(OK) as server:
-        endpoint(server.port).post(HEADERS, [b"bo", b"dy"])
+        there = endpoint(server.port)
+        there.post(there.head(HEADERS), [b"bo", b"dy"])
     assert server.received == [
         b"POST /a%20b?c=d HTTP/1.1\r\nHost: there\r\nContent-Length: 4\r\n\r\nbody"
     ]
@@ -156,8 +157,8 @@ def test_replies_on_a_connection_that_is_kept(reply: bytes, body: bytes) -> None
     """However a reply says where it ends, the next request goes over the same connection."""
     with peer(reply, OK) as server:
         there = endpoint(server.port)
-        assert there.post(HEADERS, [b"body"]).body == body
-        assert there.post(HEADERS, [b"body"]).body == b"ok"
+        assert there.post(there.head(HEADERS), [b"body"]).body == body
+        assert there.post(there.head(HEADERS), [b"body"]).body == b"ok"
         assert server.connections == 1
 
 
@@ -173,8 +174,18 @@ def test_replies_on_a_connection_that_ends(reply: bytes, body: bytes) -> None:
     """The reply is whole, and the next request goes over a new connection."""
     with peer(reply, OK) as server:
         there = endpoint(server.port)
-        assert there.post(HEADERS, [b"body"]).body == body
-        assert there.post(HEADERS, [b"body"]).body == b"ok"
+        assert there.post(there.head(HEADERS), [b"body"]).body == body
+        assert there.post(there.head(HEADERS), [b"body"]).body == b"ok"
+        assert server.connections == 2
+
+
+def test_what_comes_behind_a_reply_answers_nothing() -> None:
+    """A server that says more than it was asked for: the next request goes another way."""
+    more = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnext"
+    with peer(OK + more, OK) as server:
+        there = endpoint(server.port)
+        assert there.post(there.head(HEADERS), [b"body"]).body == b"ok"
+        assert there.post(there.head(HEADERS), [b"body"]).body == b"ok"
         assert server.connections == 2
 
 
@@ -185,7 +196,8 @@ def test_status_and_headers() -> None:
         b"Content-Length: 0\r\n\r\n"
     )
     with peer(reply) as server:
-        response = endpoint(server.port).post(HEADERS, [b"body"])
+        there = endpoint(server.port)
+        response = there.post(there.head(HEADERS), [b"body"])
     assert response.status == 302
     assert response.headers["x-sOME"] == "Thing"
 
@@ -202,7 +214,8 @@ def test_a_head_is_read_alike_whoever_reads_it(unusual: bytes) -> None:
         b"x-two:  b: c \r\nX-None:\r\n"
     )
     with peer(head + unusual + b"\r\nok") as server:
-        response = endpoint(server.port).post(HEADERS, [b"body"])
+        there = endpoint(server.port)
+        response = there.post(there.head(HEADERS), [b"body"])
     assert (response.status, response.body) == (200, b"ok")
     assert response.headers["X-Two"] == "a, b: c "
     assert response.headers["X-None"] == ""
@@ -214,7 +227,7 @@ def test_a_connection_that_the_other_side_closed_in_between() -> None:
     with peer(OK + CLOSE, OK) as server:
         there = endpoint(server.port)
         for _ in range(2):
-            assert there.post(HEADERS, [b"body"]).status == 200
+            assert there.post(there.head(HEADERS), [b"body"]).status == 200
             # Until what the server did is known here.
             server.closed.wait(GUARD_SECS)
         assert server.connections == 2
@@ -249,11 +262,11 @@ def test_no_whole_reply(reply: bytes, before: int) -> None:
     with peer(*[OK] * before, reply, OK) as server:
         there = endpoint(server.port)
         for _ in range(before):
-            there.post(HEADERS, [b"body"])
+            there.post(there.head(HEADERS), [b"body"])
         with pytest.raises(http_errors.ProtocolError):
-            there.post(HEADERS, [b"body"])
+            there.post(there.head(HEADERS), [b"body"])
         assert len(server.received) == before + 1
-        assert there.post(HEADERS, [b"body"]).body == b"ok"
+        assert there.post(there.head(HEADERS), [b"body"]).body == b"ok"
         assert server.connections == 2
 
 
@@ -263,9 +276,9 @@ def test_a_reply_that_does_not_come(before: int) -> None:
     with peer(*[OK] * before) as silent:
         there = endpoint(silent.port, read_secs=0.2)
         for _ in range(before):
-            there.post(HEADERS, [b"body"])
+            there.post(there.head(HEADERS), [b"body"])
         with pytest.raises(http_errors.ReadTimeoutError):
-            there.post(HEADERS, [b"body"])
+            there.post(there.head(HEADERS), [b"body"])
 
 
 def _pieces(count: int) -> bytes:
@@ -287,10 +300,10 @@ def test_a_reply_that_is_too_large(reply: bytes, before: int) -> None:
     with peer(*[OK] * before, reply, OK) as server:
         there = endpoint(server.port)
         for _ in range(before):
-            there.post(HEADERS, [b"body"])
-        response = there.post(HEADERS, [b"body"])
+            there.post(there.head(HEADERS), [b"body"])
+        response = there.post(there.head(HEADERS), [b"body"])
         assert (len(response.body), response.cut) == (MAX_BODY_BYTES, True)
-        response = there.post(HEADERS, [b"body"])
+        response = there.post(there.head(HEADERS), [b"body"])
         assert (response.body, response.cut) == (b"ok", False)
         assert server.connections == 2
 
@@ -311,7 +324,7 @@ def test_a_reply_that_somebody_compressed(sent: bytes, body: bytes, cut: bool) -
     with peer(head + sent, head + sent) as server:
         there = endpoint(server.port)
         for _ in range(2):
-            response = there.post(HEADERS, [b"body"])
+            response = there.post(there.head(HEADERS), [b"body"])
             assert (response.body, response.cut) == (body, cut)
 
 
@@ -355,7 +368,7 @@ def _slow(
 ) -> Callable[[], bytes]:
     there = endpoint(server.port, scheme, "localhost", tls=trusting, **more)
     headers = HEADERS | {"Content-Length": str(len(LARGE))}
-    return lambda: there.post(headers, [LARGE]).body
+    return lambda: there.post(there.head(headers), [LARGE]).body
 
 
 def test_sending_may_take_longer_than_connecting(
@@ -405,9 +418,9 @@ def test_a_reply_that_comes_without_an_end(monkeypatch: pytest.MonkeyPatch, befo
     try:
         there = endpoint(server.port)
         for _ in range(before):
-            there.post(HEADERS, [b"body"])
+            there.post(there.head(HEADERS), [b"body"])
         with pytest.raises(http_errors.ReadTimeoutError):
-            there.post(HEADERS, [b"body"])
+            there.post(there.head(HEADERS), [b"body"])
     finally:
         served.set()
         server.close()
@@ -417,7 +430,7 @@ def test_a_connection_says_that_it_is_there() -> None:
     """Sooner than it is forgotten by what lies between: after 350 s on AWS."""
     with peer(OK) as server:
         there = endpoint(server.port)
-        there.post(HEADERS, [b"body"])
+        there.post(there.head(HEADERS), [b"body"])
         connection = there._take_kept()
         assert connection
         for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 30)):
@@ -431,7 +444,8 @@ def test_nobody_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(http_errors.NewConnectionError):
-        endpoint(port).post(HEADERS, [b"body"])
+        there = endpoint(port)
+        there.post(there.head(HEADERS), [b"body"])
 
 
 @pytest.mark.parametrize("before", [0, 1], ids=["new", "kept"])
@@ -459,8 +473,8 @@ def test_a_refusal_before_the_body_was_read(before: int) -> None:
         headers = HEADERS | {"Content-Length": str(len(body))}
         there = endpoint(listener.getsockname()[1])
         for _ in range(before):
-            there.post(HEADERS, [b"body"])
-        response = there.post(headers, [body])
+            there.post(there.head(HEADERS), [b"body"])
+        response = there.post(there.head(headers), [body])
         thread.join(GUARD_SECS)
     assert (response.status, response.body) == (413, b"big")
 
@@ -491,7 +505,8 @@ def test_what_the_body_does_after_its_last_chunk() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, args=[listener], daemon=True)
         thread.start()
-        assert endpoint(listener.getsockname()[1]).post(HEADERS, body()).body == b"ok"
+        there = endpoint(listener.getsockname()[1])
+        assert there.post(there.head(HEADERS), body()).body == b"ok"
         thread.join(GUARD_SECS)
     assert order == ["received", "meanwhile", "answered"]
 
@@ -504,7 +519,7 @@ def test_many_at_once() -> None:
 
         def work() -> None:
             for _ in range(5):
-                bodies.append(there.post(HEADERS, [b"body"]).body)
+                bodies.append(there.post(there.head(HEADERS), [b"body"]).body)
 
         run_together(work, 8)
     assert bodies == [b"ok"] * 40
@@ -575,8 +590,8 @@ def test_tls(server_side: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
     large = b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300_000
     with peer(OK, large, tls=server_side) as server:
         there = endpoint(server.port, "https", "localhost", tls=trusting)
-        assert there.post(HEADERS, [b"body"]).body == b"ok"
-        assert len(there.post(HEADERS, [b"body"]).body) == 300_000
+        assert there.post(there.head(HEADERS), [b"body"]).body == b"ok"
+        assert len(there.post(there.head(HEADERS), [b"body"]).body) == 300_000
         assert server.connections == 1
 
 
@@ -585,7 +600,7 @@ def test_tls_of_somebody_else(server_side: ssl.SSLContext) -> None:
     with peer(OK, tls=server_side) as server:
         there = endpoint(server.port, "https", "localhost", tls=create_urllib3_context())
         with pytest.raises(http_errors.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
-            there.post(HEADERS, [b"body"])
+            there.post(there.head(HEADERS), [b"body"])
         assert not server.received
 
 
@@ -594,7 +609,7 @@ def test_tls_for_another_host(server_side: ssl.SSLContext, trusting: ssl.SSLCont
     with peer(OK, tls=server_side) as server:
         there = endpoint(server.port, "https", "127.0.0.1", tls=trusting)
         with pytest.raises(http_errors.SSLError, match="match"):
-            there.post(HEADERS, [b"body"])
+            there.post(there.head(HEADERS), [b"body"])
         assert not server.received
 
 
@@ -605,7 +620,7 @@ def test_a_proxy_for_http() -> None:
     """It is told the whole URL, and who asks."""
     with peer(OK) as proxy:
         there = endpoint(1, host="there", proxy_url=f"http://me:secret@127.0.0.1:{proxy.port}")
-        assert there.post(HEADERS, [b"body"]).body == b"ok"
+        assert there.post(there.head(HEADERS), [b"body"]).body == b"ok"
     (request,) = proxy.received
     assert request.startswith(b"POST http://there:1/a%20b?c=d HTTP/1.1\r\nHost: there\r\n")
     assert b"\r\nproxy-authorization: Basic bWU6c2VjcmV0\r\n" in request
@@ -623,7 +638,7 @@ def test_what_a_proxy_is_told_of_who_asks(login: str, sent: bytes) -> None:
     """As it is meant, not as a URL has to have it."""
     with peer(OK) as proxy:
         there = endpoint(1, host="there", proxy_url=f"http://{login}@127.0.0.1:{proxy.port}")
-        assert there.post(HEADERS, [b"body"]).body == b"ok"
+        assert there.post(there.head(HEADERS), [b"body"]).body == b"ok"
     assert b"\r\nproxy-authorization: Basic " + sent + b"\r\n" in proxy.received[0]
 
 
@@ -661,7 +676,7 @@ def test_a_proxy_for_https(server_side: ssl.SSLContext, trusting: ssl.SSLContext
         proxy = f"http://me:secret@127.0.0.1:{tunnel.port}"
         there = endpoint(server.port, "https", "localhost", tls=trusting, proxy_url=proxy)
         for _ in range(2):
-            assert there.post(HEADERS, [b"body"]).body == b"ok"
+            assert there.post(there.head(HEADERS), [b"body"]).body == b"ok"
     (asked,) = tunnel.asked
     assert asked.startswith(f"CONNECT localhost:{server.port} HTTP/1.".encode())
     assert b"roxy-authorization: Basic bWU6c2VjcmV0" in asked.replace(b"Proxy-A", b"proxy-a")
@@ -675,4 +690,4 @@ def test_no_proxy_there() -> None:
         port = listener.getsockname()[1]
     there = endpoint(1, "https", "there", proxy_url=f"http://127.0.0.1:{port}")
     with pytest.raises(http_errors.ProxyError):
-        there.post(HEADERS, [b"body"])
+        there.post(there.head(HEADERS), [b"body"])

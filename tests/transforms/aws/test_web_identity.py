@@ -181,7 +181,7 @@ def test_without_a_metadata_server_it_is_said_so(monkeypatch: pytest.MonkeyPatch
 
 def _key_of(request: Request | Fault) -> str:
     assert isinstance(request, Request), request
-    return request.headers["Authorization"].partition("Credential=")[2].partition("/")[0]
+    return request.head.headers["Authorization"].partition("Credential=")[2].partition("/")[0]
 
 
 def test_the_token_is_exchanged_for_the_role_without_a_signature(
@@ -197,7 +197,7 @@ def test_the_token_is_exchanged_for_the_role_without_a_signature(
     assert "Authorization" not in headers
     assert _key_of(request) == "ASIAROLE1"
     assert isinstance(request, Request)
-    assert request.headers["X-Amz-Security-Token"] == "session-1"
+    assert request.head.headers["X-Amz-Security-Token"] == "session-1"
 
 
 def test_credentials_serve_until_shortly_before_they_expire(metadata: Metadata, sts: Sts) -> None:
@@ -222,7 +222,7 @@ def test_moto_s_token_service_takes_the_exchange(metadata: Metadata) -> None:
     request = LambdaFunction(CONFIG).prepare(b"{}")
     assert _key_of(request).startswith("ASIA")
     assert isinstance(request, Request)
-    assert request.headers["X-Amz-Security-Token"]
+    assert request.head.headers["X-Amz-Security-Token"]
 
 
 # -- what is said ----------------------------------------------------------------------------------

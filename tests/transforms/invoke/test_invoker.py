@@ -33,6 +33,7 @@ from transforms.records import (
     Rejection,
     Responses,
 )
+from transforms.tally import BATCH_WAIT, DURATION, INVOCATIONS, INVOKED, TALLY
 
 GUARD_SECS = 20.0
 """Only so that a test which would hang fails instead; nothing is measured by it."""
@@ -1651,3 +1652,42 @@ def test_a_halted_partition_has_no_window_to_close() -> None:
         failure = Failure(_batch(A, 1).records, (), "c", "e", "m", 0, 0, "e")
         invoker.halt(Finished(*A, 1, 1, halted=failure))
         assert invoker.open_windows() == {}
+
+
+@pytest.mark.parametrize("took_secs", [0.0005, 5.0], ids=["fast", "slow"])
+def test_a_round_stays_for_its_calls_only_where_they_are_known_to_be_fast(took_secs) -> None:
+    """The first call says how long calls take: before it nobody stays, and not for a slow one."""
+    timer, stayed = Timer(), []
+
+    def answer(batch: Batch, call: Call) -> Outcome:
+        timer.secs += took_secs
+        return _answered(batch, call)
+
+    function = Function(answer)
+    with _running(function, ahead=False, timer=timer) as invoker:
+        wait_for = invoker._changed.wait_for
+        invoker._changed.wait_for = lambda done, secs=None: (
+            stayed.append(secs) or wait_for(done, secs)
+        )
+        invoker.stay(1, 0.01)
+        assert stayed == []
+        invoker.submit([_batch(A, 0)])
+        _until(invoker, lambda it: it.done_batches == 1)
+        stayed.clear()
+        invoker.stay(0, 0.01)
+        assert stayed == ([0.01] if took_secs < 0.01 else [])
+
+
+@both_ways
+def test_what_a_call_came_to_is_counted_though_none_follows(ahead: bool) -> None:
+    """It is counted while the next call is under way; behind the last one, at once."""
+    before = TALLY.take()
+    with _running(Function(), ahead) as invoker:
+        invoker.submit([_batch(("counted", 0), 0, 3), _batch(("counted", 0), 3, 2)])
+        _until(invoker, lambda it: it.done_batches == 2 and it.is_idle)
+        assert invoker.stats.invocations == 2
+    tallied = TALLY.take().since(before)
+    assert tallied.by(INVOKED) == {("counted",): 5}
+    assert tallied.by(INVOCATIONS) == {("success",): 2}
+    assert sum(tallied.histograms[DURATION, ("success",)].counts) == 2
+    assert sum(tallied.histograms[BATCH_WAIT, ()].counts) == 2
