@@ -34,7 +34,7 @@ before = gc.get_threshold(), gc.get_freeze_count()
 step.setup()
 frozen = gc.get_freeze_count()
 step.setup()
-print(before[0][0] < gc.get_threshold()[0] == 50_000, before[1] == 0 < frozen)
+print(before[0][0] < gc.get_threshold()[0] == 200_000, before[1] == 0 < frozen)
 print(frozen == gc.get_freeze_count())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -119,8 +119,8 @@ def test_the_request_names_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     trace_id = x_amzn_trace_id(parent(7).decode())
     request = function.prepare(b"{}", None, trace_id)
     assert isinstance(request, Request)
-    assert request.headers["X-Amzn-Trace-Id"] == trace_id
-    assert "x-amzn-trace-id" not in request.headers["Authorization"]
+    assert request.head.headers["X-Amzn-Trace-Id"] == trace_id
+    assert "x-amzn-trace-id" not in request.head.headers["Authorization"]
 
 
 def test_the_function_is_told_as_much_of_the_trace_as_fits() -> None:
