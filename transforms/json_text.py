@@ -63,7 +63,11 @@ def is_json(data: bytes) -> bool:
         except ValueError:
             return False
         return True
-    # It does not look at what is not ASCII.
+    return is_utf8(data)
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether it is text, which msgspec does not look at where nothing is made of it."""
     if data.isascii():
         return True
     try:

@@ -421,21 +421,18 @@ class Rounds:
             if key not in ready and key not in self._paused
         )
         secs = min(_LEAVE_SECS if self._leaving else _IDLE_SECS, min(windows, default=_IDLE_SECS))
-        if self._invoker.has_finished:
-            secs = min(secs, max(0.0, self._patience_secs(due) - self._invoker.finished_age_secs))
-        now = self._timer()
+        now, ease = self._timer(), 0.0
+        if self._invoker.has_work or self._invoker.has_finished:
+            patience_secs = self._patience_secs(due)
+            if self._invoker.has_finished:
+                secs = min(secs, max(0.0, patience_secs - self._invoker.finished_age_secs))
+            if patience_secs == _COLLECT_SECS_BUSY:
+                # To look at each batch that ends takes the interpreter from a thread that is about
+                # to send a request.
+                queues = (each.queue for each in held.values())
+                ease = ease_secs(queues, self._config.lanes.count, self._invoker.usual_secs)
         self._pass_at = now + max(secs, _SLICE_SECS[0])
-        self._at_ease_until = now + self._ease_secs(due)
-
-    def _ease_secs(self, ready: set[PartitionKey]) -> float:
-        """How long batches may end without being looked at, with partitions that are ready.
-
-        To look each time takes the interpreter from a thread that is about to send a request.
-        """
-        if self._patience_secs(ready) < _COLLECT_SECS_BUSY:
-            return 0.0
-        queues = (each.queue for each in self._held.values())
-        return ease_secs(queues, self._config.lanes.count, self._invoker.usual_secs)
+        self._at_ease_until = now + ease
 
     @property
     def _open_windows(self) -> dict[PartitionKey, int]:

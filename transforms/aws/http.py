@@ -41,8 +41,8 @@ _PLAIN_HEAD = re.compile(rb"HTTP/1\.1 (20[02]) [ -~]*\r\n((?:[A-Za-z0-9-]+:[ -~]
 _NO_RETRIES = urllib3.Retry(False)
 # The kernel waits for a plain socket by itself, and ends that when the time is over.
 _KERNEL_WAITS = sys.platform == "linux" and struct.calcsize("l") == 8
-# A connection that was used so short a time ago is open if TCP says so. Of a longer one, also what
-# it may have been sent meanwhile is asked for.
+# A connection is open if TCP says so where all that came was one reply, so short a time ago. Of any
+# other it is also asked whether more has come.
 _FRESH_SECS = 1.0
 _ESTABLISHED = 1
 # What lies between here and a server (a NAT gateway, a load balancer, a VPC endpoint) forgets a
@@ -225,17 +225,16 @@ class _Connection(HTTPConnection):
         super().__init__(*arguments, **settings)
         self._send_secs = send_secs
         self._waiting: _Waiting | None = None
-        self._used = -math.inf
+        # When a reply has come at once, and nothing with it.
+        self._clean_at = -math.inf
 
     @property
     def is_open(self) -> bool:
-        """Whether a request can be sent: the other side has not closed it, nor sent anything."""
-        if monotonic() - self._used > _FRESH_SECS or not _KERNEL_WAITS:
+        """Whether a request can be sent."""
+        sock, is_fresh = self.sock, monotonic() - self._clean_at < _FRESH_SECS
+        if not (is_fresh and _KERNEL_WAITS and isinstance(sock, socket.socket)):
             return self.is_connected
-        # To look for what was sent lets go of the interpreter, right before a request is sent.
-        sock = self.sock
-        if not isinstance(sock, socket.socket):
-            return self.is_connected
+        # To ask for more lets go of the interpreter, right before a request is sent.
         try:
             return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _ESTABLISHED
         except OSError:
@@ -288,24 +287,24 @@ class _Connection(HTTPConnection):
 
     def read(self) -> Response:
         """Read a reply to its end."""
+        self._clean_at = -math.inf
         waiting = self._awaited()
         waiting.read_within(self.timeout)
         first = waiting.recv(_READ_BYTES)
         head = _plain_head(first)
-        if head:
-            status, headers, start = head
-            size = int(headers["content-length"])
-            body = first[start : start + size]
-            if len(body) < size:
-                body = _Received(waiting, first).whole(body, size)
-            elif len(first) > start + size:
-                # Nothing was asked that this could answer.
-                self.close()
-            response = Response(status, headers, body)
+        if not head:
+            return self._read_any(_Received(waiting, first))
+        status, headers, start = head
+        size = int(headers["content-length"])
+        body = first[start : start + size]
+        if len(body) < size:
+            body = _Received(waiting, first).whole(body, size)
+        elif len(first) > start + size:
+            # Nothing was asked that this could answer.
+            self.close()
         else:
-            response = self._read_any(_Received(waiting, first))
-        self._used = monotonic()
-        return response
+            self._clean_at = monotonic()
+        return Response(status, headers, body)
 
     def _read_any(self, received: _Received) -> Response:
         reader: Any = io.BufferedReader(received, _READ_BYTES)

@@ -88,7 +88,7 @@ CallFunction = Callable[[Batch, Call, Request | None, Callable[[], None]], Outco
 once, if it can, between sending and waiting for the reply."""
 
 _Later = deque[Callable[[], None]]
-"""What a thread counts and says of its last call while the next one is under way."""
+"""What a thread counts of its last call while the next one is under way."""
 
 _Begun = tuple[int, Begun]
 """What limit and breaker need to know of a call when it has ended."""
@@ -709,11 +709,12 @@ class Invoker:
                 if queue is None:
                     _do(later)
                     queue = self._next()
-            _do(later)
         except BaseException as error:
             _LOGGER.debug("invoke thread failed", exc_info=True)
             with self._changed:
                 self._break(error)
+        finally:
+            _do(later)
 
     def _next(self, wait: bool = True) -> _Queue | None:
         """A queue to work on, waited for; None when no more work may begin."""
@@ -973,8 +974,7 @@ class Invoker:
         with self._changed:
             self._stats.add(more)
             queue.counted.add(more)
-        if more.retries:
-            TALLY.count(RETRIES, more.retries, outcome.name)
+        TALLY.count(RETRIES, more.retries, outcome.name)
 
     def _note(
         self, queue: _Queue, delivery: Delivery, call: Call, outcome: Outcome, step: Step | None

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from transforms.json_text import loads
+from transforms.json_text import is_utf8, loads
 
 CONFLUENT, BATCH_ITEM_FAILURES, ANY, NONE = REPLIES = (
     "confluent",
@@ -28,7 +28,6 @@ CONFLUENT, BATCH_ITEM_FAILURES, ANY, NONE = REPLIES = (
 MOST_STATE_BYTES = 5 * 2**20
 
 _WHITE_SPACE = b" \t\r\n"
-_SPACES = (b" ", b"\n", b"\t", b"\r")
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Only to find where things end: what a number is does not matter.
 _DECODER = json.JSONDecoder(parse_float=len, parse_int=len)
@@ -233,17 +232,15 @@ def _answered_in_order(
 ) -> list[bytes]:
     """The payloads' texts; nothing where it takes a closer look to see what is in the reply."""
     try:
-        if any(space in body for space in _SPACES):
+        if any(space in body for space in _WHITE_SPACE):
             body = msgspec.json.format(body, indent=-1)
         answers = [entry.payload for entry in _answers(body)]
         raw = [bytes(entry.payload) for entry in _raw_answers(body)]
-        if not body.isascii():
-            # The parser does not look at that.
-            body.decode()
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (msgspec.MsgspecError, RecursionError):
         return []
     fits = (
-        [answer.offset for answer in answers] == [*offsets]
+        is_utf8(body)
+        and [answer.offset for answer in answers] == [*offsets]
         and [answer.partition for answer in answers].count(partition) == len(answers)
         and [answer.topic for answer in answers].count(topic) == len(answers)
     )

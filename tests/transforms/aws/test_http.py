@@ -179,12 +179,16 @@ def test_replies_on_a_connection_that_ends(reply: bytes, body: bytes) -> None:
         assert server.connections == 2
 
 
-def test_what_comes_behind_a_reply_answers_nothing() -> None:
+@pytest.mark.parametrize("size", [2, 300_000], ids=["at once", "in pieces"])
+def test_what_comes_behind_a_reply_answers_nothing(size: int) -> None:
     """A server that says more than it was asked for: the next request goes another way."""
+    body = b"o" * size
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + body
     more = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnext"
-    with peer(OK + more, OK) as server:
+    with peer(OK, reply + more, OK) as server:
         there = endpoint(server.port)
         assert there.post(there.head(HEADERS), [b"body"]).body == b"ok"
+        assert there.post(there.head(HEADERS), [b"body"]).body == body
         assert there.post(there.head(HEADERS), [b"body"]).body == b"ok"
         assert server.connections == 2
 
