@@ -236,7 +236,7 @@ def _answered_in_order(
             body = msgspec.json.format(body, indent=-1)
         answers = [entry.payload for entry in _answers(body)]
         raw = [bytes(entry.payload) for entry in _raw_answers(body)]
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return []
     fits = (
         is_utf8(body)

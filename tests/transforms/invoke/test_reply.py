@@ -171,6 +171,8 @@ def test_a_reply_nested_without_end_is_the_function_s_error(depth: int, result: 
         (b"[", "the reply is not JSON"),
         (b"[NaN]", "the reply is not JSON"),
         (b'["\xff"]', "the reply is not JSON"),
+        (b'[{"payload":{"topic":"\xff","partition":1,"offset":1}}]', "the reply is not JSON"),
+        (b'[{"payload":{' + HEAD + b',"result":"\xff"}}]', "the reply is not JSON"),
         (b"null", "the reply is null, not an array"),
         (b"{}", "the reply is an object, not an array"),
         (b'"text"', "the reply is a string, not an array"),
