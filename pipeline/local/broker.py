@@ -38,7 +38,7 @@ from pipeline.local.processes import (
     java_command,
     wait_until,
 )
-from transforms.kafka.client import NO_COORDINATOR
+from transforms.kafka.client import NO_COORDINATOR, NO_LEADER
 
 # Records in one call of the consumer: large enough that the call itself costs nothing.
 _READ_CHUNK = 10_000
@@ -480,5 +480,13 @@ class KafkaBroker(LocalServer):
         asked = {TopicPartition(topic, partition): which for partition in self.partitions(topic)}
         if not asked:
             raise ServerError(f"there is no topic {topic}")
-        answers = self._client().list_offsets(asked, request_timeout=30)
-        return {at.partition: answer.result().offset for at, answer in answers.items()}
+        # A broker lists a new partition a moment before it leads it.
+        deadline = time.monotonic() + 30
+        while True:
+            answers = self._client().list_offsets(asked, request_timeout=30)
+            try:
+                return {at.partition: answer.result().offset for at, answer in answers.items()}
+            except KafkaException as error:
+                if error.args[0].code() not in NO_LEADER or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)

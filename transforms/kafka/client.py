@@ -45,6 +45,20 @@ NO_COORDINATOR = frozenset(
     }
 )
 
+# While a partition gets a leader, its first one or another. Unlike a consumer, a client that asks
+# does not wait for that.
+NO_LEADER = frozenset(
+    {
+        ErrorCode.LEADER_NOT_AVAILABLE,
+        ErrorCode.NOT_LEADER_FOR_PARTITION,
+        ErrorCode.REPLICA_NOT_AVAILABLE,
+        ErrorCode.KAFKA_STORAGE_ERROR,
+        ErrorCode.FENCED_LEADER_EPOCH,
+        ErrorCode.UNKNOWN_LEADER_EPOCH,
+        ErrorCode.OFFSET_NOT_AVAILABLE,
+    }
+)
+
 # With IAM, what is missing where Kafka says that something is not authorized.
 _RIGHTS = {
     ErrorCode.TOPIC_AUTHORIZATION_FAILED: "kafka-cluster:ReadData to read it, WriteData to write "

@@ -21,6 +21,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 from transforms.errors import KafkaError
 from transforms.kafka.client import (
     NO_COORDINATOR,
+    NO_LEADER,
     ErrorLog,
     IamLogin,
     KafkaConfig,
@@ -50,19 +51,6 @@ TRIM_HORIZON, LATEST, AT_TIMESTAMP = "TRIM_HORIZON", "LATEST", "AT_TIMESTAMP"
 _NO_OFFSET = -1001  # what librdkafka reports for a group without a committed offset
 _INTERNAL = "__"
 _NOT_YET = NO_COORDINATOR | {ErrorCode.UNSTABLE_OFFSET_COMMIT}
-# While a partition gets a leader, its first one or another. Unlike a consumer, a client that asks
-# does not wait for that.
-_MOVES = frozenset(
-    {
-        ErrorCode.LEADER_NOT_AVAILABLE,
-        ErrorCode.NOT_LEADER_FOR_PARTITION,
-        ErrorCode.REPLICA_NOT_AVAILABLE,
-        ErrorCode.KAFKA_STORAGE_ERROR,
-        ErrorCode.FENCED_LEADER_EPOCH,
-        ErrorCode.UNKNOWN_LEADER_EPOCH,
-        ErrorCode.OFFSET_NOT_AVAILABLE,
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,7 +462,7 @@ class SourceOffsets:
                     found[each.topic, each.partition] = int(future.result(timeout_secs + 1).offset)
                 return found
             except (KafkaException, TimeoutError) as error:
-                if _code(error) in _MOVES and monotonic() < deadline:
+                if _code(error) in NO_LEADER and monotonic() < deadline:
                     sleep(0.2)
                     continue
                 if again or not _is_unknown(error):

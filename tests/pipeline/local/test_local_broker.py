@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from pipeline.local.broker import KafkaBroker, NewRecord, StoredRecord
 from pipeline.local.processes import ServerError, wait_until
@@ -44,6 +46,35 @@ def test_plain_tuples_are_records_and_an_unknown_topic_gets_four_partitions(
 
     assert broker.end_offsets(topic) == {0: 0, 1: 0, 2: 0, 3: 1}
     assert broker.read_all(topic)[0].value == b"value"
+
+
+def test_offsets_of_a_partition_that_gets_its_leader_are_asked_again(
+    broker: KafkaBroker, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that is busy lists a new partition a moment before it leads it."""
+    topic = names.topic()
+    broker.create_topic(topic, partitions=1)
+    client = broker._client()
+
+    class Busy:
+        times = 2
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(client, name)
+
+        def list_offsets(self, asked: dict[Any, Any], **rest: Any) -> dict[Any, Any]:
+            answers = dict(client.list_offsets(asked, **rest))
+            self.times -= 1
+            if self.times >= 0:
+                for at in answers:
+                    answers[at] = Future()
+                    answers[at].set_exception(
+                        KafkaException(KafkaError(KafkaError.NOT_LEADER_FOR_PARTITION))
+                    )
+            return answers
+
+    monkeypatch.setattr(broker, "_admin", Busy())
+    assert broker.end_offsets(topic) == {0: 0}
 
 
 def test_reads_an_empty_topic(broker: KafkaBroker, names: Names) -> None:
