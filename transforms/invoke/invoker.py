@@ -3,9 +3,9 @@
 Each lane of a partition has a queue that is worked strictly in order, one call at a time; different
 lanes and partitions run side by side, as many as `transforms.invoke.concurrency` allows, and take
 turns if there are more. A lane that waits (backoff, throttle, open breaker) holds no thread. While
-a lane's call runs, the thread that made it prepares the next one, and sends that as soon as the
-reply is dealt with (docs/adr/0002-ordered-asynchronous-call.md). Knows neither Beam nor boto3: the
-call is injected.
+a lane's call runs, the thread that made it prepares the next one. It sends that as soon as the
+reply says that the function succeeded, and books the batch while the next one is under way
+(docs/adr/0002-ordered-asynchronous-call.md). Knows neither Beam nor boto3: the call is injected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import threading
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
@@ -88,7 +88,7 @@ CallFunction = Callable[[Batch, Call, Request | None, Callable[[], None]], Outco
 once, if it can, between sending and waiting for the reply."""
 
 _Later = deque[Callable[[], None]]
-"""What a thread counts of its last call while the next one is under way."""
+"""What a thread books and counts of its last call while the next one is under way."""
 
 _Begun = tuple[int, Begun]
 """What limit and breaker need to know of a call when it has ended."""
@@ -151,6 +151,8 @@ class _Queue:
     delivery: Delivery | None = None
     steps: Generator[Step, Outcome | None, None] | None = None
     prepared: _Prepared | None = None
+    ahead: bool = False
+    """Whether the first of those that wait is being called already, and the head only booked."""
     scheduled: bool = False
     abandoned: bool = False
     records: int = 0
@@ -164,10 +166,15 @@ class _Queue:
 
     def drop(self) -> None:
         """Forget the batches that have not begun."""
+        begun = [self.head] if self.head else []
+        if self.ahead:
+            begun.append(self.batches.popleft())
         BOOKS.count(RELEASED, sum(len(each.batch) for each in self.batches), self.key[0])
         self.batches.clear()
-        self.records = len(self.head.batch) if self.head else 0
-        self.bytes = self.head.bytes if self.head else 0
+        if self.ahead:
+            self.batches.append(begun[-1])
+        self.records = sum(len(each.batch) for each in begun)
+        self.bytes = sum(each.bytes for each in begun)
 
 
 @dataclass(frozen=True, slots=True)
@@ -762,13 +769,14 @@ class Invoker:
         due = self._waits[0][0] if self._waits else math.inf
         return min(due, self._breaker.probe_at) if self._held else due
 
-    def _start(self, queue: _Queue) -> None:
-        """Begin with a queue's next batch. Holds the lock."""
+    def _start(self, queue: _Queue) -> Iterator[Step]:
+        """Begin with a queue's next batch; its steps. Holds the lock."""
         queue.head = queue.batches.popleft()
         batch, window = queue.head.batch, queue.window
         queue.delivery = Delivery(batch, self._policy, self._clock, self._random, window)
         queue.counted = CallStats()
         queue.steps = queue.delivery.steps()
+        return queue.steps
 
     def _advance(self, queue: _Queue, later: _Later) -> _Queue | None:
         """Do what the steps of a queue's head say until it is finished or has to wait.
@@ -791,10 +799,18 @@ class Invoker:
                     break
                 if self._put_aside(queue):
                     return None
-                begun = self._begin()
-                queue.called = next(self._order)
+                begun = self._begin(queue)
             self._tally_begin(queue, delivery, later)
-            outcome = self._invoke(queue, delivery, step, begun, later)
+            request = self._prepared_for(queue, delivery.batch, step)
+            outcome = self._invoke(queue, delivery.batch, step, request, begun, later)
+            while ahead := self._call_ahead(queue, step, outcome):
+                request, begun = ahead
+                later.append(partial(self._book, queue, step, outcome, later))
+                batch = queue.batches[0].batch
+                step = _first_call(batch)
+                outcome = self._invoke(queue, batch, step, request, begun, later)
+            delivery, steps = queue.delivery, queue.steps
+            assert delivery and steps
             call, step = step, _send(steps, outcome)
             self._count(queue, delivery, outcome)
             self._note(queue, delivery, call, outcome, step)
@@ -809,6 +825,54 @@ class Invoker:
             following = self._next(wait=False)
         self._note_end(delivery, is_halt)
         return following
+
+    def _call_ahead(
+        self, queue: _Queue, call: Call, outcome: Outcome
+    ) -> tuple[Request, _Begun] | None:
+        """Begin the call that was prepared behind one that has just ended the head, if nothing
+        speaks against it; the head is booked while it is under way.
+
+        That is a tenth of a millisecond earlier, of each call, and changes nothing else: what goes
+        wrong, and what has to wait or take turns, is booked first.
+        """
+        if outcome.kind is not Kind.SUCCESS or queue.prepared is None:
+            return None
+        if self._policy.max_record_age_secs >= 0:
+            return None  # what is too old by now is taken out before
+        with self._changed:
+            head, prepared = queue.head, queue.prepared
+            if not (head and prepared and queue.batches) or call.only:
+                return None
+            if (call.low, call.high) != (0, len(head.batch)) or self._is_old(prepared):
+                return None
+            now = self._timer()
+            self._line_up(now)
+            if (
+                queue.batches[0].batch is not prepared.batch
+                or self._ready
+                or self._is_paused(queue)
+                or not self._goes_on(queue)
+                or not self._breaker.lets_through(now)
+                or self._working > self._limit.allowed
+                or self._finished_total + outcome.held_bytes > self._max_finished_bytes
+                or not self._may_begin(queue.key)
+            ):
+                return None
+            queue.prepared, queue.ahead = None, True
+            return prepared.request, self._begin(queue)
+
+    def _book(self, queue: _Queue, call: Call, outcome: Outcome, later: _Later) -> None:
+        """End the head, in which a call has succeeded, with the next one under way."""
+        delivery, steps = queue.delivery, queue.steps
+        assert delivery and steps
+        step = _send(steps, outcome)
+        assert step is None
+        self._count(queue, delivery, outcome)
+        self._note(queue, delivery, call, outcome, step)
+        with self._changed:
+            self._finish(queue, delivery)
+        assert queue.delivery
+        self._tally_begin(queue, queue.delivery, later)
 
     def _goes_on(self, queue: _Queue) -> bool:
         return not (self._ending or queue.partition.stopped or queue.abandoned)
@@ -847,30 +911,42 @@ class Invoker:
         self._task.notify()
         self._changed.notify_all()
 
-    def _begin(self) -> _Begun:
+    def _begin(self, queue: _Queue) -> _Begun:
         """A call begins. Holds the lock."""
+        queue.called = next(self._order)
         self._in_flight += 1
         self._in_flight_max = max(self._in_flight_max, self._in_flight)
         return self._limit.begin(), self._breaker.begin()
 
-    def _invoke(
-        self, queue: _Queue, delivery: Delivery, call: Call, begun: _Begun, later: _Later
-    ) -> Outcome:
-        batch = delivery.batch
-        started = self._timer()
+    def _prepared_for(self, queue: _Queue, batch: Batch, call: Call) -> Request | None:
+        """What was prepared for a call, if it is still good."""
         prepared, queue.prepared = queue.prepared, None
-        fits = prepared and prepared.batch is batch and call == _first_call(batch)
-        request = prepared.request if prepared and fits else None
-        if prepared and self._is_old(prepared):
-            request = None
+        if prepared is None or prepared.batch is not batch or call != _first_call(batch):
+            return None
+        return None if self._is_old(prepared) else prepared.request
+
+    def _invoke(
+        self,
+        queue: _Queue,
+        batch: Batch,
+        call: Call,
+        request: Request | None,
+        begun: _Begun,
+        later: _Later,
+    ) -> Outcome:
+        started = self._timer()
         try:
             outcome = self._call(batch, call, request, partial(self._meanwhile, queue, later))
         except BaseException:
             with self._changed:
                 self._in_flight -= 1
             raise
-        took_secs = self._timer() - started
-        delivery.finished.stats.invoke_ms += round(took_secs * 1000)
+        finally:
+            # There was no meanwhile if nothing could be sent.
+            took_secs = self._timer() - started
+            _do(later)
+        assert queue.delivery
+        queue.delivery.finished.stats.invoke_ms += round(took_secs * 1000)
         later.append(partial(self._tally_end, batch.topic, len(call), outcome, took_secs))
         usual_secs = self._usual_secs or took_secs
         self._usual_secs = usual_secs + (took_secs - usual_secs) / 8
@@ -899,8 +975,7 @@ class Invoker:
             TALLY.observe(DURATION, took_secs, "error")
 
     def _meanwhile(self, queue: _Queue, later: _Later) -> None:
-        """While the call for a queue's head is under way: what was left for later, and the call
-        behind it."""
+        """While a queue's call is under way: what was left for later, and the call behind it."""
         _do(later)
         self._prepare_next(queue)
 
@@ -1061,11 +1136,26 @@ class Invoker:
         queue.bytes -= queue.head.bytes
         queue.head = None
         self._done_batches += 1
-        if queue.abandoned:
+        counts, ahead = not queue.abandoned, queue.ahead
+        if ahead:
+            # Its call is under way, and counts as much as this one.
+            queue.ahead, queue.scheduled = False, True
+            next(self._start(queue))
+        else:
             queue.abandoned = False
+        if counts:
+            self._add_finished(delivery)
+        if delivery.config_error and counts:
+            self._break(delivery.config_error)
+        elif counts and (finished.halted or queue.partition.halted):
+            self._halt(queue.partition, finished)
+        elif not (ahead or (counts and queue.partition.retired)):
             self._pass_on(queue)
-            self._changed.notify_all()
-            return
+        self._changed.notify_all()
+
+    def _add_finished(self, delivery: Delivery) -> None:
+        """Have it collected. Holds the lock."""
+        finished = delivery.finished
         if delivery.window:
             finished.reach = delivery.window.reach(finished)
         self._finished.append(finished)
@@ -1075,13 +1165,6 @@ class Invoker:
         self._finished_total += size
         if self._finished_since is None:
             self._finished_since = self._timer()
-        if delivery.config_error:
-            self._break(delivery.config_error)
-        elif finished.halted or queue.partition.halted:
-            self._halt(queue.partition, finished)
-        elif not queue.partition.retired:
-            self._pass_on(queue)
-        self._changed.notify_all()
 
     def _pass_on(self, queue: _Queue) -> None:
         """Put a queue in line again; who was at it takes what is first, so nobody is woken."""

@@ -96,6 +96,11 @@ class Outcome:
             return "invalid_reply"
         return _NAMES[self.kind]
 
+    @property
+    def held_bytes(self) -> int:
+        """About what it holds of a reply that answers records, in bytes."""
+        return len(self.body or b"") + sum(map(len, self.results or ()))
+
     def of_function(self, sent: int) -> Kind:
         """What a call of so many records says about the function itself.
 

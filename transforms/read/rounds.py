@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -39,6 +40,11 @@ _LOGGER = logging.getLogger(__name__)
 
 # Large, since what Beam does for an element costs as much as a hundred records do.
 _CHUNK_RECORDS = 10_000
+# Of a lane for which nothing is under way so much comes before any lane's rest.
+_FIRST_RECORDS = 200
+# A round takes in so much, at most, for partitions of which nothing has come yet: a client hands
+# out a whole response of the broker, partition by partition.
+_LOOK_RECORDS = 40_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +136,22 @@ def turns(places: Sequence[int], last: int) -> list[int]:
     """
     behind = bisect_right(places, last)
     return [*range(behind, len(places)), *range(behind)]
+
+
+def fair_level(dues: Iterable[int], records: int) -> int:
+    """How many records each lane gets at most, so that all together get so many, if they have them,
+    and nobody gets less for the sake of one who has more. Pure.
+
+    Args:
+        dues: What each of them has, 0 or more.
+        records: How many there are for all.
+    """
+    rising = sorted(filter(None, dues))
+    for place, due in enumerate(rising):
+        if due * (len(rising) - place) > records:
+            return records // (len(rising) - place)
+        records -= due
+    return rising[-1] if rising else 0
 
 
 @dataclass(slots=True)
@@ -388,67 +410,121 @@ class RoundReader:
         partitions = [self._partitions[room.key] for room in round.rooms]
         room_for = min(round.records, sum(room.records for room in round.rooms))
         # On with what has been fetched meanwhile; what is still to come must not be waited for.
-        while sum(partition.waiting for partition in partitions) < room_for:
+        while self._looks_for_more(round, partitions, room_for):
             if self.fill(0) < self.fetcher.most:
                 break
-        records, size = round.records, round.bytes
-        begun: set[LaneKey] = set()
+        left = _Left(round.records, round.bytes)
         # Partitions, and lanes in them, take turns: a short round favours none.
-        rooms = sorted(round.rooms, key=lambda room: self._partitions[room.key].place)
+        has_any = (
+            room
+            for room, partition in zip(round.rooms, partitions)
+            if any(lane.messages or lane.start < partition.next_offset for lane in partition.lanes)
+        )
+        rooms = sorted(has_any, key=lambda room: self._partitions[room.key].place)
         places = [self._partitions[room.key].place for room in rooms]
-        for turn in turns(places, self._served):
-            room, partition = rooms[turn], self._partitions[rooms[turn].key]
-            room_records, room_bytes = room.records, room.bytes
-            flush = room.flush or partition.ended or (round.flush and partition.at_end)
-            for number in turns(range(len(partition.lanes)), partition.served):
-                lane = partition.lanes[number]
-                limit = min(records, room_records), min(size, room_bytes)
-                busy = number in room.busy and not room.flush
-                handed_out = self._hand_out(partition, lane, *limit, flush, busy)
-                for (next_offset, messages, chunk_bytes, by), last in _with_last(handed_out):
-                    count = len(messages)
-                    room_records, room_bytes = room_records - count, room_bytes - chunk_bytes
-                    records, size = records - count, size - chunk_bytes
-                    self._served, partition.served = partition.place, number
-                    yield self._chunk(partition, lane, next_offset, messages, begun, last, by)
-            for lane in partition.lanes:
-                if not lane.messages and lane.start < partition.next_offset:
+        rooms = [rooms[turn] for turn in turns(places, self._served)]
+        shares = [self._shares(room, round.flush) for room in rooms]
+        of_rooms = [_Left(room.records, room.bytes) for room in rooms]
+        dues = [min(share.due, room.records) for room, own in zip(rooms, shares) for share in own]
+        level = fair_level(dues, round.records)
+        if level < max(dues, default=0):
+            level = self._whole_batches(level)
+        first = []
+        step = self._whole_batches(_FIRST_RECORDS)
+        for room, of_room, own in zip(rooms, of_rooms, shares):
+            for share in own:
+                if share.lane.number not in room.busy:
+                    self._hand_out(share, step, min(step, level), left, of_room)
+                    first += [share] if share.parts else []
+        step = self._whole_batches(_CHUNK_RECORDS)
+        for of_room, own in zip(of_rooms, shares):
+            for share in own:
+                self._hand_out(share, step, level - share.taken, left, of_room)
+                if share.parts:
+                    self._served, share.partition.served = share.partition.place, share.lane.number
+                share.take(self._timer())
+        begun: set[LaneKey] = set()
+        for share in first:
+            yield self._chunk(share, begun)
+        for own in shares:
+            for share in own:
+                while share.parts:
+                    yield self._chunk(share, begun)
+            for share in own:
+                if not share.lane.messages and share.lane.start < share.partition.next_offset:
                     # No record of this lane, and yet its offsets have to be committed.
-                    yield self._chunk(partition, lane, partition.next_offset, [], begun)
+                    share.parts.append((share.partition.next_offset, []))
+                    share.closed_by = ""
+                    yield self._chunk(share, begun)
+
+    def _looks_for_more(
+        self, round: Round, partitions: Sequence[_Partition], room_for: int
+    ) -> bool:
+        """Whether more of what has been fetched is worth to be taken in before a round begins."""
+        waiting = sum(partition.waiting for partition in partitions)
+        if waiting >= max(room_for, _LOOK_RECORDS):
+            return False
+        return waiting < room_for or any(
+            not (room.busy or each.waiting or each.at_end or each.paused or each.lost)
+            for room, each in zip(round.rooms, partitions)
+        )
+
+    def _shares(self, room: Room, flush: bool) -> list[_Share]:
+        """What is due of a partition, by lane, in turn."""
+        partition, config = self._partitions[room.key], self._config
+        flush = room.flush or partition.ended or (flush and partition.at_end)
+        shares = []
+        for number in turns(range(len(partition.lanes)), partition.served):
+            lane = partition.lanes[number]
+            due = self._due(lane, flush, number in room.busy and not room.flush)
+            by = BY_BYTES if lane.bytes >= config.batch_bytes else BY_END if flush else BY_WINDOW
+            shares.append(_Share(partition, lane, due, by))
+        return shares
+
+    def _whole_batches(self, records: int) -> int:
+        """So many records, in whole batches, and one at least."""
+        batch_size = self._config.batch_size
+        return max(1, records // batch_size) * batch_size
 
     def _hand_out(
-        self, partition: _Partition, lane: _Lane, records: int, size: int, flush: bool, busy: bool
-    ) -> Iterator[_Part]:
-        config = self._config
-        step = max(1, _CHUNK_RECORDS // config.batch_size) * config.batch_size
-        due = self._due(lane, flush, busy)
+        self, share: _Share, step: int, records: int, left: _Left, of_room: _Left
+    ) -> None:
+        """Add to what is handed out of a lane, in parts of so many records.
+
+        Args:
+            share: Of the lane.
+            step: Records of a part.
+            records: How many are added at most.
+            left: What the round has left; less by what is added.
+            of_room: What its partition has left.
+        """
+        partition, lane, batch_size = share.partition, share.lane, self._config.batch_size
+        records = min(records, left.records, of_room.records)
+        due = share.due - share.taken
         if due > records:
             # A batch is better begun in the next round than cut in two.
-            due = records - records % config.batch_size
-        by = BY_BYTES if lane.bytes >= config.batch_bytes else BY_END if flush else BY_WINDOW
-        taken = taken_bytes = 0
-        while taken < due and taken_bytes < size:
-            high = min(taken + step, due)
-            messages = lane.messages[taken:high]
+            due = records - records % batch_size
+        end = share.taken + due
+        while share.taken < end and (size := min(left.bytes, of_room.bytes)) > 0:
+            high = min(share.taken + step, end)
+            messages = lane.messages[share.taken : high]
             if len(lane.messages) - high < len(messages):
                 # The mostly few that stay tell what the many hold.
-                total = lane.bytes - taken_bytes - self.fetcher.bytes(lane.messages[high:])
+                total = lane.bytes - share.bytes - self.fetcher.bytes(lane.messages[high:])
             else:
                 total = self.fetcher.bytes(messages)
-            count, chunk_bytes = self._within(messages, total, size - taken_bytes)
+            count, chunk_bytes = self._within(messages, total, size)
             cut_short = count < len(messages)
-            if cut_short and taken and count < config.batch_size:
+            if cut_short and share.taken and count < batch_size:
                 break
-            taken, taken_bytes = taken + count, taken_bytes + chunk_bytes
-            is_last = taken == len(lane.messages)
+            share.taken, share.bytes = share.taken + count, share.bytes + chunk_bytes
+            left.less(count, chunk_bytes)
+            of_room.less(count, chunk_bytes)
+            is_last = share.taken == len(lane.messages)
             next_offset = partition.next_offset if is_last else messages[count - 1].offset() + 1
-            yield next_offset, messages[:count], chunk_bytes, by
+            share.parts.append((next_offset, messages[:count]))
             if cut_short:
                 break
-        if taken:
-            del lane.messages[:taken]
-            lane.bytes -= taken_bytes
-            lane.since = self._timer()
 
     def _within(self, messages: list[Any], total: int, limit_bytes: int) -> tuple[int, int]:
         """How many records of so many bytes fit into a limit, at least one, and their bytes.
@@ -469,25 +545,25 @@ class RoundReader:
             total = self.fetcher.bytes(messages[:count])
         return count, total
 
-    def _chunk(
-        self,
-        partition: _Partition,
-        lane: _Lane,
-        next_offset: int,
-        messages: list[Any],
-        begun: set[LaneKey],
-        last: bool = True,
-        closed_by: str = "",
-    ) -> RecordChunk:
+    def _chunk(self, share: _Share, begun: set[LaneKey]) -> RecordChunk:
         """A lane's next chunk; its first one of the round if it is not among those begun: the state
         before it is gone."""
+        partition, lane = share.partition, share.lane
+        next_offset, messages = share.parts.popleft()
         start, lane.start = lane.start, next_offset
         records = self.fetcher.records(messages) if messages else Records()
         key = (*partition.key, lane.number)
-        first = key not in begun
+        is_first, is_last = key not in begun, not share.parts
         begun.add(key)
         return RecordChunk(
-            *partition.key, start, next_offset, records, first, lane.number, last, closed_by
+            *partition.key,
+            start,
+            next_offset,
+            records,
+            is_first,
+            lane.number,
+            is_last,
+            share.closed_by,
         )
 
     def _due(self, lane: _Lane, flush: bool, busy: bool) -> int:
@@ -558,19 +634,46 @@ class RoundReader:
         partition.lost = error
 
 
-_Part = tuple[int, list[Any], int, str]
-"""What becomes a chunk: where its range ends, its messages, their bytes, what closes its batch."""
+@dataclass(slots=True)
+class _Left:
+    """What may still be handed out."""
+
+    records: int
+    bytes: int
+
+    def less(self, records: int, bytes: int) -> None:
+        self.records -= records
+        self.bytes -= bytes
 
 
-def _with_last(parts: Iterator[_Part]) -> Iterator[tuple[_Part, bool]]:
-    """Each part, and whether it is the last one of its lane in a round."""
-    before: _Part | None = None
-    for each in parts:
-        if before:
-            yield before, False
-        before = each
-    if before:
-        yield before, True
+@dataclass(slots=True)
+class _Share:
+    """What a round hands out of a lane.
+
+    Attributes:
+        partition: The lane's partition.
+        lane: The lane.
+        due: Its records that may be handed out.
+        closed_by: What closes its last batch.
+        parts: What becomes a chunk each: where its range ends, and its messages.
+        taken: Records in the parts.
+        bytes: Their bytes.
+    """
+
+    partition: _Partition
+    lane: _Lane
+    due: int
+    closed_by: str
+    parts: deque[tuple[int, list[Any]]] = field(default_factory=deque)
+    taken: int = 0
+    bytes: int = 0
+
+    def take(self, now: float) -> None:
+        """Take what is handed out from the lane."""
+        if self.taken:
+            del self.lane.messages[: self.taken]
+            self.lane.bytes -= self.bytes
+            self.lane.since = now
 
 
 def shared_reader(config: ReadConfig) -> RoundReader:

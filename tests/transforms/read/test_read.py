@@ -21,7 +21,15 @@ from transforms.kafka.messages import to_records
 from transforms.kafka.offsets import SourceConfig
 from transforms.lanes import Lanes
 from transforms.read import rounds as module
-from transforms.read.rounds import ReadConfig, Room, Round, RoundReader, releasable, turns
+from transforms.read.rounds import (
+    ReadConfig,
+    Room,
+    Round,
+    RoundReader,
+    fair_level,
+    releasable,
+    turns,
+)
 from transforms.records import NO_TIMESTAMP, Records
 
 KAFKA = KafkaConfig("broker:9092", "g")
@@ -614,6 +622,7 @@ def test_a_round_s_bytes_are_taken_in_whole_batches(size: int, expected: int) ->
 def test_the_bytes_of_all_chunks_of_a_lane_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each chunk has what those before it have left over."""
     monkeypatch.setattr(module, "_CHUNK_RECORDS", 10)
+    monkeypatch.setattr(module, "_FIRST_RECORDS", 10)
     reading = Reading(batch_size=10)
     reading.fill([_message(offset) for offset in range(60)])
     chunks = reading.take({0: (PLENTY, 35)})
@@ -646,6 +655,71 @@ def test_a_record_larger_than_all_room_is_handed_out_alone() -> None:
 def test_who_has_the_next_turn(places: list[int], last: int, order: list[int]) -> None:
     """Who stands behind the last one that was served."""
     assert turns(places, last) == order
+
+
+@examples(300)
+@given(st.lists(st.integers(0, 50), max_size=8), st.integers(0, 200))
+def test_a_level_is_the_highest_at_which_there_is_enough(dues: list[int], records: int) -> None:
+    """Nobody gets less for the sake of one who has more."""
+    level = fair_level(dues, records)
+    assert sum(min(due, level) for due in dues) <= records
+    if level < max(dues, default=0):
+        assert sum(min(due, level + 1) for due in dues) > records
+
+
+def test_who_has_much_leaves_the_others_their_share_of_a_round() -> None:
+    """What fits into a round is divided; nobody waits until the first one is done with."""
+    reading = Reading({0: 0, 1: 0, 2: 0})
+    for p, count in ((0, 5000), (1, 400), (2, 5000)):
+        reading.fill([_message(offset, p) for offset in range(count)])
+    chunks = reading.take(records=3000)
+    taken = [len(_offsets(chunks, p)) for p in range(3)]
+    assert taken == [1300, 400, 1300]
+
+
+def test_the_first_batches_of_each_idle_lane_come_first() -> None:
+    """Its function has nothing to do; what has something under way has its turn behind."""
+    reading = Reading({0: 0, 1: 0, 2: 0})
+    for p, count in ((0, 700), (1, 700), (2, 150)):
+        reading.fill([_message(offset, p) for offset in range(count)])
+    rooms = tuple(
+        Room("t", p, PLENTY, PLENTY, busy=frozenset({0}) if p == 1 else frozenset())
+        for p in range(3)
+    )
+    reading.reader.begin(Round(rooms, PLENTY, PLENTY))
+    chunks = [(c.partition, len(c.records), c.first, c.last) for c in reading.reader.take()]
+    assert chunks == [
+        (0, 200, True, False),
+        (2, 150, True, True),
+        (0, 500, False, True),
+        (1, 700, True, True),
+    ]
+
+
+def test_the_window_of_what_is_handed_out_in_two_parts_is_one() -> None:
+    """The first part does not begin it anew for the second."""
+    reading = Reading()
+    reading.fill([_message(offset) for offset in range(455)])
+    reading.timer.secs = 1.0
+    chunks = reading.take()
+    assert [len(chunk.records) for chunk in chunks] == [200, 255]
+    assert [chunk.last for chunk in chunks] == [False, True]
+
+
+def test_a_round_looks_for_a_partition_of_which_nothing_has_come_yet() -> None:
+    """A response of the broker holds much of one partition before anything of the next."""
+    reading = Reading({0: 0, 1: 0})
+    reading.fill([_message(offset) for offset in range(100)])
+    reading.reader.fetcher.most = 50
+    reading.consumer.fetched += [
+        [_message(offset) for offset in range(100, 150)],
+        [_message(offset, 1) for offset in range(50)],
+        [_message(offset, 1) for offset in range(50, 100)],
+    ]
+    chunks = reading.take(records=100)
+    assert sorted(len(_offsets(chunks, p)) for p in range(2)) == [50, 50]
+    # Nobody is waited for any more.
+    assert len(reading.consumer.fetched) == 1
 
 
 @examples(100)
