@@ -426,9 +426,9 @@ class RoundReader:
         shares = [self._shares(room, round.flush) for room in rooms]
         of_rooms = [_Left(room.records, room.bytes) for room in rooms]
         dues = [min(share.due, room.records) for room, own in zip(rooms, shares) for share in own]
-        level = fair_level(dues, round.records)
-        if level < max(dues, default=0):
-            level = self._whole_batches(level)
+        level = max(1, fair_level(dues, round.records))
+        # In whole batches. Who is behind when all is handed out has the next round's first turn.
+        level += -level % self._config.batch_size
         first = []
         step = self._whole_batches(_FIRST_RECORDS)
         for room, of_room, own in zip(rooms, of_rooms, shares):

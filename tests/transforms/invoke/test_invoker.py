@@ -33,7 +33,7 @@ from transforms.records import (
     Rejection,
     Responses,
 )
-from transforms.tally import BATCH_WAIT, DURATION, INVOCATIONS, INVOKED, TALLY
+from transforms.tally import BATCH_WAIT, BOOKS, DURATION, INVOCATIONS, INVOKED, RELEASED, TALLY
 
 GUARD_SECS = 20.0
 """Only so that a test which would hang fails instead; nothing is measured by it."""
@@ -73,6 +73,8 @@ class Function:
         self.prepared: list[tuple[tuple[str, int], int]] = []
         self.sent_prepared: list[tuple[tuple[str, int], int]] = []
         self.threads: dict[tuple[str, int], set[int]] = defaultdict(set)
+        # Done with a call that has been sent, before anything else.
+        self.on_sent: Callable[[Batch], None] = lambda batch: None
 
     def __call__(
         self, batch: Batch, call: Call, request: Any, meanwhile: Callable[[], None]
@@ -88,6 +90,7 @@ class Function:
         if request is not None:
             assert request == (batch, call)
             self.sent_prepared.append((batch.key, batch.start))
+        self.on_sent(batch)
         meanwhile()
         with self.changed:
             assert self.changed.wait_for(lambda: batch.key not in self.held, GUARD_SECS)
@@ -743,6 +746,138 @@ def test_a_prepared_call_is_old_by_either_clock(put_back: bool) -> None:
         finished = _drain(invoker)
     assert _offsets(finished[A]) == [0, 1, 2, 3]
     assert function.sent_prepared == [(A, 1), (A, 3)]
+
+
+# -- calls that are sent ahead ------------------------------------------------------------
+
+
+class Sent:
+    """Three batches of A: what is done when the second is sent, and what then became of them.
+
+    The calls are noted with how many batches were counted as done when they were sent.
+    """
+
+    def __init__(
+        self, done: int, do: Callable[[Invoker], None] = lambda invoker: None, **more: Any
+    ) -> None:
+        self.done_at: list[tuple[int, int]] = []
+        self.function = Function(more.pop("answer", _answered))
+        self.function.on_sent = self._on_sent
+        self._do = do
+        before = BOOKS.take()
+        with _running(self.function, True, **more) as self._invoker:
+            self.function.hold(A)
+            self._invoker.submit(_batch(A, start) for start in range(3))
+            # The second is sent when the first one's reply is there: it has been prepared by then.
+            self.function.let_go()
+            assert self._invoker.wait(
+                lambda i: bool(i.broken) or i.done_batches == done, GUARD_SECS
+            )
+            self.view = self._invoker.queue(A)
+            finished = self._invoker.collect()
+            self.stats = self._invoker.stats
+            self.broken = self._invoker.broken
+        finished += self._invoker.collect()
+        self.finished = _offsets(finished)
+        self.released = BOOKS.take().since(before).total(RELEASED)
+
+    def _on_sent(self, batch: Batch) -> None:
+        self.done_at.append((batch.start, self._invoker.done_batches))
+        if batch.start == 1:
+            self._do(self._invoker)
+
+
+def test_a_call_is_sent_before_the_one_in_front_of_it_is_booked() -> None:
+    """The function is answered at once; nothing of what is counted is lost by it."""
+    sent = Sent(3)
+    assert sent.done_at == [(0, 0), (1, 0), (2, 1)]
+    assert sent.finished == [0, 1, 2]
+    assert sent.stats.invocations == 3
+    assert sent.view == QueueView(finished_bytes=3)
+    assert sent.released == 0
+
+
+def _begin_anew(invoker: Invoker) -> None:
+    invoker.abandon((*A, 0))
+    assert invoker.queue(A).batches == 2
+    invoker.submit([_batch(A, 7)])
+
+
+def _halt(invoker: Invoker) -> None:
+    failure = Failure(_batch(A, 0).records, [b"0"], "c", "E", "m", 1, 0, "E")
+    invoker.halt(Finished(*A, 0, 0, halted=failure))
+
+
+@pytest.mark.parametrize(
+    ("do", "calls", "finished", "released"),
+    [
+        (_begin_anew, [0, 1, 7], [7], 3),
+        (lambda invoker: invoker.abandon((*A, 0)), [0, 1], [], 3),
+        (lambda invoker: invoker.retire(A), [0, 1], [0, 1], 1),
+        (_halt, [0, 1], [0, 1], 1),
+        # What waits is left where it stands, and counted when the process ends.
+        (lambda invoker: invoker.stop(), [0, 1], [0, 1], 0),
+        (lambda invoker: invoker.pause([A]), [0, 1], [0, 1], 0),
+    ],
+    ids=["anew", "abandon", "retire", "halt", "stop", "pause"],
+)
+def test_what_happens_while_a_call_is_sent_ahead(do, calls, finished, released) -> None:
+    """Both calls have begun: they end, and count as much as others that were under way then."""
+    sent = Sent(len(calls), do)
+    assert [start for start, _ in sent.done_at] == calls
+    assert sent.finished == finished
+    assert sent.released == released
+    waiting = 3 - len(finished) - released if finished != [7] else 0
+    assert (sent.view.records, sent.view.bytes) == (waiting, 4 * waiting)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"policy": RetryPolicy(halt=False, max_record_age_secs=2 * 10**9)},
+        {"max_finished_bytes": 0},
+    ],
+    ids=["records may be too old", "more has finished than may wait"],
+)
+def test_what_may_have_to_wait_is_not_sent_ahead(more: dict[str, Any]) -> None:
+    """It is known once what is in front of it is booked."""
+    sent = Sent(1 if "max_finished_bytes" in more else 3, **more)
+    assert sent.done_at[:2] in ([(0, 0)], [(0, 0), (1, 1)])
+
+
+def test_what_fails_behind_a_success_is_booked_behind_it() -> None:
+    """The one in front has succeeded, and its records are done."""
+
+    def answer(batch: Batch, call: Call) -> Outcome:
+        return _failed() if batch.start == 1 else _answered(batch, call)
+
+    sent = Sent(2, answer=answer, policy=RetryPolicy(halt=True))
+    assert [start for start, _ in sent.done_at] == [0, 1]
+    assert sent.finished == [0]
+
+
+@pytest.mark.parametrize("when", ["before it is sent", "while it is under way"])
+def test_an_error_of_ours_behind_a_success_leaves_that_one_finished(when: str) -> None:
+    """It is not to be done again for what came behind it."""
+
+    def fail(batch: Batch) -> None:
+        if batch.start == 1:
+            raise ZeroDivisionError
+
+    def answer(batch: Batch, call: Call) -> Outcome:
+        if when == "while it is under way":
+            fail(batch)
+        return _answered(batch, call)
+
+    class Broken(Sent):
+        def _on_sent(self, batch: Batch) -> None:
+            super()._on_sent(batch)
+            if when == "before it is sent":
+                fail(batch)
+
+    sent = Broken(2, answer=answer)
+    assert isinstance(sent.broken, ZeroDivisionError)
+    assert sent.finished == [0]
 
 
 # -- failures -----------------------------------------------------------------------------
