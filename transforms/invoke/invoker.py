@@ -153,6 +153,8 @@ class _Queue:
     prepared: _Prepared | None = None
     ahead: bool = False
     """Whether the first of those that wait is being called already, and the head only booked."""
+    unbooked_bytes: int = 0
+    """What the head's reply holds, in that case."""
     scheduled: bool = False
     abandoned: bool = False
     records: int = 0
@@ -274,6 +276,7 @@ class Invoker:
         self._finished_records = 0
         self._finished_bytes: Counter[PartitionKey] = Counter()
         self._finished_total = 0
+        self._unbooked_bytes = 0
         self._finished_since: float | None = None
         self._threads: list[threading.Thread] = []
         self._idle = 0
@@ -543,7 +546,7 @@ class Invoker:
     @property
     def is_full(self) -> bool:
         """Whether so much has finished that no call begins before it is collected."""
-        return self._finished_total > self._max_finished_bytes
+        return self._finished_total + self._unbooked_bytes > self._max_finished_bytes
 
     @property
     def finished_age_secs(self) -> float:
@@ -854,11 +857,15 @@ class Invoker:
                 or not self._goes_on(queue)
                 or not self._breaker.lets_through(now)
                 or self._working > self._limit.allowed
-                or self._finished_total + outcome.held_bytes > self._max_finished_bytes
                 or not self._may_begin(queue.key)
             ):
                 return None
-            queue.prepared, queue.ahead = None, True
+            held_bytes = outcome.held_bytes
+            self._unbooked_bytes += held_bytes
+            if self.is_full:
+                self._unbooked_bytes -= held_bytes
+                return None
+            queue.prepared, queue.ahead, queue.unbooked_bytes = None, True, held_bytes
             return prepared.request, self._begin(queue)
 
     def _book(self, queue: _Queue, call: Call, outcome: Outcome, later: _Later) -> None:
@@ -1140,6 +1147,7 @@ class Invoker:
         if ahead:
             # Its call is under way, and counts as much as this one.
             queue.ahead, queue.scheduled = False, True
+            self._unbooked_bytes -= queue.unbooked_bytes
             next(self._start(queue))
         else:
             queue.abandoned = False
