@@ -40,8 +40,9 @@ _LOGGER = logging.getLogger(__name__)
 
 # Large, since what Beam does for an element costs as much as a hundred records do.
 _CHUNK_RECORDS = 10_000
-# Of a lane for which nothing is under way so much comes before any lane's rest.
-_FIRST_RECORDS = 200
+# Of a lane for which nothing is under way so much comes before any lane's rest, if that is so many
+# times as much: a lane with two chunks in a round costs what a hundred records do, and needs state.
+_FIRST_RECORDS, _REST = 200, 10
 # A round takes in so much, at most, for partitions of which nothing has come yet: a client hands
 # out a whole response of the broker, partition by partition.
 _LOOK_RECORDS = 40_000
@@ -430,13 +431,14 @@ class RoundReader:
         # In whole batches. Who is behind when all is handed out has the next round's first turn.
         level += -level % self._config.batch_size
         first = []
-        step = self._whole_batches(_FIRST_RECORDS)
+        few, step = self._whole_batches(_FIRST_RECORDS), self._whole_batches(_CHUNK_RECORDS)
         for room, of_room, own in zip(rooms, of_rooms, shares):
             for share in own:
                 if share.lane.number not in room.busy:
-                    self._hand_out(share, step, min(step, level), left, of_room)
+                    most = min(share.due, level)
+                    most = few if most > _REST * few else most
+                    self._hand_out(share, step, most, left, of_room)
                     first += [share] if share.parts else []
-        step = self._whole_batches(_CHUNK_RECORDS)
         for of_room, own in zip(of_rooms, shares):
             for share in own:
                 self._hand_out(share, step, level - share.taken, left, of_room)

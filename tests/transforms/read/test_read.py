@@ -622,7 +622,6 @@ def test_a_round_s_bytes_are_taken_in_whole_batches(size: int, expected: int) ->
 def test_the_bytes_of_all_chunks_of_a_lane_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each chunk has what those before it have left over."""
     monkeypatch.setattr(module, "_CHUNK_RECORDS", 10)
-    monkeypatch.setattr(module, "_FIRST_RECORDS", 10)
     reading = Reading(batch_size=10)
     reading.fill([_message(offset) for offset in range(60)])
     chunks = reading.take({0: (PLENTY, 35)})
@@ -678,9 +677,10 @@ def test_who_has_much_leaves_the_others_their_share_of_a_round() -> None:
 
 
 def test_the_first_batches_of_each_idle_lane_come_first() -> None:
-    """Its function has nothing to do; what has something under way has its turn behind."""
+    """Its function has nothing to do; what has something under way has its turn behind. Little more
+    than the first batches is not worth a chunk of its own."""
     reading = Reading({0: 0, 1: 0, 2: 0})
-    for p, count in ((0, 700), (1, 700), (2, 150)):
+    for p, count in ((0, 2500), (1, 2500), (2, 1500)):
         reading.fill([_message(offset, p) for offset in range(count)])
     rooms = tuple(
         Room("t", p, PLENTY, PLENTY, busy=frozenset({0}) if p == 1 else frozenset())
@@ -690,19 +690,19 @@ def test_the_first_batches_of_each_idle_lane_come_first() -> None:
     chunks = [(c.partition, len(c.records), c.first, c.last) for c in reading.reader.take()]
     assert chunks == [
         (0, 200, True, False),
-        (2, 150, True, True),
-        (0, 500, False, True),
-        (1, 700, True, True),
+        (2, 1500, True, True),
+        (0, 2300, False, True),
+        (1, 2500, True, True),
     ]
 
 
 def test_the_window_of_what_is_handed_out_in_two_parts_is_one() -> None:
     """The first part does not begin it anew for the second."""
     reading = Reading()
-    reading.fill([_message(offset) for offset in range(455)])
+    reading.fill([_message(offset) for offset in range(2055)])
     reading.timer.secs = 1.0
     chunks = reading.take()
-    assert [len(chunk.records) for chunk in chunks] == [200, 255]
+    assert [len(chunk.records) for chunk in chunks] == [200, 1855]
     assert [chunk.last for chunk in chunks] == [False, True]
 
 
