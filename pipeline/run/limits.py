@@ -13,6 +13,12 @@ _RECORD_BYTES = 200
 # The loop leaves batches that end alone for such a part of the time until a partition has none
 # left, and never for longer: others' results are to go on.
 _EASE_PART, _EASE_SECS = 1 / 8, 0.02
+# How long the loop may wait for a record to come. A client of Kafka counts milliseconds: for less
+# it would not wait at all, over and over again.
+SHORTEST_WAIT_SECS, LONGEST_WAIT_SECS = 0.001, 0.5
+# While calls are running it waits for these too, in slices: an eighth of the time that has gone by
+# since one ended or began.
+_SLICE_PART, _SLICE_SECS = 1 / 8, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +157,29 @@ def ease_secs(queues: Iterable[QueueView], lanes: int, usual_secs: float) -> flo
     """
     left = min((queue.batches for queue in queues if queue.batches), default=0)
     return min(_EASE_SECS, _EASE_PART * usual_secs * left / lanes)
+
+
+def wait_secs(
+    pass_secs: float, ease_secs: float, has_ended: bool, quiet_secs: float | None
+) -> float:
+    """How long the loop waits for records, with an eye on what else may come. Pure.
+
+    Args:
+        pass_secs: Until it looks at everything; 0 or less if that is due.
+        ease_secs: Until it looks at batches that have ended; 0 or less if it does.
+        has_ended: Whether one has that was not looked at.
+        quiet_secs: Since when nothing has come; None if nothing is under way.
+    """
+    if pass_secs <= 0:
+        return 0.0
+    longest = LONGEST_WAIT_SECS
+    if ease_secs > 0:
+        longest = ease_secs
+    elif has_ended:
+        return 0.0
+    elif quiet_secs is not None:
+        longest = min(_SLICE_SECS, _SLICE_PART * quiet_secs)
+    return max(SHORTEST_WAIT_SECS, min(pass_secs, longest))
 
 
 def state_of(held: Held, limits: PartitionLimits, lag: int | None, paused: bool = False) -> str:

@@ -31,7 +31,16 @@ from pipeline.run.hands import (
     Pauses,
     Told,
 )
-from pipeline.run.limits import Held, PartitionLimits, RoundLimits, ease_secs, state_of
+from pipeline.run.limits import (
+    LONGEST_WAIT_SECS,
+    SHORTEST_WAIT_SECS,
+    Held,
+    PartitionLimits,
+    RoundLimits,
+    ease_secs,
+    state_of,
+    wait_secs,
+)
 from pipeline.run.preflight import preflight
 from pipeline.run.status import PartitionView, Standing, Status, Totals, with_calls
 from pipeline.watch.logs import set_level
@@ -71,16 +80,13 @@ _JOIN_SECS = 5.0
 OTHERS_MOST_SECS = 60.0
 # What may be needed beside the function's own time.
 _AFTER_SECS = 10.0
-# How long the loop may wait for a record to come. While calls are running it waits for these too,
-# in slices: an eighth of the time that has gone by since one ended or began.
-_IDLE_SECS = 0.5
-_SLICE_SECS = 0.001, 0.02
-_SLICES = 8
 # How long what has finished may wait for more of it: with much under way, for fewer and larger
 # rounds; else for so many times the processor time of a round, so that these leave some of it.
 _COLLECT_SECS_BUSY = 1.0
 _COLLECT_SECS_MOST = 0.1
 _COLLECT_ROUNDS = 4
+# Of how many rounds what one costs is the mean.
+_ROUNDS = 8
 
 
 def run_or_stop(graph: Graph, totals: Totals) -> None:
@@ -359,18 +365,13 @@ class Rounds:
 
     def _wait_secs(self) -> float:
         """How long to wait for records, with an eye on what else may come."""
-        invoker, now = self._invoker, self._timer()
-        if now < self._at_ease_until:
-            # The client counts milliseconds: for less it would not wait at all.
-            return max(_SLICE_SECS[0], min(self._pass_at, self._at_ease_until) - now)
-        if invoker.done_batches != self._done_batches:
-            return 0.0
-        secs = max(0.0, self._pass_at - now)
-        if invoker.has_work:
-            shortest, longest = _SLICE_SECS
-            since = now - max(self._passed_at, self._ended_at)
-            return min(secs, max(shortest, min(longest, since / _SLICES)))
-        return min(secs, _IDLE_SECS)
+        now = self._timer()
+        return wait_secs(
+            self._pass_at - now,
+            self._at_ease_until - now,
+            self._invoker.done_batches != self._done_batches,
+            now - max(self._passed_at, self._ended_at) if self._invoker.has_work else None,
+        )
 
     def _is_time(self) -> bool:
         """Whether something is to be done although no record has come."""
@@ -420,7 +421,10 @@ class Rounds:
             for key, each in held.items()
             if key not in ready and key not in self._paused
         )
-        secs = min(_LEAVE_SECS if self._leaving else _IDLE_SECS, min(windows, default=_IDLE_SECS))
+        secs = min(
+            _LEAVE_SECS if self._leaving else LONGEST_WAIT_SECS,
+            min(windows, default=LONGEST_WAIT_SECS),
+        )
         now, ease = self._timer(), 0.0
         if self._invoker.has_work or self._invoker.has_finished:
             patience_secs = self._patience_secs(due)
@@ -431,7 +435,7 @@ class Rounds:
                 # to send a request.
                 queues = (each.queue for each in held.values())
                 ease = ease_secs(queues, self._config.lanes.count, self._invoker.usual_secs)
-        self._pass_at = now + max(secs, _SLICE_SECS[0])
+        self._pass_at = now + max(secs, SHORTEST_WAIT_SECS)
         self._at_ease_until = now + ease
 
     @property
@@ -530,7 +534,7 @@ class Rounds:
         self._reader.begin(Round(tuple(rooms), records, limits.bytes, self._flush))
         started = thread_time()
         run_or_stop(self._graph, self._totals)
-        self._round_secs += (thread_time() - started - self._round_secs) / _SLICES
+        self._round_secs += (thread_time() - started - self._round_secs) / _ROUNDS
 
     @property
     def _turn_records(self) -> int:

@@ -838,7 +838,7 @@ class Invoker:
         That is a tenth of a millisecond earlier, of each call, and changes nothing else: what goes
         wrong, and what has to wait or take turns, is booked first.
         """
-        if outcome.kind is not Kind.SUCCESS or queue.prepared is None:
+        if outcome.kind is not Kind.SUCCESS or outcome.spared or queue.prepared is None:
             return None
         if self._policy.max_record_age_secs >= 0:
             return None  # what is too old by now is taken out before

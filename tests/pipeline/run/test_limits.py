@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.run.limits import Held, PartitionLimits, RoundLimits, ease_secs
+from pipeline.run.limits import Held, PartitionLimits, RoundLimits, ease_secs, wait_secs
 from tests.examples import examples
 from transforms.invoke.invoker import QueueView
 
@@ -194,3 +194,32 @@ def test_how_long_batches_may_end_without_a_look(batches, lanes, usual_secs, sec
     """Much under way: to look at each batch would take the interpreter from those that invoke."""
     queues = [QueueView(count, 100 * count) for count in batches]
     assert ease_secs(queues, lanes, usual_secs) == pytest.approx(secs)
+
+
+@pytest.mark.parametrize(
+    ("pass_secs", "at_ease_secs", "has_ended", "quiet_secs", "secs"),
+    [
+        # Nothing is under way.
+        (0.3, 0.0, False, None, 0.3),
+        (9.0, 0.0, False, None, 0.5),
+        (0.0, 0.0, False, None, 0.0),
+        (-1.0, 0.01, True, 0.1, 0.0),
+        # What is left of a wait that the client has cut short.
+        (0.0004, 0.0, False, None, 0.001),
+        # A batch that has ended is looked at, unless that has time.
+        (0.3, 0.0, True, 0.1, 0.0),
+        (0.3, 0.01, True, 0.1, 0.01),
+        (0.3, 0.0004, True, 0.1, 0.001),
+        (0.005, 0.01, True, 0.1, 0.005),
+        # Calls are running: the longer nothing comes, the longer.
+        (0.3, 0.0, False, 0.0, 0.001),
+        (0.3, 0.0, False, 0.08, 0.01),
+        (0.3, 0.0, False, 9.0, 0.02),
+        (0.005, 0.0, False, 9.0, 0.005),
+    ],
+)
+def test_how_long_the_loop_waits_for_records(
+    pass_secs, at_ease_secs, has_ended, quiet_secs, secs
+) -> None:
+    """Never for so little that it would not wait at all, but look again and again."""
+    assert wait_secs(pass_secs, at_ease_secs, has_ended, quiet_secs) == pytest.approx(secs)
