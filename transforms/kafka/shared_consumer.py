@@ -23,6 +23,8 @@ from transforms.records import PartitionKey
 
 # How long a poll may keep those waiting that want to move a partition.
 _SLICE_SECS = 0.05
+# The client counts milliseconds: for less it would not wait at all, over and over again.
+_LEAST_SECS = 0.001
 # What may lie there, of a partition and of all; paused above it, resumed below half of it.
 _FEED_BYTES = 4 * 2**20
 _FEEDS_BYTES = 256 * 2**20
@@ -124,7 +126,7 @@ class SharedConsumer:
                 self._polling = True
             messages: list[Message] = []
             try:
-                self._poll(messages, min(_SLICE_SECS, max(0.0, left)))
+                self._poll(messages, min(_SLICE_SECS, max(_LEAST_SECS, left)) if left > 0 else 0.0)
             finally:
                 with self._changed:
                     self._lay_down(messages, key)

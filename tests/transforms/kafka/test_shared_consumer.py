@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import chain
@@ -164,3 +165,28 @@ def test_what_came_before_an_error_is_not_lost() -> None:
             consumer.consume(("t", 0), 10, 1000, 0)
         (message,), _ = consumer.consume(("t", 0), 10, 1000, 0)
         assert message.offset() == 5
+
+
+class _Counts(Consumer):
+    """Has nothing, and waits as the client does: whole milliseconds, which are over a bit early."""
+
+    def __init__(self) -> None:
+        super().__init__({"bootstrap.servers": "127.0.0.1:1", "group.id": "g"})
+        self.waits: list[float] = []
+
+    def poll(self, timeout: float = -1) -> Any:
+        self.waits.append(timeout)
+        time.sleep(max(0.0, int(timeout * 1000) / 1000 - 0.0005))
+
+
+@pytest.mark.parametrize("secs", [0.0, 0.0004, 0.0055])
+def test_a_reader_never_waits_for_less_than_the_client_can(secs: float) -> None:
+    """It would ask again and again until its time is over."""
+    client = _Counts()
+    consumer = SharedConsumer(KafkaConfig("127.0.0.1:1", "g"), lambda *_, **__: client)
+    with closing(consumer):
+        consumer.assign(("t", 0), 5)
+        assert consumer.consume(("t", 0), 10, 1000, secs) == ([], 0)
+    assert client.waits
+    assert all(wait == 0 or wait >= 0.001 for wait in client.waits)
+    assert (0 in client.waits) == (secs == 0)
