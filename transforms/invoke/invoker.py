@@ -168,13 +168,10 @@ class _Queue:
 
     def drop(self) -> None:
         """Forget the batches that have not begun."""
-        begun = [self.head] if self.head else []
-        if self.ahead:
-            begun.append(self.batches.popleft())
+        ahead = [self.batches.popleft()] if self.ahead else []
         BOOKS.count(RELEASED, sum(len(each.batch) for each in self.batches), self.key[0])
-        self.batches.clear()
-        if self.ahead:
-            self.batches.append(begun[-1])
+        self.batches = deque(ahead)
+        begun = [self.head, *ahead] if self.head else ahead
         self.records = sum(len(each.batch) for each in begun)
         self.bytes = sum(each.bytes for each in begun)
 
@@ -807,11 +804,10 @@ class Invoker:
             request = self._prepared_for(queue, delivery.batch, step)
             outcome = self._invoke(queue, delivery.batch, step, request, begun, later)
             while ahead := self._call_ahead(queue, step, outcome):
-                request, begun = ahead
+                prepared, begun = ahead
                 later.append(partial(self._book, queue, step, outcome, later))
-                batch = queue.batches[0].batch
-                step = _first_call(batch)
-                outcome = self._invoke(queue, batch, step, request, begun, later)
+                batch, step = prepared.batch, _first_call(prepared.batch)
+                outcome = self._invoke(queue, batch, step, prepared.request, begun, later)
             delivery, steps = queue.delivery, queue.steps
             assert delivery and steps
             call, step = step, _send(steps, outcome)
@@ -831,7 +827,7 @@ class Invoker:
 
     def _call_ahead(
         self, queue: _Queue, call: Call, outcome: Outcome
-    ) -> tuple[Request, _Begun] | None:
+    ) -> tuple[_Prepared, _Begun] | None:
         """Begin the call that was prepared behind one that has just ended the head, if nothing
         speaks against it; the head is booked while it is under way.
 
@@ -866,7 +862,7 @@ class Invoker:
                 self._unbooked_bytes -= held_bytes
                 return None
             queue.prepared, queue.ahead, queue.unbooked_bytes = None, True, held_bytes
-            return prepared.request, self._begin(queue)
+            return prepared, self._begin(queue)
 
     def _book(self, queue: _Queue, call: Call, outcome: Outcome, later: _Later) -> None:
         """End the head, in which a call has succeeded, with the next one under way."""
