@@ -254,6 +254,11 @@ class Batch:
         return len(self.entries)
 
 
+def reply_bytes(results: Sequence[bytes] | None, body: bytes | None) -> int:
+    """About what is held of a reply, in bytes."""
+    return len(body or b"") + sum(map(len, results or ()))
+
+
 @dataclass(frozen=True, slots=True)
 class Responses:
     """The function's answer to some records of a batch, in order.
@@ -274,7 +279,7 @@ class Responses:
     @property
     def held_bytes(self) -> int:
         """About what it holds, in bytes: the reply."""
-        return len(self.body or b"") + sum(map(len, self.results or ()))
+        return reply_bytes(self.results, self.body)
 
     def __len__(self) -> int:
         return len(self.offsets)

@@ -16,6 +16,7 @@ from transforms.aws.answers import REPLY_TOO_LARGE, Fault, Reply, is_out_of_time
 from transforms.conditions import BATCH_ITEM_FAILURE, INVALID_REPLY
 from transforms.invoke.reply import Answer, InvalidReplyError
 from transforms.json_text import loads, writable
+from transforms.records import reply_bytes
 
 
 class Kind(enum.Enum):
@@ -99,7 +100,7 @@ class Outcome:
     @property
     def held_bytes(self) -> int:
         """About what it holds of a reply that answers records, in bytes."""
-        return len(self.body or b"") + sum(map(len, self.results or ()))
+        return reply_bytes(self.results, self.body)
 
     def of_function(self, sent: int) -> Kind:
         """What a call of so many records says about the function itself.
