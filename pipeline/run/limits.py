@@ -71,7 +71,7 @@ class RoundLimits:
     records: int = 100_000
     bytes: int = 32 * 2**20
     first_records: int = 10_000
-    queue_records: int = 25_000
+    queue_records: int = 20_000
     partition_bytes: int = 32 * 2**20
     common_bytes: int = 128 * 2**20
     all_bytes: int = 512 * 2**20

@@ -80,9 +80,11 @@ _JOIN_SECS = 5.0
 OTHERS_MOST_SECS = 60.0
 # What may be needed beside the function's own time.
 _AFTER_SECS = 10.0
-# How long what has finished may wait for more of it: with much under way, for fewer and larger
-# rounds; else for so many times the processor time of a round, so that these leave some of it.
-_COLLECT_SECS_BUSY = 1.0
+# How long what has finished may wait for more of it. With much under way: as long as makes the
+# fixed price of a round small, and no longer, since replies wait behind the work of a large round
+# (docs/adr/0001-rounds-on-the-directrunner.md). Else so many times the processor time of a round,
+# so that these leave some of it.
+_COLLECT_SECS_BUSY = 0.05
 _COLLECT_SECS_MOST = 0.1
 _COLLECT_ROUNDS = 4
 # Of how many rounds what one costs is the mean.

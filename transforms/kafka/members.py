@@ -39,7 +39,7 @@ from transforms.tally import PULSE
 _LOGGER = logging.getLogger(__name__)
 
 # How long the group may wait for an answer; while it has given nothing yet, it has more to say.
-_POLL_SECS, _EAGER_SECS = 0.1, 0.01
+_POLL_SECS, _EAGER_SECS = 0.2, 0.01
 _BEAT_SECS = 10.0
 _EAGER_POLLS = 1_000
 _SESSION_MS, _HEARTBEAT_MS = 45_000, 300
