@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pipeline.local.broker import KafkaBroker
 from pipeline.local.processes import wait_until
 from tests.bench import latency
+from tests.bench.__main__ import SCENARIOS, families
 from tests.bench.common import HAND_WRITTEN, PIPELINE, cpu_secs, serving, table
 from tests.bench.flink_floor import Pace
 from tests.bench.flink_memory import growth
@@ -149,6 +150,21 @@ def test_which_loads_are_run() -> None:
     assert latency.idle_of(CHOICE) == [4, 1000]
     narrow = Namespace(**{**vars(CHOICE), "rates": [50], "window": [0.5]})
     assert (latency.loads_of(narrow), latency.idle_of(narrow)) == ([Load(50, 4, 0, 0.5)], [])
+
+
+def test_what_is_to_be_as_good_as_the_loop_is_run_more_often() -> None:
+    loads = latency.loads_of(CHOICE)
+    assert [load for load in loads if latency.turns_of(load, 2) != 2] == [LOAD]
+    assert latency.turns_of(LOAD, 2) == 6
+
+
+def test_scenarios_take_turns_with_what_they_are_multiples_of() -> None:
+    found = families(list(SCENARIOS))
+    assert sorted(s.name for group in found for s in group) == sorted(s.name for s in SCENARIOS)
+    for group in found:
+        assert {scenario.beside for scenario in group[1:]} <= {group[0].name}
+        assert group[0].beside is None
+    assert families([SCENARIOS[1]]) == [[SCENARIOS[1]]]  # --only
 
 
 def test_a_table_is_markdown() -> None:
