@@ -37,7 +37,7 @@ from pipeline.watch.logs import set_level
 from transforms.errors import SinkError, WorkerError
 from transforms.invoke.failures import Trouble
 from transforms.names import NUMBERS
-from transforms.records import Finished
+from transforms.records import Finished, PartitionKey
 from transforms.tally import HELD, RELEASED, Series, Tallied
 
 _LOGGER = logging.getLogger(__name__)
@@ -108,18 +108,24 @@ def merge(statuses: Sequence[Status], elapsed_secs: float, left: Sequence[Status
     counters: Counter[str] = Counter()
     lags: dict[Any, int | None] = {}
     committed: dict[Any, int] = {}
+    halted: dict[PartitionKey, Finished] = {}
     for status in (*left, *statuses):
         counters.update(status.totals.counters)
         lags |= status.lags
         # One may have had a partition before another.
         committed |= {k: max(at, committed.get(k, at)) for k, at in status.committed.items()}
+    for status in statuses:
+        # So may one whose last report is older: a partition is halted once, where it got furthest.
+        for finished in status.halted:
+            other = halted.get(finished.key, finished)
+            halted[finished.key] = max(other, finished, key=lambda each: each.next_offset)
     standings = [status.standing for status in statuses]
     elsewhere = [standing.elsewhere for standing in standings]
     return Status(
         totals=Totals(counters, sum(status.totals.rounds for status in (*left, *statuses))),
         in_flight=sum(status.in_flight for status in statuses),
         lags=lags,
-        halted=[finished for status in statuses for finished in status.halted],
+        halted=list(halted.values()),
         committed=committed,
         elapsed_secs=elapsed_secs,
         limit=sum(status.limit or 0 for status in statuses),

@@ -59,6 +59,20 @@ def _halt(partition: int) -> Finished:
     return Finished("orders", partition, 7, 7, halted=failure)
 
 
+def test_a_partition_that_two_workers_say_is_halted_is_halted_once() -> None:
+    """One had it before the other, and has not reported since."""
+    further = replace(_halt(1), start=9, next_offset=9)
+    nothing = Status.of_nothing(0)
+    statuses = [replace(nothing, halted=each) for each in ([_halt(1)], [further, _halt(2)])]
+    for order in (statuses, statuses[::-1]):
+        together = merge(order, 1)
+        assert {each.key: each.next_offset for each in together.halted} == {
+            ("orders", 1): 9,
+            ("orders", 2): 7,
+        }
+        assert len(together.halted) == 2
+
+
 def test_what_workers_say_is_added_up() -> None:
     """Sums, and what is known of each partition; one that has not begun counts for nothing."""
     statuses = [
