@@ -10,6 +10,11 @@ from transforms.invoke.invoker import QueueView
 
 # What a record takes beside its bytes: the objects that hold it.
 _RECORD_BYTES = 200
+# How long what has finished may wait for more of it. With much under way: as long as makes the
+# fixed price of a round small, and no longer, since replies wait behind the work of a large round
+# (docs/adr/0001-rounds-on-the-directrunner.md). Else so many times the processor time of a round,
+# so that these leave some of it.
+_COLLECT_SECS_BUSY, _COLLECT_SECS_MOST, _COLLECT_ROUNDS = 0.05, 0.1, 4
 # The loop leaves batches that end alone for such a part of the time until a partition has none
 # left, and never for longer: others' results are to go on.
 _EASE_PART, _EASE_SECS = 1 / 8, 0.02
@@ -145,6 +150,16 @@ class PartitionLimits:
     def _records(self, queue: QueueView) -> int:
         """What a partition may have waiting."""
         return 2 * self.turn_records if self.full or queue.stuck else self.records
+
+
+def collect_secs(much: bool, round_secs: float) -> float:
+    """How long what has finished may wait for more of it before a round is due. Pure.
+
+    Args:
+        much: Whether much is under way.
+        round_secs: Processor time of a round.
+    """
+    return _COLLECT_SECS_BUSY if much else min(_COLLECT_SECS_MOST, _COLLECT_ROUNDS * round_secs)
 
 
 def ease_secs(queues: Iterable[QueueView], lanes: int, usual_secs: float) -> float:

@@ -37,6 +37,7 @@ from pipeline.run.limits import (
     Held,
     PartitionLimits,
     RoundLimits,
+    collect_secs,
     ease_secs,
     state_of,
     wait_secs,
@@ -80,13 +81,6 @@ _JOIN_SECS = 5.0
 OTHERS_MOST_SECS = 60.0
 # What may be needed beside the function's own time.
 _AFTER_SECS = 10.0
-# How long what has finished may wait for more of it. With much under way: as long as makes the
-# fixed price of a round small, and no longer, since replies wait behind the work of a large round
-# (docs/adr/0001-rounds-on-the-directrunner.md). Else so many times the processor time of a round,
-# so that these leave some of it.
-_COLLECT_SECS_BUSY = 0.05
-_COLLECT_SECS_MOST = 0.1
-_COLLECT_ROUNDS = 4
 # Of how many rounds what one costs is the mean.
 _ROUNDS = 8
 
@@ -429,10 +423,11 @@ class Rounds:
         )
         now, ease = self._timer(), 0.0
         if self._invoker.has_work or self._invoker.has_finished:
-            patience_secs = self._patience_secs(due)
+            much = self._has_much(due)
             if self._invoker.has_finished:
-                secs = min(secs, max(0.0, patience_secs - self._invoker.finished_age_secs))
-            if patience_secs == _COLLECT_SECS_BUSY:
+                left_secs = collect_secs(much, self._round_secs) - self._invoker.finished_age_secs
+                secs = min(secs, max(0.0, left_secs))
+            if much:
                 # To look at each batch that ends takes the interpreter from a thread that is about
                 # to send a request.
                 queues = (each.queue for each in held.values())
@@ -515,17 +510,15 @@ class Rounds:
         if not invoker.has_finished:
             return False
         return (
-            invoker.finished_age_secs >= self._patience_secs(ready)
+            invoker.finished_age_secs >= collect_secs(self._has_much(ready), self._round_secs)
             or invoker.finished_records >= self._limits.collect_records
             or not invoker.has_work
         )
 
-    def _patience_secs(self, ready: set[PartitionKey]) -> float:
-        """How long what has finished may wait, with partitions that are ready for a round."""
+    def _has_much(self, ready: set[PartitionKey]) -> bool:
+        """Whether much is under way, with partitions that are ready for a round."""
         lanes = len(self._reader.partitions) * self._config.lanes.count
-        if ready or self._invoker.pending_batches > 2 * lanes:
-            return _COLLECT_SECS_BUSY
-        return min(_COLLECT_SECS_MOST, _COLLECT_ROUNDS * self._round_secs)
+        return bool(ready) or self._invoker.pending_batches > 2 * lanes
 
     def _run_round(self, rooms: list[Room]) -> None:
         limits = self._limits

@@ -41,6 +41,7 @@ from tests.bench.common import (
     HAND_WRITTEN_ORJSON,
     PIPELINE,
     chosen,
+    in_turn,
     on_broker,
     serving,
     table,
@@ -454,7 +455,7 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
     all_times = sorted({scenario.times for scenario in scenarios})
     topics = Topics(servers)
     runs: list[Run] = []
-    ceilings = []
+    stubs: dict[str, list[dict[str, float]]] = {scenario.name: [] for scenario in scenarios}
     partitions = options.partitions
     try:
         small, *sources = (
@@ -474,12 +475,8 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
             for turn in range(options.repeat):
                 for scenario in group:
                     with serving(scenario.latency_ms, scenario.batch_size) as url:
-                        ceilings.append(
-                            {"scenario": scenario.name, **stub.measure(url, scenario.batch_size)}
-                        )
-                        # Each time another one begins, so that none is always first after a pause.
-                        first = turn % len(competitors)
-                        for who in competitors[first:] + competitors[:first]:
+                        stubs[scenario.name].append(stub.measure(url, scenario.batch_size))
+                        for who in in_turn(competitors, turn):
                             if scenario.alone and who != PIPELINE:
                                 continue
                             run = measure(topics, source_of[scenario.times], scenario, who, url)
@@ -490,12 +487,11 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
                             )
     finally:
         topics.delete_all()
-    call_ms = {
-        scenario.name: statistics.median(
-            float(each["call_ms"]) for each in ceilings if each["scenario"] == scenario.name
-        )
-        for scenario in scenarios
+    ceilings = {
+        name: {key: statistics.median(each[key] for each in measured) for key in measured[0]}
+        for name, measured in stubs.items()
     }
+    call_ms = {name: ceiling["call_ms"] for name, ceiling in ceilings.items()}
     rows = summarize(runs, scenarios, partitions, call_ms)
     return {
         "records": options.records,
@@ -508,7 +504,7 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
         "least_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1),
         "rows": rows,
         "aims": judge(rows),
-        "stub": ceilings,
+        "stub": [{"scenario": name, **ceiling} for name, ceiling in ceilings.items()],
         "runs": [asdict(run) for run in runs],
     }
 
@@ -526,8 +522,8 @@ def report(result: dict[str, Any]) -> None:
     print("\nThe stub alone, with a client that only counts bytes:")
     for ceiling in result["stub"]:
         print(
-            f"  {ceiling['scenario']}: {ceiling['records_per_sec']:,} records/s, "
-            f"{ceiling['call_ms']} ms a call"
+            f"  {ceiling['scenario']}: {ceiling['records_per_sec']:,.0f} records/s, "
+            f"{ceiling['call_ms']:.3f} ms a call"
         )
     print()
     for each in result["aims"]:

@@ -51,6 +51,12 @@ def serving(latency_ms: float, batch: int = 100) -> Iterator[str]:
         process.wait()
 
 
+def in_turn(whos: list[str], turn: int) -> list[str]:
+    """Each time another one begins, so that none is always the one after a pause."""
+    first = turn % max(1, len(whos))
+    return whos[first:] + whos[:first]
+
+
 def children_of(pid: int) -> list[int]:
     """The living children of a process; none of one that is gone."""
     found: list[int] = []

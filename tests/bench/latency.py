@@ -48,6 +48,7 @@ from tests.bench.common import (
     PIPELINE,
     chosen,
     cpu_secs,
+    in_turn,
     on_broker,
     serving,
     table,
@@ -664,8 +665,7 @@ def bench(servers: str, options: argparse.Namespace) -> dict[str, Any]:
             warm_up.measure(Load(100, _PARTITIONS, 0, 0), who, urls[0.0])
         for load, whos in turns:
             for turn in range(turns_of(load, options.repeat)):
-                first = turn % max(1, len(whos))
-                for who in whos[first:] + whos[:first]:
+                for who in in_turn(whos, turn):
                     run = measuring.measure(load, who, urls[load.latency_ms])
                     runs.append(run)
                     said = _ms(run.p50) if run.follows else "cannot follow"

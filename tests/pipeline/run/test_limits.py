@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.run.limits import Held, PartitionLimits, RoundLimits, ease_secs, wait_secs
+from pipeline.run.limits import (
+    Held,
+    PartitionLimits,
+    RoundLimits,
+    collect_secs,
+    ease_secs,
+    wait_secs,
+)
 from tests.examples import examples
 from transforms.invoke.invoker import QueueView
 
@@ -194,6 +201,22 @@ def test_how_long_batches_may_end_without_a_look(batches, lanes, usual_secs, sec
     """Much under way: to look at each batch would take the interpreter from those that invoke."""
     queues = [QueueView(count, 100 * count) for count in batches]
     assert ease_secs(queues, lanes, usual_secs) == pytest.approx(secs)
+
+
+@pytest.mark.parametrize(
+    ("much", "round_secs", "secs"),
+    [
+        # Replies wait behind the work of a round, so rounds stay small however much one costs.
+        (True, 0.0, 0.05),
+        (True, 0.5, 0.05),
+        # Little is under way: rounds take a fifth of the processor at most, up to a wait of 0.1 s.
+        (False, 0.0, 0.0),
+        (False, 0.001, 0.004),
+        (False, 0.5, 0.1),
+    ],
+)
+def test_what_has_finished_does_not_wait_long_for_more(much, round_secs, secs) -> None:
+    assert collect_secs(much, round_secs) == pytest.approx(secs)
 
 
 @pytest.mark.parametrize(
